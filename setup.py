@@ -1,0 +1,39 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name='simple-hierarchical-transformer',
+    version='0.5.0',
+    description='A language model that reads a sequence at several resolutions at once',
+    long_description=(Path(__file__).parent / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='MIT',
+    license_files=['LICENSE'],
+    keywords=['artificial intelligence', 'deep learning', 'transformers', 'attention', 'hierarchical', 'byte-level'],
+    packages=find_packages(include=['simple_hierarchical_transformer*']),
+    package_data={'simple_hierarchical_transformer': ['py.typed']},
+    python_requires='>=3.10',
+    install_requires=[
+        'torch>=2.6',
+        'einops>=0.8',
+        'local-attention>=1.9',
+        'rotary-embedding-torch>=0.6',
+        'accelerate>=1.0',
+        'tqdm>=4.60',
+        'safetensors>=0.4.3',
+        'huggingface_hub>=0.26',
+    ],
+    extras_require={
+        'train': ['matplotlib>=3.7'],
+        'test': ['pytest>=8', 'hypothesis>=6.100', 'ruff>=0.9', 'mypy>=1.13', 'matplotlib>=3.7', 'setuptools>=77'],
+    },
+    classifiers=[
+        'Development Status :: 4 - Beta',
+        'Intended Audience :: Developers',
+        'Intended Audience :: Science/Research',
+        'Programming Language :: Python :: 3.10',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Typing :: Typed',
+    ],
+)

@@ -1,0 +1,4 @@
+"""A language model that reads a sequence at several resolutions at once."""
+
+from .losses import LossParts as LossParts
+from .model import HierarchicalTransformer as HierarchicalTransformer

@@ -1,0 +1,78 @@
+"""From token embeddings to a level's tokens."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .levels import Level
+
+
+class Windows(nn.Module):
+    """The `compression` tokens that end at 0, stride, 2 * stride, ...; zeros stand before the first.
+
+    `(batch, seq, dim)` to `(batch, ceil(seq / stride), dim * compression)`.
+    """
+
+    def __init__(self, compression: int, stride: int) -> None:
+        super().__init__()
+        self.compression = compression
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, self.compression - 1, 0)).unfold(1, self.compression, self.stride).flatten(2)
+
+
+class WindowConv(nn.Module):
+    """A convolution over gathered windows: one matmul, where a strided conv1d's backward is pathologically slow."""
+
+    def __init__(self, dim_in: int, dim_out: int, kernel: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(dim_in, dim_out, kernel)
+
+    def forward(self, windows: Tensor) -> Tensor:
+        return F.linear(windows, self.conv.weight.flatten(1), self.conv.bias)
+
+
+class Compressor(nn.Module):
+    """Makes a level's tokens: token `j` sees embeddings `j * stride - (compression - 1)` to `j * stride`.
+
+    `(batch, seq, dim_embed)` to `(batch, ceil(seq / stride), dim)`. A causal convolution to four times the
+    embedding width, SiLU, and a projection to the level's width. A level without compression keeps the
+    embeddings, or projects them where the widths differ.
+
+    With `reconstruct`, `to_recon` maps a level token to `compression * num_tokens` logits, one set for each id
+    that the convolution saw.
+    """
+
+    def __init__(self, level: Level, *, dim_embed: int, num_tokens: int, reconstruct: bool) -> None:
+        super().__init__()
+        c = level.compression
+        self.compress_fn: nn.Module
+
+        if c == 1:
+            same = level.dim == dim_embed
+            self.compress_fn = nn.Identity() if same else nn.Linear(dim_embed, level.dim, bias=False)
+        else:
+            inner = 4 * dim_embed
+            self.compress_fn = nn.Sequential(
+                Windows(c, level.stride),
+                WindowConv(dim_embed, inner, c),
+                nn.SiLU(),
+                Pointwise(inner, level.dim),
+            )
+
+        self.to_recon = nn.Linear(level.dim, c * num_tokens, bias=False) if reconstruct and c > 1 else None
+
+    def forward(self, embeds: Tensor) -> Tensor:
+        return self.compress_fn(embeds)
+
+
+class Pointwise(nn.Conv1d):
+    """A convolution of kernel 1 over `(batch, seq, dim)`, which is a linear map."""
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__(dim_in, dim_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.squeeze(-1), self.bias)

@@ -1,0 +1,134 @@
+"""A hierarchy level's settings, checked once, before anything is built."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Level:
+    """What one hierarchy level is made of.
+
+    A level compresses `compression` tokens into one, every `stride` tokens. Its tokens attend within `phases`
+    interleaved sub-sequences, each to itself and `window` tokens before it (None: all of them, 0: none).
+    """
+
+    compression: int
+    stride: int
+    dim: int
+    dim_head: int
+    heads: int
+    ff_mult: float
+    window: int | None
+    next_latent_loss_weight: float
+
+    @property
+    def phases(self) -> int:
+        return self.compression // self.stride
+
+    def length(self, n: int) -> int:
+        """How many level tokens `n` tokens become."""
+        return -(-n // self.stride)
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_int(name: str, value: Any, minimum: int = 1) -> int:
+    if not is_int(value) or value < minimum:
+        raise ValueError(f'{name} must be an integer of at least {minimum}, got {value!r}')
+    return value
+
+
+def check_number(name: str, value: Any, minimum: float = 0.0) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not minimum <= value < float('inf'):
+        raise ValueError(f'{name} must be a finite number of at least {minimum:g}, got {value!r}')
+    return value
+
+
+def check_sequence(name: str, value: Any) -> None:
+    if not isinstance(value, (tuple, list)):
+        raise ValueError(f'{name} must be a tuple or list, got {value!r}')
+
+
+def per_level(name: str, value: Any, count: int) -> tuple[Any, ...]:
+    """One value for every level, or a tuple (list) that has one for each."""
+    if not isinstance(value, (tuple, list)):
+        return (value,) * count
+    if len(value) != count:
+        raise ValueError(f'{name} must be one value or one for each of the {count} hierarchies, got {value!r}')
+    return tuple(value)
+
+
+def build_levels(
+    *,
+    hierarchies: int | Sequence[int],
+    hierarchical_stride: int | Sequence[int],
+    dim: int | Sequence[int],
+    dim_head: int | Sequence[int],
+    heads: int | Sequence[int],
+    ff_mult: float | Sequence[float],
+    window_sizes: int | Sequence[int | None] | None,
+    next_latent_loss_weight: float | Sequence[float],
+    seq_len: int,
+) -> tuple[Level, ...]:
+    """Turns the constructor's scalar-or-per-level arguments into levels.
+
+    Raises ValueError, naming the argument, where a value is not allowed.
+    """
+    compressions = tuple(hierarchies) if isinstance(hierarchies, (tuple, list)) else (hierarchies,)
+
+    if not compressions:
+        raise ValueError('hierarchies must name at least one compression factor, got none')
+    for c in compressions:
+        if not is_int(c) or c < 1 or c & (c - 1):
+            raise ValueError(f'hierarchies must be powers of two (1, 2, 4, ...), got {c!r} in {hierarchies!r}')
+    if len(set(compressions)) != len(compressions):
+        raise ValueError(f'hierarchies must all differ, got {hierarchies!r}')
+
+    count = len(compressions)
+    strides = per_level('hierarchical_stride', hierarchical_stride, count)
+    dims = per_level('dim', dim, count)
+    dim_heads = per_level('dim_head', dim_head, count)
+    all_heads = per_level('heads', heads, count)
+    ff_mults = per_level('ff_mult', ff_mult, count)
+    windows = per_level('window_sizes', window_sizes, count)
+    weights = per_level('next_latent_loss_weight', next_latent_loss_weight, count)
+
+    levels = []
+    for c, s, d, d_head, h, mult, w, weight in zip(
+        compressions, strides, dims, dim_heads, all_heads, ff_mults, windows, weights, strict=True
+    ):
+        if not is_int(s) or s < 1 or s & (s - 1):
+            raise ValueError(f'hierarchical_stride must be powers of two (1, 2, 4, ...), got {s!r} for hierarchy {c}')
+        if s > c:
+            raise ValueError(f'hierarchical_stride must not exceed its hierarchy, got stride {s} for hierarchy {c}')
+
+        # the token shift moves half of the channels, so there must be two of them
+        check_int('dim', d, 2)
+        check_int('heads', h)
+        check_number('ff_mult', mult)
+        check_number('next_latent_loss_weight', weight)
+        check_int('dim_head', d_head)
+        if int(d * mult) < 1:
+            raise ValueError(f'ff_mult must leave a hidden width of at least 1, got {mult!r} for dim {d}')
+        if w is not None:
+            check_int('window_sizes', w, 0)
+        if w != 0 and d_head % 2:
+            raise ValueError(f'dim_head must be even (rotary embeddings turn pairs of channels), got {d_head}')
+
+        if w is not None and w > seq_len // c:
+            warnings.warn(
+                f'window_sizes: {w} exceeds the {seq_len // c} tokens that hierarchy {c} has of seq_len {seq_len}, '
+                'so that level attends in full',
+                stacklevel=3,
+            )
+            w = None
+
+        levels.append(Level(c, s, d, d_head, h, mult, w, weight))
+
+    return tuple(levels)

@@ -1,0 +1,504 @@
+"""The model: embed, compress, (blocks, merge) x depth, logits and losses."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import ModelHubMixin, hf_hub_download
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+from .block import HierarchicalBlock
+from .compress import Compressor
+from .generate import generate
+from .levels import build_levels, check_int, check_number, check_sequence, is_int
+from .losses import (
+    LATENT_LOSSES,
+    ChunkSummarizer,
+    LatentDynamics,
+    LossParts,
+    cross_entropy,
+    next_latent_loss,
+    reconstruction_loss,
+)
+from .merge import HierarchicalMerge, concat_levels
+
+CONFIG_FILE = 'config.json'
+WEIGHTS_FILE = 'model.safetensors'
+
+# what the published package's windowed attention calls its rotary frequencies
+WINDOWED_FREQS = re.compile(r'(layers\.\d+\.\d+\.attn\.)attn_fn\.rel_pos\.inv_freq')
+# parts that exist only where a loss uses them
+OPTIONAL_KEYS = re.compile(r'(latent_dynamics\.\d+|chunk_summarizers\.\d+|compressors\.\d+\.to_recon)\.')
+
+
+class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hierarchical-transformer', license='mit'):
+    """A causal language model that reads a sequence at several resolutions at once.
+
+    Each hierarchy level compresses the token embeddings by its factor and runs its own transformer blocks. After
+    every layer a merge pools what the levels know into the level that predicts the next token. With one level it
+    is a plain GPT.
+
+    `dim`, `dim_head`, `heads`, `ff_mult`, `window_sizes`, `hierarchical_stride` and `next_latent_loss_weight` take
+    one value, or a tuple (list) with one for each hierarchy.
+
+    Args:
+        num_tokens: size of the vocabulary.
+        dim: width of the level. Embeddings have the largest of them.
+        depth: number of layers.
+        seq_len: the longest sequence that one pass reads.
+        dim_head: width of an attention head.
+        heads: number of attention heads.
+        ff_mult: hidden width of the feed-forward, as a multiple of `dim`.
+        hierarchies: compression factors, powers of two that differ: `(1, 2, 8)`.
+        window_sizes: how many tokens of the level before it a token attends to, besides itself. None is full
+            attention, 0 no attention. One that exceeds the level's length `seq_len // c` counts as full.
+        hierarchical_stride: how many tokens apart level tokens stand, a power of two up to the compression. The
+            level that predicts has stride 1.
+        hierarchy_merge_all: merge into all levels, instead of the predicting one alone.
+        predict_hierarchy: the compression factor of the level that predicts; the smallest by default.
+        predict_use_all_hierarchy: predict from all levels, concatenated.
+        recon_loss_weight: weight of the reconstruction loss. 0 builds no part of it.
+        next_latent_loss_weight: weight of the next-latent loss. 0 builds no part of it.
+        next_latent_loss_type: 'mse_and_cosine_sim', 'mse', 'smooth_l1', or a callable that maps prediction and
+            target, both `(batch, seq, dim)`, to a loss per element of that shape.
+        num_rollouts: how many steps ahead latents are predicted.
+        rollout_weights: one weight for each rollout step, equal by default; they are normalised.
+        dynamic_rollout_loss_weight: weigh later steps down where earlier ones fail.
+        dynamic_loss_decay: how fast.
+        chunk_summarizers: for each level None or a module that maps token embeddings `(batch, seq, max(dim))` to
+            summaries `(batch, ceil(seq / stride), dim)`, causally. None is the mean over the level's chunk.
+        detach_summaries: keep the next-latent loss from training the embeddings through the summaries.
+        dynamics_hidden_dim: hidden width of the latent dynamics, the level's width by default.
+        dynamics_num_layers: number of linear layers of the latent dynamics.
+        ignore_index: the id that no loss counts as a target.
+        use_flash_attn: accepted for the published package's sake. Attention always runs PyTorch's fused kernels.
+
+    Raises:
+        ValueError: a value is not allowed, or two contradict each other. The message names them.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_tokens: int,
+        dim: int | Sequence[int],
+        depth: int,
+        seq_len: int = 2048,
+        dim_head: int | Sequence[int] = 64,
+        heads: int | Sequence[int] = 8,
+        ff_mult: float | Sequence[float] = 4,
+        hierarchies: int | Sequence[int] = 1,
+        window_sizes: int | Sequence[int | None] | None = None,
+        hierarchical_stride: int | Sequence[int] = 1,
+        hierarchy_merge_all: bool = False,
+        predict_hierarchy: int | None = None,
+        predict_use_all_hierarchy: bool = False,
+        recon_loss_weight: float = 0.1,
+        next_latent_loss_weight: float | Sequence[float] = 0.25,
+        next_latent_loss_type: Literal['mse_and_cosine_sim', 'mse', 'smooth_l1']
+        | Callable[[Tensor, Tensor], Tensor] = 'mse_and_cosine_sim',
+        num_rollouts: int = 1,
+        rollout_weights: Sequence[float] | None = None,
+        dynamic_rollout_loss_weight: bool = True,
+        dynamic_loss_decay: float = 1.0,
+        chunk_summarizers: Sequence[nn.Module | None] | None = None,
+        detach_summaries: bool = True,
+        dynamics_hidden_dim: int | None = None,
+        dynamics_num_layers: int = 3,
+        ignore_index: int = 0,
+        use_flash_attn: bool = False,
+    ) -> None:
+        super().__init__()
+
+        check_int('num_tokens', num_tokens)
+        check_int('depth', depth)
+        check_int('seq_len', seq_len)
+        check_int('num_rollouts', num_rollouts)
+        check_int('dynamics_num_layers', dynamics_num_layers)
+        check_number('recon_loss_weight', recon_loss_weight)
+        check_number('dynamic_loss_decay', dynamic_loss_decay)
+        if dynamics_hidden_dim is not None:
+            check_int('dynamics_hidden_dim', dynamics_hidden_dim)
+        if not is_int(ignore_index):
+            raise ValueError(f'ignore_index must be an integer, got {ignore_index!r}')
+
+        levels = build_levels(
+            hierarchies=hierarchies,
+            hierarchical_stride=hierarchical_stride,
+            dim=dim,
+            dim_head=dim_head,
+            heads=heads,
+            ff_mult=ff_mult,
+            window_sizes=window_sizes,
+            next_latent_loss_weight=next_latent_loss_weight,
+            seq_len=seq_len,
+        )
+        self.levels = levels
+        self.num_tokens = num_tokens
+        self.seq_len = seq_len
+        self.ignore_index = ignore_index
+
+        # which level predicts, and from what
+
+        compressions = [level.compression for level in levels]
+        if predict_hierarchy is None:
+            predict_hierarchy = min(compressions)
+        if predict_hierarchy not in compressions:
+            raise ValueError(f'predict_hierarchy must be one of hierarchies {compressions}, got {predict_hierarchy!r}')
+        self.predict_level = compressions.index(predict_hierarchy)
+        self.predict_from = range(len(levels)) if predict_use_all_hierarchy else [self.predict_level]
+
+        if all(levels[i].stride > 1 for i in self.predict_from):
+            strides = {compressions[i]: levels[i].stride for i in self.predict_from}
+            raise ValueError(
+                'hierarchical_stride must be 1 for the level that predicts (predict_hierarchy), or for one level '
+                f'where all predict (predict_use_all_hierarchy), got strides {strides} by hierarchy'
+            )
+
+        # how the next latent is predicted
+
+        if isinstance(next_latent_loss_type, str):
+            if next_latent_loss_type not in LATENT_LOSSES:
+                raise ValueError(
+                    f'next_latent_loss_type must be one of {", ".join(LATENT_LOSSES)}, or a callable, '
+                    f'got {next_latent_loss_type!r}'
+                )
+            self.latent_loss_fn = LATENT_LOSSES[next_latent_loss_type]
+        elif callable(next_latent_loss_type):
+            self.latent_loss_fn = next_latent_loss_type
+        else:
+            raise ValueError(f'next_latent_loss_type must be a name or a callable, got {next_latent_loss_type!r}')
+
+        if rollout_weights is None:
+            rollout_weights = (1.0,) * num_rollouts
+        check_sequence('rollout_weights', rollout_weights)
+        if len(rollout_weights) != num_rollouts:
+            raise ValueError(
+                f'rollout_weights must have one value for each of the {num_rollouts} num_rollouts, '
+                f'got {tuple(rollout_weights)!r}'
+            )
+        for weight in rollout_weights:
+            check_number('rollout_weights', weight)
+        if sum(rollout_weights) == 0:
+            raise ValueError(f'rollout_weights must not all be zero, got {tuple(rollout_weights)!r}')
+        self.rollout_weights = tuple(rollout_weights)
+        self.rollout_decay = dynamic_loss_decay if dynamic_rollout_loss_weight else None
+
+        if chunk_summarizers is None:
+            chunk_summarizers = (None,) * len(levels)
+        check_sequence('chunk_summarizers', chunk_summarizers)
+        if len(chunk_summarizers) != len(levels):
+            raise ValueError(
+                f'chunk_summarizers must have one module or None for each of the {len(levels)} hierarchies, '
+                f'got {len(chunk_summarizers)}'
+            )
+        for level, summarizer in zip(levels, chunk_summarizers, strict=True):
+            if summarizer is not None and not isinstance(summarizer, nn.Module):
+                raise ValueError(f'chunk_summarizers must be modules or None, got {summarizer!r}')
+            if summarizer is not None and level.next_latent_loss_weight == 0:
+                raise ValueError(
+                    f'chunk_summarizers has a module for hierarchy {level.compression}, which has a '
+                    'next_latent_loss_weight of 0 and would never use it'
+                )
+        self.detach_summaries = detach_summaries
+        self.recon_loss_weight = recon_loss_weight
+
+        # what config.json cannot hold, for save_pretrained to refuse
+        self._not_in_config = [
+            name
+            for name, held in (
+                ('next_latent_loss_type', isinstance(next_latent_loss_type, str)),
+                ('chunk_summarizers', all(summarizer is None for summarizer in chunk_summarizers)),
+            )
+            if not held
+        ]
+
+        # parts, in the order in which a sequence passes through them
+
+        dim_embed = max(level.dim for level in levels)
+        reconstruct = recon_loss_weight > 0
+        self.token_emb = nn.Embedding(num_tokens, dim_embed)
+        self.compressors = nn.ModuleList(
+            Compressor(level, dim_embed=dim_embed, num_tokens=num_tokens, reconstruct=reconstruct) for level in levels
+        )
+        self.post_token_emb_norms = nn.ModuleList(nn.LayerNorm(level.dim) for level in levels)
+
+        into = range(len(levels)) if hierarchy_merge_all else [self.predict_level]
+        self.layers = nn.ModuleList(nn.ModuleList(HierarchicalBlock(level) for level in levels) for _ in range(depth))
+        self.hierarchical_merges = nn.ModuleList(
+            HierarchicalMerge(levels, into) for _ in range(depth) if len(levels) > 1
+        )
+
+        self.norms = nn.ModuleList(nn.LayerNorm(level.dim) for level in levels)
+        self.to_logits = nn.Linear(sum(levels[i].dim for i in self.predict_from), num_tokens, bias=False)
+
+        # keyed by the level's index, since a level without the loss has neither
+
+        self.latent_dynamics = nn.ModuleDict()
+        self.chunk_summarizers = nn.ModuleDict()
+        for i, (level, summarizer) in enumerate(zip(levels, chunk_summarizers, strict=True)):
+            if level.next_latent_loss_weight > 0:
+                self.latent_dynamics[str(i)] = LatentDynamics(
+                    level.dim, hidden_dim=dynamics_hidden_dim, num_layers=dynamics_num_layers
+                )
+                self.chunk_summarizers[str(i)] = summarizer or ChunkSummarizer(
+                    dim_embed=dim_embed, dim=level.dim, compression=level.compression, stride=level.stride
+                )
+
+        # a last norm that no loss reads still shapes the embeddings that forward returns, yet cannot be trained
+
+        for i, norm in enumerate(self.norms):
+            trained = i in self.predict_from or str(i) in self.latent_dynamics
+            if not trained and self.compressors[i].to_recon is None:
+                make_buffers(norm)
+
+        self.register_load_state_dict_pre_hook(adapt_published_keys)
+
+    def forward(
+        self,
+        ids: Tensor,
+        return_loss: bool = False,
+        return_hierarchical_token_embeds: bool = False,
+        return_hierarchical_embeds: bool = False,
+        return_logits_and_embeds: bool = False,
+        ablate_hierarchical_merge: bool = False,
+        *,
+        labels: Tensor | None = None,
+    ) -> Any:
+        """Reads ids `(batch, n)` of any integer dtype and returns next-token logits `(batch, n, num_tokens)`.
+
+        Args:
+            ids: what to read, each in `[0, num_tokens)`.
+            return_loss: return `(loss, parts)`, a scalar and `LossParts`. Predicts `ids[:, 1:]` from `ids[:, :-1]`.
+            return_hierarchical_token_embeds: return the levels' tokens as the blocks get them, one
+                `(batch, ceil(n / stride), dim)` for each level.
+            return_hierarchical_embeds: return the levels' final embeddings, likewise.
+            return_logits_and_embeds: return both logits and final embeddings.
+            ablate_hierarchical_merge: leave the merges out, to see what they are worth.
+            labels: with `return_loss`, the targets `(batch, n)` of all of `ids`, instead of `ids` shifted by one.
+                Those equal to `ignore_index` are left out.
+
+        Raises:
+            ValueError: ids or labels of the wrong rank, dtype, length or range; more than one thing to return.
+        """
+        wanted = {
+            'return_loss': return_loss,
+            'return_hierarchical_token_embeds': return_hierarchical_token_embeds,
+            'return_hierarchical_embeds': return_hierarchical_embeds,
+            'return_logits_and_embeds': return_logits_and_embeds,
+        }
+        if sum(map(bool, wanted.values())) > 1:
+            raise ValueError(f'forward returns one thing, got {", ".join(name for name in wanted if wanted[name])}')
+        if labels is not None and not return_loss:
+            raise ValueError('labels are for return_loss = True, which was not given')
+
+        check_ids('ids', ids, self.num_tokens)
+        if return_loss and labels is None:
+            if ids.shape[1] < 2:
+                raise ValueError(f'ids must have at least 2 tokens to predict one from another, got {ids.shape[1]}')
+            ids, labels = ids[:, :-1], ids[:, 1:]
+        elif labels is not None:
+            check_ids('labels', labels, self.num_tokens, also=self.ignore_index)
+            if labels.shape != ids.shape:
+                raise ValueError(f'labels must have the shape of ids {tuple(ids.shape)}, got {tuple(labels.shape)}')
+        ids = ids.long()
+
+        n = ids.shape[1]
+        if n > self.seq_len:
+            raise ValueError(f'ids must have at most seq_len = {self.seq_len} tokens in a pass, got {n}')
+
+        embeds = self.token_emb(ids)
+        tokens = [
+            norm(compress(embeds)) for compress, norm in zip(self.compressors, self.post_token_emb_norms, strict=True)
+        ]
+
+        if return_hierarchical_token_embeds:
+            return tokens
+
+        for blocks, merge in zip_longest(self.layers, self.hierarchical_merges):
+            tokens = [block(x) for block, x in zip(blocks, tokens, strict=True)]  # type: ignore[arg-type]
+            if merge is not None and not ablate_hierarchical_merge:
+                tokens = merge(tokens)
+
+        tokens = [norm(x) for norm, x in zip(self.norms, tokens, strict=True)]
+
+        if return_hierarchical_embeds:
+            return tokens
+
+        predict_levels = [self.levels[i] for i in self.predict_from]
+        logits = self.to_logits(concat_levels([tokens[i] for i in self.predict_from], predict_levels))
+
+        if return_logits_and_embeds:
+            return logits, tokens
+        if labels is None:
+            return logits
+
+        ce = cross_entropy(logits, labels.long(), self.ignore_index)
+        recon = self.reconstruction_loss(tokens, ids)
+        per_level = self.next_latent_losses(tokens, embeds, ids)
+        weights = [level.next_latent_loss_weight for level in self.levels]
+        next_latent = torch.stack([weight * loss for weight, loss in zip(weights, per_level, strict=True)]).sum()
+        loss = ce + next_latent + self.recon_loss_weight * recon
+        return loss, LossParts(ce, next_latent, recon, per_level)
+
+    def reconstruction_loss(self, tokens: Sequence[Tensor], ids: Tensor) -> Tensor:
+        """The sum over compressed levels of how well their final tokens give back the ids they were made of."""
+        loss = tokens[0].new_zeros(())
+        for x, level, compressor in zip(tokens, self.levels, self.compressors, strict=True):
+            if compressor.to_recon is not None:
+                loss = loss + reconstruction_loss(
+                    compressor.to_recon(x),  # type: ignore[operator]
+                    ids,
+                    compression=level.compression,
+                    stride=level.stride,
+                    ignore_index=self.ignore_index,
+                )
+        return loss
+
+    def next_latent_losses(self, tokens: Sequence[Tensor], embeds: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        """Each level's next-latent loss before its weight, zero where the weight is."""
+        if self.detach_summaries:
+            embeds = embeds.detach()
+
+        losses = []
+        for i, (x, level) in enumerate(zip(tokens, self.levels, strict=True)):
+            if str(i) not in self.latent_dynamics:
+                losses.append(x.new_zeros(()))
+                continue
+            summaries = self.chunk_summarizers[str(i)](embeds)
+            if summaries.shape != x.shape:
+                raise ValueError(
+                    f'chunk_summarizers of hierarchy {level.compression} must return shape {tuple(x.shape)}, '
+                    f'got {tuple(summaries.shape)}'
+                )
+            loss = next_latent_loss(
+                x,
+                summaries,
+                ids[:, :: level.stride] != self.ignore_index,
+                dynamics=self.latent_dynamics[str(i)],
+                loss_fn=self.latent_loss_fn,
+                rollout_weights=self.rollout_weights,
+                decay=self.rollout_decay,
+            )
+            losses.append(loss)
+        return tuple(losses)
+
+    @torch.no_grad()
+    def generate(self, prompt: Tensor, seq_len: int, temperature: float = 1.0, filter_thres: float = 0.9) -> Tensor:
+        """Samples `seq_len` new ids after `prompt`: `(batch, n)` to `(batch, seq_len)`, without the prompt.
+
+        Args:
+            prompt: ids to go on from, at least one a row. Of more than `seq_len` ids, the model's, the last count.
+            seq_len: how many new ids.
+            temperature: divides the logits; 0 takes the likeliest id each time.
+            filter_thres: share of the vocabulary, the least likely, that is never drawn.
+
+        Raises:
+            ValueError: an empty prompt, or one of the wrong rank, dtype or range; a negative temperature.
+        """
+        check_ids('prompt', prompt, self.num_tokens)
+        check_int('seq_len', seq_len, 0)
+        check_number('temperature', temperature)
+        if not 0 <= filter_thres <= 1:
+            raise ValueError(f'filter_thres must be between 0 and 1, got {filter_thres!r}')
+
+        was_training = self.training
+        self.eval()
+        try:
+            return generate(
+                self, prompt, seq_len, context=self.seq_len, temperature=temperature, filter_thres=filter_thres
+            )
+        finally:
+            self.train(was_training)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        if self._not_in_config:
+            raise ValueError(
+                f'{" and ".join(self._not_in_config)} cannot be written to {CONFIG_FILE}, so the folder could not be '
+                'loaded again: save the state dict instead'
+            )
+        partial = save_directory / f'{WEIGHTS_FILE}.partial'
+        save_model(self, str(partial))
+        os.replace(partial, save_directory / WEIGHTS_FILE)
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        map_location: str = 'cpu',
+        config: Mapping[str, Any] | None = None,
+        **model_kwargs: Any,
+    ) -> HierarchicalTransformer:
+        unknown = set(config or ()) - set(cls._hub_mixin_init_parameters)
+        if unknown:
+            raise ValueError(f'{CONFIG_FILE} of {model_id} has settings unknown here: {", ".join(sorted(unknown))}')
+
+        if os.path.isdir(model_id):
+            weights = os.path.join(model_id, WEIGHTS_FILE)
+        else:
+            weights = hf_hub_download(
+                repo_id=model_id,
+                filename=WEIGHTS_FILE,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                token=token,
+                local_files_only=local_files_only,
+            )
+
+        model = cls(**model_kwargs)
+        try:
+            load_model(model, weights, device=map_location)
+        except SafetensorError as error:
+            raise ValueError(f'{weights} is torn, or no safetensors file: {error}') from error
+        return model.to(map_location).eval()
+
+
+def check_ids(name: str, ids: Tensor, num_tokens: int, also: int | None = None) -> None:
+    """Refuses ids that are not `(batch, n)` integers of at least one token, in `[0, num_tokens)` or equal to `also`."""
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f'{name} must be a tensor of integers, got {getattr(ids, "dtype", type(ids).__name__)}')
+    if ids.ndim != 2:
+        raise ValueError(f'{name} must have shape (batch, seq), got {tuple(ids.shape)}')
+    if 0 in ids.shape:
+        raise ValueError(f'{name} must hold at least one token, got shape {tuple(ids.shape)}')
+
+    # reading values would make an accelerator wait, or break a compiled graph
+    if ids.device.type == 'cpu' and not torch.compiler.is_compiling():
+        allowed = ids if also is None else ids[ids != also]
+        if allowed.numel():
+            low, high = (int(value) for value in allowed.aminmax())
+            if low < 0 or high >= num_tokens:
+                raise ValueError(f'{name} must be in [0, {num_tokens}), got values from {low} to {high}')
+
+
+def make_buffers(module: nn.Module) -> None:
+    """Turns a module's parameters into buffers: still saved and loaded, no longer trained."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        delattr(module, name)
+        module.register_buffer(name, parameter.detach())
+
+
+def adapt_published_keys(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Makes weights of the published package fit: renames what is named otherwise, leaves out what has no use here."""
+    own = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        name = key[len(prefix) :]
+        if freqs := WINDOWED_FREQS.fullmatch(name):
+            state_dict[f'{prefix}{freqs[1]}rotary_emb.freqs'] = state_dict.pop(key)
+        elif (part := OPTIONAL_KEYS.match(name)) and not any(mine.startswith(part[0]) for mine in own):
+            del state_dict[key]

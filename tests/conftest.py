@@ -1,0 +1,116 @@
+"""What several tests share: random configurations, and the published package's numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from torch import Tensor
+
+from simple_hierarchical_transformer import HierarchicalTransformer
+
+GOLDEN = sorted((Path(__file__).parent / 'golden').glob('*.safetensors'))
+SEQ_LEN = 48
+
+# the same examples on every machine, and no clock: a busy one must not fail a test
+settings.register_profile(
+    'suite',
+    deadline=None,
+    derandomize=True,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile('suite')
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope='session')
+def _offline() -> Any:
+    """No test may depend on the network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('HF_HUB_OFFLINE', '1')
+        yield
+
+
+class Golden(NamedTuple):
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        return {key[len(prefix) :]: value for key, value in self.tensors.items() if key.startswith(prefix)}
+
+    def model(self) -> HierarchicalTransformer:
+        """In float64, with the published weights."""
+        model = HierarchicalTransformer(**self.config).double()
+        model.load_state_dict({key: value.double() for key, value in self.under('weights/').items()})
+        return model
+
+
+def load_golden(path: Path) -> Golden:
+    with safe_open(path, 'pt') as file:
+        return Golden(json.loads(file.metadata()['config']), {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+
+
+@pytest.fixture(params=GOLDEN, ids=lambda path: path.stem)
+def golden(request: pytest.FixtureRequest) -> Golden:
+    return load_golden(request.param)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> dict[str, Any]:
+    """Constructor arguments of a small model, over every option there is."""
+    hierarchies = draw(st.lists(st.sampled_from([1, 2, 4, 8]), min_size=1, max_size=3, unique=True))
+    count = len(hierarchies)
+
+    strides = [draw(st.sampled_from([s for s in (1, 2, 4, 8) if s <= c])) for c in hierarchies]
+    predict_all = draw(st.booleans())
+    # one level must say something at each position
+    fine = draw(st.integers(0, count - 1))
+    strides[fine] = 1
+
+    def each(values: st.SearchStrategy[Any]) -> Any:
+        return draw(st.one_of(values, st.tuples(*[values] * count)))
+
+    return dict(
+        num_tokens=11,
+        dim=each(st.sampled_from([4, 7, 8])),
+        depth=draw(st.integers(1, 2)),
+        seq_len=SEQ_LEN,
+        dim_head=each(st.sampled_from([2, 4])),
+        heads=each(st.integers(1, 2)),
+        ff_mult=each(st.sampled_from([1, 2.5])),
+        hierarchies=tuple(hierarchies),
+        hierarchical_stride=tuple(strides),
+        window_sizes=each(st.sampled_from([None, 0, 1, 3, 6])),
+        hierarchy_merge_all=draw(st.booleans()),
+        predict_hierarchy=hierarchies[fine],
+        predict_use_all_hierarchy=predict_all,
+        recon_loss_weight=draw(st.sampled_from([0.0, 0.1])),
+        next_latent_loss_weight=each(st.sampled_from([0.0, 0.25])),
+        next_latent_loss_type=draw(st.sampled_from(['mse_and_cosine_sim', 'mse', 'smooth_l1'])),
+        num_rollouts=draw(st.integers(1, 3)),
+        dynamic_rollout_loss_weight=draw(st.booleans()),
+        detach_summaries=draw(st.booleans()),
+        dynamics_num_layers=draw(st.integers(1, 3)),
+        ignore_index=draw(st.sampled_from([0, -1])),
+    )
+
+
+def build(config: dict[str, Any], seed: int = 0) -> HierarchicalTransformer:
+    """A float64 model in which nothing is left at the zeros and ones it starts with."""
+    torch.manual_seed(seed)
+    model = HierarchicalTransformer(**config).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model

@@ -1,0 +1,150 @@
+"""What is refused, where it enters, with an error that names the argument and what came."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from simple_hierarchical_transformer import HierarchicalTransformer
+
+GOOD: dict[str, Any] = dict(num_tokens=11, dim=8, depth=1, seq_len=16, dim_head=4, heads=2)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (dict(num_tokens=0), 'num_tokens must be an integer of at least 1, got 0'),
+        (dict(num_tokens=1.5), 'num_tokens must be an integer of at least 1, got 1.5'),
+        (dict(depth=0), 'depth must be an integer of at least 1, got 0'),
+        (dict(depth=True), 'depth must be an integer of at least 1, got True'),
+        (dict(seq_len=0), 'seq_len must be an integer of at least 1, got 0'),
+        (dict(dim=0), 'dim must be an integer of at least 2, got 0'),
+        (dict(dim=(8, 8)), 'dim must be one value or one for each of the 1 hierarchies, got (8, 8)'),
+        (dict(dim=(8,), hierarchies=(1, 2)), 'dim must be one value or one for each of the 2 hierarchies, got (8,)'),
+        (dict(heads=0), 'heads must be an integer of at least 1, got 0'),
+        (dict(heads='two'), "heads must be an integer of at least 1, got 'two'"),
+        (dict(dim_head=0), 'dim_head must be an integer of at least 1, got 0'),
+        (dict(dim_head=3), 'dim_head must be even (rotary embeddings turn pairs of channels), got 3'),
+        (dict(ff_mult=0), 'ff_mult must leave a hidden width of at least 1, got 0 for dim 8'),
+        (dict(ff_mult=-1), 'ff_mult must be a finite number of at least 0, got -1'),
+        (dict(hierarchies=()), 'hierarchies must name at least one compression factor, got none'),
+        (dict(hierarchies=(1, 3)), 'hierarchies must be powers of two (1, 2, 4, ...), got 3 in (1, 3)'),
+        (dict(hierarchies=0), 'hierarchies must be powers of two (1, 2, 4, ...), got 0 in 0'),
+        (dict(hierarchies=(2, 2)), 'hierarchies must all differ, got (2, 2)'),
+        (dict(hierarchies=(1, 2.0)), 'hierarchies must be powers of two (1, 2, 4, ...), got 2.0'),
+        (
+            dict(hierarchies=(1, 4), hierarchical_stride=(1, 3)),
+            'hierarchical_stride must be powers of two (1, 2, 4, ...), got 3 for hierarchy 4',
+        ),
+        (
+            dict(hierarchies=(1, 4), hierarchical_stride=(1, 8)),
+            'hierarchical_stride must not exceed its hierarchy, got stride 8 for hierarchy 4',
+        ),
+        (dict(hierarchies=(1, 4), hierarchical_stride=2), 'hierarchical_stride must not exceed its hierarchy'),
+        (
+            dict(hierarchies=(1, 4), hierarchical_stride=(1, 2), predict_hierarchy=4),
+            'hierarchical_stride must be 1 for the level that predicts (predict_hierarchy)',
+        ),
+        (
+            dict(hierarchies=(2, 4), hierarchical_stride=(2, 4), predict_use_all_hierarchy=True),
+            'for one level where all predict (predict_use_all_hierarchy), got strides {2: 2, 4: 4}',
+        ),
+        (dict(predict_hierarchy=2), 'predict_hierarchy must be one of hierarchies [1], got 2'),
+        (dict(window_sizes=-1), 'window_sizes must be an integer of at least 0, got -1'),
+        (dict(window_sizes=2.5), 'window_sizes must be an integer of at least 0, got 2.5'),
+        (dict(window_sizes=(4, None)), 'window_sizes must be one value or one for each of the 1 hierarchies'),
+        (dict(recon_loss_weight=-0.1), 'recon_loss_weight must be a finite number of at least 0, got -0.1'),
+        (dict(recon_loss_weight=float('nan')), 'recon_loss_weight must be a finite number of at least 0, got nan'),
+        (dict(next_latent_loss_weight=-1), 'next_latent_loss_weight must be a finite number of at least 0, got -1'),
+        (dict(next_latent_loss_weight=(0.1, 0.2)), 'next_latent_loss_weight must be one value or one for each of'),
+        (dict(next_latent_loss_type='l2'), 'next_latent_loss_type must be one of mse_and_cosine_sim, mse, smooth_l1'),
+        (dict(next_latent_loss_type=3), 'next_latent_loss_type must be a name or a callable, got 3'),
+        (dict(num_rollouts=0), 'num_rollouts must be an integer of at least 1, got 0'),
+        (dict(num_rollouts=2, rollout_weights=(1.0,)), 'rollout_weights must have one value for each of the 2'),
+        (dict(rollout_weights=1.0), 'rollout_weights must be a tuple or list, got 1.0'),
+        (dict(rollout_weights=(0.0,)), 'rollout_weights must not all be zero, got (0.0,)'),
+        (dict(rollout_weights=(-1.0,)), 'rollout_weights must be a finite number of at least 0, got -1.0'),
+        (dict(dynamic_loss_decay=-1), 'dynamic_loss_decay must be a finite number of at least 0, got -1'),
+        (dict(dynamics_hidden_dim=0), 'dynamics_hidden_dim must be an integer of at least 1, got 0'),
+        (dict(dynamics_num_layers=0), 'dynamics_num_layers must be an integer of at least 1, got 0'),
+        (dict(ignore_index=None), 'ignore_index must be an integer, got None'),
+        (dict(chunk_summarizers=nn.Identity()), 'chunk_summarizers must be a tuple or list, got Identity()'),
+        (dict(chunk_summarizers=(None, None)), 'chunk_summarizers must have one module or None for each of the 1'),
+        (dict(chunk_summarizers=(3,)), 'chunk_summarizers must be modules or None, got 3'),
+        (
+            dict(chunk_summarizers=(nn.Identity(),), next_latent_loss_weight=0),
+            'chunk_summarizers has a module for hierarchy 1, which has a next_latent_loss_weight of 0',
+        ),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else '',
+)
+def test_constructor_refuses(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        HierarchicalTransformer(**{**GOOD, **arguments})
+
+
+def test_constructor_refuses_unknown_arguments() -> None:
+    with pytest.raises(TypeError, match='windows'):
+        HierarchicalTransformer(**GOOD, windows=3)
+
+
+IDS = torch.zeros(2, 8, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ('ids', 'arguments', 'message'),
+    [
+        (IDS + 11, {}, 'ids must be in [0, 11), got values from 11 to 11'),
+        (IDS - 1, {}, 'ids must be in [0, 11), got values from -1 to -1'),
+        (IDS.float(), {}, 'ids must be a tensor of integers, got torch.float32'),
+        (IDS.bool(), {}, 'ids must be a tensor of integers, got torch.bool'),
+        ([[1, 2]], {}, 'ids must be a tensor of integers, got list'),
+        (IDS[0], {}, 'ids must have shape (batch, seq), got (8,)'),
+        (IDS[:, :, None], {}, 'ids must have shape (batch, seq), got (2, 8, 1)'),
+        (IDS[:, :0], {}, 'ids must hold at least one token, got shape (2, 0)'),
+        (IDS[:0], {}, 'ids must hold at least one token, got shape (0, 8)'),
+        (IDS.repeat(1, 3), {}, 'ids must have at most seq_len = 16 tokens in a pass, got 24'),
+        (IDS[:, :1], dict(return_loss=True), 'ids must have at least 2 tokens to predict one from another, got 1'),
+        (IDS, dict(labels=IDS), 'labels are for return_loss = True'),
+        (IDS, dict(return_loss=True, labels=IDS[:, 1:]), 'labels must have the shape of ids (2, 8), got (2, 7)'),
+        (IDS, dict(return_loss=True, labels=IDS + 11), 'labels must be in [0, 11), got values from 11 to 11'),
+        (IDS, dict(return_loss=True, labels=IDS.float()), 'labels must be a tensor of integers, got torch.float32'),
+        (
+            IDS,
+            dict(return_loss=True, return_hierarchical_embeds=True),
+            'forward returns one thing, got return_loss, return_hierarchical_embeds',
+        ),
+    ],
+)
+def test_forward_refuses(ids: Any, arguments: dict[str, Any], message: str) -> None:
+    model = HierarchicalTransformer(**GOOD)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model(ids, **arguments)
+
+
+@pytest.mark.parametrize(
+    ('prompt', 'arguments', 'message'),
+    [
+        (IDS[:, :0], {}, 'prompt must hold at least one token, got shape (2, 0)'),
+        (IDS[0], {}, 'prompt must have shape (batch, seq), got (8,)'),
+        (IDS + 11, {}, 'prompt must be in [0, 11), got values from 11 to 11'),
+        (IDS.float(), {}, 'prompt must be a tensor of integers, got torch.float32'),
+        (IDS, dict(temperature=-1.0), 'temperature must be a finite number of at least 0, got -1.0'),
+        (IDS, dict(filter_thres=1.1), 'filter_thres must be between 0 and 1, got 1.1'),
+        (IDS, dict(seq_len=-1), 'seq_len must be an integer of at least 0, got -1'),
+    ],
+)
+def test_generate_refuses(prompt: torch.Tensor, arguments: dict[str, Any], message: str) -> None:
+    model = HierarchicalTransformer(**GOOD)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model.generate(prompt, **{'seq_len': 2, **arguments})
+
+
+def test_summarizer_of_the_wrong_shape_is_named() -> None:
+    model = HierarchicalTransformer(**GOOD, hierarchies=(1, 2), chunk_summarizers=(None, nn.Linear(8, 5)))
+    with pytest.raises(ValueError, match=re.escape('chunk_summarizers of hierarchy 2 must return shape (2, 7, 8)')):
+        model(IDS, return_loss=True)

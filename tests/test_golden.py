@@ -1,0 +1,70 @@
+"""The same weights give the same numbers as the published package 0.4.0: to 1e-5 relative, in float64."""
+
+from __future__ import annotations
+
+import torch
+from conftest import GOLDEN, Golden
+from torch import Tensor
+
+TOLERANCE = 1e-5
+
+
+def assert_same(ours: Tensor, published: Tensor) -> None:
+    difference = (ours.detach() - published.double()).norm()
+    assert difference <= TOLERANCE * published.double().norm()
+
+
+def test_all_ten_files_are_here() -> None:
+    assert len(GOLDEN) == 10
+
+
+def test_logits(golden: Golden) -> None:
+    model, ids = golden.model(), golden.tensors['ids']
+    assert_same(model(ids), golden.tensors['logits'])
+    assert_same(model(ids, ablate_hierarchical_merge=True), golden.tensors['ablated_logits'])
+
+
+def test_embeddings(golden: Golden) -> None:
+    model, ids = golden.model(), golden.tensors['ids']
+    for prefix, ours in (
+        ('token_embeds/', model(ids, return_hierarchical_token_embeds=True)),
+        ('embeds/', model(ids, return_hierarchical_embeds=True)),
+    ):
+        published = golden.under(prefix)
+        assert len(published) == len(ours)
+        for level, embeds in enumerate(ours):
+            assert_same(embeds, published[str(level)])
+
+    logits, embeds = model(ids, return_logits_and_embeds=True)
+    assert_same(logits, golden.tensors['logits'])
+    assert_same(embeds[-1], golden.tensors[f'embeds/{len(embeds) - 1}'])
+
+
+def test_losses_and_gradients(golden: Golden) -> None:
+    model = golden.model()
+    loss, parts = model(golden.tensors['ids'], return_loss=True)
+    loss.backward()
+
+    assert_same(loss, golden.tensors['loss'])
+    assert_same(parts.ce, golden.tensors['ce_loss'])
+    assert_same(parts.next_latent, golden.tensors['next_latent_loss'])
+    assert_same(parts.recon, golden.tensors['recon_loss'])
+
+    norms = {name: parameter.grad.norm() for name, parameter in model.named_parameters()}
+    published = golden.under('grad_norm/')
+    assert norms.keys() == published.keys()
+    for name, norm in norms.items():
+        assert_same(norm, published[name])
+
+
+def test_weights_survive_a_round_trip(golden: Golden) -> None:
+    """What was loaded of the published package is saved whole and loads again."""
+    model, again = golden.model(), golden.model()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(model(golden.tensors['ids']), again(golden.tensors['ids']))
+
+
+def test_weights_load_as_part_of_another_module(golden: Golden) -> None:
+    outer = torch.nn.ModuleDict({'inner': golden.model()})
+    weights = {f'inner.{key}': value for key, value in golden.under('weights/').items()}
+    outer.load_state_dict(weights)
