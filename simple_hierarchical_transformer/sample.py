@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(args.seed)
 
     model = HierarchicalTransformer.from_pretrained(args.checkpoint)
-    prompt = torch.tensor([list(args.prompt.encode())])
+    prompt = torch.tensor([list(args.prompt.encode())], dtype=torch.long)
     try:
         new = model.generate(prompt, args.length, temperature=args.temperature, filter_thres=args.filter_thres)
     except ValueError as error:
