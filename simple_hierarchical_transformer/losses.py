@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .levels import check_number, check_sequence
+
 LatentLoss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -62,6 +64,33 @@ LATENT_LOSSES: dict[str, LatentLoss] = {
     'mse': mse,
     'smooth_l1': smooth_l1,
 }
+
+
+def find_latent_loss(named: str | LatentLoss) -> LatentLoss:
+    """The loss of that name, or the callable itself. Raises ValueError where it is neither."""
+    if isinstance(named, str) and named in LATENT_LOSSES:
+        return LATENT_LOSSES[named]
+    if isinstance(named, str) or not callable(named):
+        raise ValueError(
+            f'next_latent_loss_type must be one of {", ".join(LATENT_LOSSES)}, or a callable, got {named!r}'
+        )
+    return named
+
+
+def normalise_rollout_weights(weights: Sequence[float] | None, num_rollouts: int) -> tuple[float, ...]:
+    """A weight for each step ahead, equal where none are given, that sum to 1. Raises ValueError where they cannot."""
+    if weights is None:
+        weights = (1.0,) * num_rollouts
+    check_sequence('rollout_weights', weights)
+    if len(weights) != num_rollouts:
+        raise ValueError(
+            f'rollout_weights must have one value for each of the {num_rollouts} num_rollouts, got {tuple(weights)!r}'
+        )
+    for weight in weights:
+        check_number('rollout_weights', weight)
+    if sum(weights) == 0:
+        raise ValueError(f'rollout_weights must not all be zero, got {tuple(weights)!r}')
+    return tuple(weight / sum(weights) for weight in weights)
 
 
 class ChunkSummarizer(nn.Module):
@@ -121,9 +150,11 @@ def next_latent_loss(
     """How well `dynamics` rolls a level's latents forward, a step for each of `rollout_weights`.
 
     latents, summaries: `(batch, seq, dim)`; valid: `(batch, seq)`, which tokens count as targets. Every step starts
-    from the same first `seq - steps` latents, and step weights are normalised. With `decay`, each token's step is
-    further scaled by exp(-decay * its summed loss of the steps before), as in Teoh et al. 2025, arXiv 2511.05963.
-    A sequence no longer than the rollout adds zero.
+    from the same first `seq - steps` latents, so a sequence no longer than the rollout adds zero. Targets are
+    detached. With `decay`, each token's step is further scaled by exp(-decay * its summed loss of the steps before):
+    a rollout that has gone astray is not worth following.
+
+    Next-latent prediction: Teoh et al. 2025, arXiv 2511.05963.
     """
     steps = len(rollout_weights)
     starts = max(latents.shape[1] - steps, 0)
@@ -137,8 +168,7 @@ def next_latent_loss(
         pred = dynamics(pred, summaries[:, reached])
         loss = loss_fn(pred, targets[:, reached]).expand_as(pred).mean(dim=-1)
 
-        scale = weight / sum(rollout_weights)
-        weighted = loss * scale if decay is None else loss * scale * (-decay * so_far).exp()
+        weighted = loss * weight if decay is None else loss * weight * (-decay * so_far).exp()
         so_far = so_far + loss.detach()
 
         mask = valid[:, reached]

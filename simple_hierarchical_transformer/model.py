@@ -20,12 +20,13 @@ from .compress import Compressor
 from .generate import generate
 from .levels import build_levels, check_int, check_number, check_sequence, is_int
 from .losses import (
-    LATENT_LOSSES,
     ChunkSummarizer,
     LatentDynamics,
     LossParts,
     cross_entropy,
+    find_latent_loss,
     next_latent_loss,
+    normalise_rollout_weights,
     reconstruction_loss,
 )
 from .merge import HierarchicalMerge, concat_levels
@@ -165,31 +166,8 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
 
         # how the next latent is predicted
 
-        if isinstance(next_latent_loss_type, str):
-            if next_latent_loss_type not in LATENT_LOSSES:
-                raise ValueError(
-                    f'next_latent_loss_type must be one of {", ".join(LATENT_LOSSES)}, or a callable, '
-                    f'got {next_latent_loss_type!r}'
-                )
-            self.latent_loss_fn = LATENT_LOSSES[next_latent_loss_type]
-        elif callable(next_latent_loss_type):
-            self.latent_loss_fn = next_latent_loss_type
-        else:
-            raise ValueError(f'next_latent_loss_type must be a name or a callable, got {next_latent_loss_type!r}')
-
-        if rollout_weights is None:
-            rollout_weights = (1.0,) * num_rollouts
-        check_sequence('rollout_weights', rollout_weights)
-        if len(rollout_weights) != num_rollouts:
-            raise ValueError(
-                f'rollout_weights must have one value for each of the {num_rollouts} num_rollouts, '
-                f'got {tuple(rollout_weights)!r}'
-            )
-        for weight in rollout_weights:
-            check_number('rollout_weights', weight)
-        if sum(rollout_weights) == 0:
-            raise ValueError(f'rollout_weights must not all be zero, got {tuple(rollout_weights)!r}')
-        self.rollout_weights = tuple(rollout_weights)
+        self.latent_loss_fn = find_latent_loss(next_latent_loss_type)
+        self.rollout_weights = normalise_rollout_weights(rollout_weights, num_rollouts)
         self.rollout_decay = dynamic_loss_decay if dynamic_rollout_loss_weight else None
 
         if chunk_summarizers is None:
@@ -212,14 +190,11 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
         self.recon_loss_weight = recon_loss_weight
 
         # what config.json cannot hold, for save_pretrained to refuse
-        self._not_in_config = [
-            name
-            for name, held in (
-                ('next_latent_loss_type', isinstance(next_latent_loss_type, str)),
-                ('chunk_summarizers', all(summarizer is None for summarizer in chunk_summarizers)),
-            )
-            if not held
-        ]
+        self._not_in_config = []
+        if not isinstance(next_latent_loss_type, str):
+            self._not_in_config.append('next_latent_loss_type')
+        if any(summarizer is not None for summarizer in chunk_summarizers):
+            self._not_in_config.append('chunk_summarizers')
 
         # parts, in the order in which a sequence passes through them
 

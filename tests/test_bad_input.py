@@ -62,7 +62,7 @@ GOOD: dict[str, Any] = dict(num_tokens=11, dim=8, depth=1, seq_len=16, dim_head=
         (dict(next_latent_loss_weight=-1), 'next_latent_loss_weight must be a finite number of at least 0, got -1'),
         (dict(next_latent_loss_weight=(0.1, 0.2)), 'next_latent_loss_weight must be one value or one for each of'),
         (dict(next_latent_loss_type='l2'), 'next_latent_loss_type must be one of mse_and_cosine_sim, mse, smooth_l1'),
-        (dict(next_latent_loss_type=3), 'next_latent_loss_type must be a name or a callable, got 3'),
+        (dict(next_latent_loss_type=3), 'or a callable, got 3'),
         (dict(num_rollouts=0), 'num_rollouts must be an integer of at least 1, got 0'),
         (dict(num_rollouts=2, rollout_weights=(1.0,)), 'rollout_weights must have one value for each of the 2'),
         (dict(rollout_weights=1.0), 'rollout_weights must be a tuple or list, got 1.0'),
