@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from .levels import Level
 from .mixers import Attention
 from .norm import RMSNorm
+from .state import BlockState, keep
 
 
-def shift_tokens(x: Tensor) -> Tensor:
-    """Delays the second half of the channels by one token: `(batch, seq, dim)`. Peng et al. 2023, arXiv 2305.13048."""
+def shift_tokens(x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Delays the second half of the channels by one token: `(batch, seq, dim)`. Peng et al. 2023, arXiv 2305.13048.
+
+    `before`, `(batch, 1, dim // 2)`, are those channels of the token before the first, zeros at the start. Returns
+    the last token's likewise.
+    """
     kept, delayed = x.chunk(2, dim=-1)
-    return torch.cat((kept, F.pad(delayed, (0, 0, 1, -1))), dim=-1)
+    last = delayed[:, -1:]
+    delayed = F.pad(delayed, (0, 0, 1, -1)) if before is None else torch.cat((before, delayed[:, :-1]), dim=1)
+    return torch.cat((kept, delayed), dim=-1), last
 
 
 class FeedForward(nn.Module):
@@ -35,6 +45,28 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
+class Group(NamedTuple):
+    """Phases side by side that a chunk meets equally often."""
+
+    phase: int  # the first of them
+    count: int  # how many
+    token: int  # the chunk's first token of the first of them
+    rounds: int  # how many tokens each has in the chunk
+    start: int  # how many tokens each had before
+
+
+def phase_groups(start: int, length: int, phases: int) -> Iterator[Group]:
+    """How a chunk of `length` level tokens, the first of index `start`, falls into phases.
+
+    Counted from the phase that comes next, the chunk has whole rounds over all phases, and the first few once more:
+    so there are at most three groups, and one where the chunk is one token, or all rounds are whole from phase 0.
+    """
+    offset, whole, more = start % phases, length // phases, length % phases
+    for first, end in pairwise(sorted({0, more, phases - offset, phases})):
+        if rounds := whole + (first < more):
+            yield Group((offset + first) % phases, end - first, first, rounds, (start + first) // phases)
+
+
 class HierarchicalBlock(nn.Module):
     """Token mixing, then feed-forward, each on shifted tokens and added to the stream. `(batch, seq, dim)`.
 
@@ -52,15 +84,53 @@ class HierarchicalBlock(nn.Module):
         )
         self.ff = FeedForward(level.dim, level.ff_mult)
 
-    def forward(self, x: Tensor) -> Tensor:
-        b, n, _ = x.shape
-        p = self.phases
+    def forward(self, x: Tensor, state: BlockState | None = None, start: int = 0) -> tuple[Tensor, BlockState | None]:
+        """Level tokens `(batch, seq, dim)`, the first of index `start`."""
+        if self.phases == 1 and x.shape[1]:
+            state = state and state.map(lambda tensor: tensor[0])
+            x, state = self.mix(x, state, start)
+            return x, state and state.map(lambda tensor: tensor[None])
 
-        # zeros at the end make the last round whole; nothing before them can see them
-        x = rearrange(F.pad(x, (0, 0, 0, -n % p)), 'b (n p) d -> (b p) n d', p=p)
+        b, n, d = x.shape
+        outs, parts = [], []
+        for group in phase_groups(start, n, self.phases):
+            # (batch, rounds, dim, phases) is a view; phases go first, as in the state
+            end = group.token + (group.rounds - 1) * self.phases + group.count
+            tokens = x[:, group.token : end].unfold(1, group.count, self.phases).permute(3, 0, 1, 2)
+
+            part = state and state.phases(group.phase, group.count)
+            out, part = self.mix(
+                tokens.flatten(0, 1), part and part.map(lambda tensor: tensor.flatten(0, 1)), group.start
+            )
+            outs.append(out.unflatten(0, (-1, b)))
+            if part:
+                parts.append((group.phase, part.map(lambda tensor: tensor.unflatten(0, (-1, b)))))
+
+        if not outs:
+            return x, state
+
+        # whole rounds over all phases, then the phases that come once more
+        whole, more = n // self.phases, n % self.phases
+        rounds = torch.cat([out[:, :, :whole] for out in outs]) if whole else x.new_empty(0, b, 0, d)
+        last = [out[:, :, whole] for out in outs if out.shape[2] > whole]
+        x = rounds.permute(1, 2, 0, 3).reshape(b, whole * self.phases, d)
+        if more:
+            x = torch.cat((x, torch.cat(last).transpose(0, 1)), dim=1)
+        return x, state and state.joined(sorted(parts, key=lambda part: part[0]))
+
+    def mix(self, x: Tensor, state: BlockState | None, start: int) -> tuple[Tensor, BlockState | None]:
+        """One sequence a row, with its own state."""
+        attn_shift = keys = values = None
 
         if self.attn is not None:
-            x = x + self.attn(shift_tokens(x))
-        x = x + self.ff(shift_tokens(x))
+            shifted, last = shift_tokens(x, state and state.attn_shift)
+            cache = state and (state.keys, state.values)
+            out, cache = self.attn(shifted, cache, start)
+            x = x + out
+            if state:
+                attn_shift = keep(state.attn_shift, last)
+                keys, values = cache
 
-        return rearrange(x, '(b p) n d -> b (n p) d', b=b)[:, :n]
+        shifted, last = shift_tokens(x, state and state.ff_shift)
+        x = x + self.ff(shifted)
+        return x, state and BlockState(attn_shift, keep(state.ff_shift, last), keys, values)

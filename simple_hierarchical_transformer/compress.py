@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .levels import Level
+from .state import keep
 
 
 class Windows(nn.Module):
-    """The `compression` tokens that end at 0, stride, 2 * stride, ...; zeros stand before the first.
+    """The `compression` tokens that end at each position that is a multiple of the stride.
 
-    `(batch, seq, dim)` to `(batch, ceil(seq / stride), dim * compression)`.
+    x: `(batch, compression - 1 + seq, dim)`, the tokens before the sequence and the sequence, of which token
+    `offset` is the first at such a position. Returns `(batch, ceil((seq - offset) / stride), dim * compression)`.
     """
 
     def __init__(self, compression: int, stride: int) -> None:
@@ -19,8 +22,11 @@ class Windows(nn.Module):
         self.compression = compression
         self.stride = stride
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x, (0, 0, self.compression - 1, 0)).unfold(1, self.compression, self.stride).flatten(2)
+    def forward(self, x: Tensor, offset: int = 0) -> Tensor:
+        batch, length, dim = x.shape
+        if length - offset < self.compression:
+            return x.new_empty(batch, 0, dim * self.compression)
+        return x[:, offset:].unfold(1, self.compression, self.stride).flatten(2)
 
 
 class WindowConv(nn.Module):
@@ -48,6 +54,8 @@ class Compressor(nn.Module):
     def __init__(self, level: Level, *, dim_embed: int, num_tokens: int, reconstruct: bool) -> None:
         super().__init__()
         c = level.compression
+        self.compression = c
+        self.stride = level.stride
         self.compress_fn: nn.Module
 
         if c == 1:
@@ -64,8 +72,19 @@ class Compressor(nn.Module):
 
         self.to_recon = nn.Linear(level.dim, c * num_tokens, bias=False) if reconstruct and c > 1 else None
 
-    def forward(self, embeds: Tensor) -> Tensor:
-        return self.compress_fn(embeds)
+    def forward(self, embeds: Tensor, state: Tensor | None = None, position: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Embeddings `(batch, seq, dim_embed)` that begin at `position`; the state is those before it."""
+        if not isinstance(self.compress_fn, nn.Sequential):
+            return self.compress_fn(embeds), None
+
+        windows, *rest = self.compress_fn
+        before = self.compression - 1
+        x = F.pad(embeds, (0, 0, before, 0)) if state is None else torch.cat((state, embeds), dim=1)
+
+        tokens = windows(x, -position % self.stride)
+        for part in rest:
+            tokens = part(tokens)
+        return tokens, None if state is None else keep(state, x[:, -before:])
 
 
 class Pointwise(nn.Conv1d):

@@ -37,12 +37,17 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
     return total / (targets != ignore_index).sum().clamp(min=1)
 
 
-def reconstruction_loss(logits: Tensor, ids: Tensor, *, compression: int, stride: int, ignore_index: int) -> Tensor:
-    """Cross entropy of the ids that each level token's compressor saw, those before the start left out.
+def reconstruction_loss(
+    logits: Tensor, ids: Tensor, *, compression: int, stride: int, ignore_index: int, offset: int = 0
+) -> Tensor:
+    """Cross entropy of the ids that each level token's compressor saw, those before the first of `ids` left out.
 
-    logits: `(batch, ceil(seq / stride), compression * num_tokens)`, ids: `(batch, seq)`.
+    logits: `(batch, ceil((seq - offset) / stride), compression * num_tokens)`, ids: `(batch, seq)`. The first level
+    token ends at `offset`.
     """
-    seen = F.pad(ids, (compression - 1, 0), value=ignore_index).unfold(1, compression, stride)
+    if not logits.shape[1]:
+        return logits.sum()
+    seen = F.pad(ids, (compression - 1, 0), value=ignore_index)[:, offset:].unfold(1, compression, stride)
     return cross_entropy(logits.unflatten(-1, (compression, -1)), seen, ignore_index)
 
 
@@ -96,7 +101,8 @@ def normalise_rollout_weights(weights: Sequence[float] | None, num_rollouts: int
 class ChunkSummarizer(nn.Module):
     """What a level token's chunk holds: the mean of the embeddings its compressor sees, brought to the level's width.
 
-    `(batch, seq, dim_embed)` to `(batch, ceil(seq / stride), dim)`. At the start, the mean is over those that exist.
+    `(batch, seq, dim_embed)` to `(batch, ceil((seq - offset) / stride), dim)`, the first chunk ending at `offset`. At
+    the start, the mean is over those that exist.
     """
 
     def __init__(self, *, dim_embed: int, dim: int, compression: int, stride: int) -> None:
@@ -105,10 +111,12 @@ class ChunkSummarizer(nn.Module):
         self.stride = stride
         self.proj = nn.Identity() if dim == dim_embed else nn.Linear(dim_embed, dim)
 
-    def forward(self, embeds: Tensor) -> Tensor:
+    def forward(self, embeds: Tensor, offset: int = 0) -> Tensor:
         c, s = self.compression, self.stride
-        summed = F.pad(embeds, (0, 0, c - 1, 0)).unfold(1, c, s).sum(dim=-1)
-        end = torch.arange(summed.shape[1], device=embeds.device) * s + 1
+        if embeds.shape[1] <= offset:
+            return self.proj(embeds[:, :0])
+        summed = F.pad(embeds, (0, 0, c - 1, 0))[:, offset:].unfold(1, c, s).sum(dim=-1)
+        end = torch.arange(summed.shape[1], device=embeds.device) * s + offset + 1
         return self.proj(summed / end.clamp(max=c)[:, None])
 
 

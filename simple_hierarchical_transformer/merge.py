@@ -9,20 +9,34 @@ from torch import Tensor, nn
 
 from .levels import Level
 from .norm import RMSNorm
+from .state import keep
 
 
-def upsample(x: Tensor, stride: int, n: int) -> Tensor:
-    """Repeats each level token for its `stride` positions: `(batch, ceil(n / stride), d)` to `(batch, n, d)`."""
-    return x if stride == 1 else x.repeat_interleave(stride, dim=1)[:, :n]
+Coarse = tuple[Tensor | None, ...]
 
 
-def concat_levels(tokens: Sequence[Tensor], levels: Sequence[Level]) -> Tensor:
+def concat_levels(
+    tokens: Sequence[Tensor], levels: Sequence[Level], coarse: Coarse | None = None, position: int = 0
+) -> tuple[Tensor, Coarse | None]:
     """All levels' tokens side by side at each position: `(batch, n, sum of dims)`.
 
-    `n` is the length of the finest level at hand, which has stride 1 wherever a model predicts from it.
+    A level token of stride s is repeated for its s positions. The chunk begins at `position`, and where that is in
+    the middle of a stride, the token that stands for its first positions is the last of the chunk before: `coarse`
+    has one `(batch, 1, dim)` for each level of a stride. `n` is the length of the finest level at hand, which has
+    stride 1 wherever a model predicts from it.
     """
     n = max(x.shape[1] for x in tokens)
-    return torch.cat([upsample(x, level.stride, n) for x, level in zip(tokens, levels, strict=True)], dim=-1)
+    columns: list[Tensor] = []
+    kept: list[Tensor | None] = []
+
+    for x, level, last in zip(tokens, levels, coarse or (None,) * len(levels), strict=True):
+        begun = position % level.stride
+        if begun and last is not None:
+            x = torch.cat((last, x), dim=1)
+        kept.append(last if last is None or not x.shape[1] else keep(last, x[:, -1:]))
+        columns.append(x if level.stride == 1 else x.repeat_interleave(level.stride, dim=1)[:, begun : begun + n])
+
+    return torch.cat(columns, dim=-1), coarse and tuple(kept)
 
 
 class HierarchicalMerge(nn.Module):
@@ -47,10 +61,14 @@ class HierarchicalMerge(nn.Module):
             nn.Linear(2 * dim_out, dim_out),
         )
 
-    def forward(self, tokens: Sequence[Tensor]) -> list[Tensor]:
-        pooled = self.net(concat_levels(tokens, self.levels))
+    def forward(
+        self, tokens: Sequence[Tensor], coarse: Coarse | None = None, position: int = 0
+    ) -> tuple[list[Tensor], Coarse | None]:
+        joined, coarse = concat_levels(tokens, self.levels, coarse, position)
+        pooled = self.net(joined)
 
         merged = list(tokens)
         for i, update in zip(self.into, pooled.split(self.dims, dim=-1), strict=True):
-            merged[i] = merged[i] + update[:, :: self.levels[i].stride]
-        return merged
+            stride = self.levels[i].stride
+            merged[i] = merged[i] + update[:, -position % stride :: stride]
+        return merged, coarse

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from .block import HierarchicalBlock
 from .compress import Compressor
 from .generate import generate
-from .levels import build_levels, check_int, check_number, check_sequence, is_int
+from .levels import Level, build_levels, check_int, check_number, check_sequence, is_int
 from .losses import (
     ChunkSummarizer,
     LatentDynamics,
@@ -30,6 +31,7 @@ from .losses import (
     reconstruction_loss,
 )
 from .merge import HierarchicalMerge, concat_levels
+from .state import BlockState, State
 
 CONFIG_FILE = 'config.json'
 WEIGHTS_FILE = 'model.safetensors'
@@ -247,8 +249,15 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
         ablate_hierarchical_merge: bool = False,
         *,
         labels: Tensor | None = None,
+        state: State | None = None,
+        return_state: bool = False,
     ) -> Any:
         """Reads ids `(batch, n)` of any integer dtype and returns next-token logits `(batch, n, num_tokens)`.
+
+        With `return_state`, the state comes last: `logits, state = model(ids, return_state = True)` reads a
+        sequence's beginning, `model(ids, state = state, return_state = True)` what comes next. Chunks of any
+        lengths give what one pass gives, and there is no limit to their sum. Full attention then reaches back
+        `ceil(seq_len / c)` tokens of its phase, and older ones leave.
 
         Args:
             ids: what to read, each in `[0, num_tokens)`.
@@ -260,9 +269,13 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
             ablate_hierarchical_merge: leave the merges out, to see what they are worth.
             labels: with `return_loss`, the targets `(batch, n)` of all of `ids`, instead of `ids` shifted by one.
                 Those equal to `ignore_index` are left out.
+            state: what was read before, as `return_state` gave it. Without gradients it is consumed: written in
+                place and handed back. Auxiliary losses see the chunk alone.
+            return_state: return the state after these ids, too. A state is not read without being returned.
 
         Raises:
-            ValueError: ids or labels of the wrong rank, dtype, length or range; more than one thing to return.
+            ValueError: ids or labels of the wrong rank, dtype, length or range; more than one thing to return; a
+                state of another model, batch size, dtype or device.
         """
         wanted = {
             'return_loss': return_loss,
@@ -286,45 +299,143 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
                 raise ValueError(f'labels must have the shape of ids {tuple(ids.shape)}, got {tuple(labels.shape)}')
         ids = ids.long()
 
-        n = ids.shape[1]
-        if n > self.seq_len:
-            raise ValueError(f'ids must have at most seq_len = {self.seq_len} tokens in a pass, got {n}')
+        if state is not None:
+            self.check_state(state, ids)
+            if not return_state:
+                raise ValueError('state is consumed: return_state = True hands it back, and was not given')
+        elif return_state:
+            state = self.initial_state(ids.shape[0])
+        elif ids.shape[1] > self.seq_len:
+            raise ValueError(f'ids must have at most seq_len = {self.seq_len} tokens in a pass, got {ids.shape[1]}')
+        position = 0 if state is None else state.position
 
         embeds = self.token_emb(ids)
-        tokens = [
-            norm(compress(embeds)) for compress, norm in zip(self.compressors, self.post_token_emb_norms, strict=True)
-        ]
+        token_embeds, state = self.compress(embeds, state)
+        final, predict_from, state = self.run_layers(token_embeds, state, position, ablate_hierarchical_merge)
+        if state is not None:
+            state = replace(state, position=position + ids.shape[1])
 
+        output: tuple[Any, ...]
         if return_hierarchical_token_embeds:
-            return tokens
+            output = (token_embeds,)
+        elif return_hierarchical_embeds:
+            output = (final,)
+        else:
+            logits = self.to_logits(predict_from)
+            if return_logits_and_embeds:
+                output = (logits, final)
+            elif labels is None:
+                output = (logits,)
+            else:
+                output = self.losses(logits, final, embeds, ids, labels.long(), position)
 
-        for blocks, merge in zip_longest(self.layers, self.hierarchical_merges):
-            tokens = [block(x) for block, x in zip(blocks, tokens, strict=True)]  # type: ignore[arg-type]
-            if merge is not None and not ablate_hierarchical_merge:
-                tokens = merge(tokens)
+        if return_state:
+            output = (*output, state)
+        return output if len(output) > 1 else output[0]
+
+    def compress(self, embeds: Tensor, state: State | None) -> tuple[list[Tensor], State | None]:
+        """The levels' tokens from the embeddings `(batch, n, max(dim))`."""
+        tokens, kept = [], []
+        for i, (compress, norm) in enumerate(zip(self.compressors, self.post_token_emb_norms, strict=True)):
+            x, before = compress(embeds, state and state.embeds[i], state.position if state else 0)
+            tokens.append(norm(x))
+            kept.append(before)
+        return tokens, state and replace(state, embeds=tuple(kept))
+
+    def run_layers(
+        self, tokens: list[Tensor], state: State | None, position: int, ablate_merge: bool
+    ) -> tuple[list[Tensor], Tensor, State | None]:
+        """The levels' final embeddings, and those of them that predict, side by side at each position."""
+        blocks, coarse = [], []
+
+        for i, (layer, merge) in enumerate(zip_longest(self.layers, self.hierarchical_merges)):
+            mixed = [
+                block(x, state and state.blocks[i][j], self.levels[j].length(position))
+                for j, (block, x) in enumerate(zip(layer, tokens, strict=True))  # type: ignore[arg-type]
+            ]
+            tokens = [x for x, _ in mixed]
+            blocks.append(tuple(kept for _, kept in mixed))
+
+            if merge is not None and not ablate_merge:
+                tokens, last = merge(tokens, state and state.coarse[i], position)
+                coarse.append(last)
+            elif state:
+                coarse.append(state.coarse[i])
 
         tokens = [norm(x) for norm, x in zip(self.norms, tokens, strict=True)]
+        predict_from, last = concat_levels(
+            [tokens[i] for i in self.predict_from],
+            [self.levels[i] for i in self.predict_from],
+            state and state.coarse[-1],
+            position,
+        )
+        return tokens, predict_from, state and replace(state, blocks=tuple(blocks), coarse=(*coarse, last))
 
-        if return_hierarchical_embeds:
-            return tokens
-
-        predict_levels = [self.levels[i] for i in self.predict_from]
-        logits = self.to_logits(concat_levels([tokens[i] for i in self.predict_from], predict_levels))
-
-        if return_logits_and_embeds:
-            return logits, tokens
-        if labels is None:
-            return logits
-
-        ce = cross_entropy(logits, labels.long(), self.ignore_index)
-        recon = self.reconstruction_loss(tokens, ids)
-        per_level = self.next_latent_losses(tokens, embeds, ids)
+    def losses(
+        self, logits: Tensor, tokens: Sequence[Tensor], embeds: Tensor, ids: Tensor, labels: Tensor, position: int
+    ) -> tuple[Tensor, LossParts]:
+        """The loss and its parts. What the levels' tokens stand for is sought in `ids`, which begin at `position`."""
+        ce = cross_entropy(logits, labels, self.ignore_index)
+        recon = self.reconstruction_loss(tokens, ids, position)
+        per_level = self.next_latent_losses(tokens, embeds, ids, position)
         weights = [level.next_latent_loss_weight for level in self.levels]
         next_latent = torch.stack([weight * loss for weight, loss in zip(weights, per_level, strict=True)]).sum()
         loss = ce + next_latent + self.recon_loss_weight * recon
         return loss, LossParts(ce, next_latent, recon, per_level)
 
-    def reconstruction_loss(self, tokens: Sequence[Tensor], ids: Tensor) -> Tensor:
+    def initial_state(self, batch_size: int) -> State:
+        """The state of a model that has read nothing, in the dtype and on the device of its weights.
+
+        A level with a window of w keeps w tokens and the one at hand in each of its phases, one with full attention
+        `ceil(seq_len / c)` and the one at hand.
+        """
+        like = self.token_emb.weight
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+        def block_state(level: Level) -> BlockState:
+            rows = (level.phases, batch_size)
+            shift = (*rows, 1, level.dim // 2)
+            if level.window == 0:
+                return BlockState(None, zeros(*shift), None, None)
+            reach = -(-self.seq_len // level.compression) if level.window is None else level.window
+            cache = (*rows, level.heads, reach + 1, level.dim_head)
+            return BlockState(zeros(*shift), zeros(*shift), zeros(*cache), zeros(*cache))
+
+        def coarse(levels: Sequence[Level]) -> tuple[Tensor | None, ...]:
+            return tuple(zeros(batch_size, 1, level.dim) if level.stride > 1 else None for level in levels)
+
+        return State(
+            position=0,
+            spec=(self.seq_len, *self.levels),
+            embeds=tuple(
+                zeros(batch_size, level.compression - 1, like.shape[1]) if level.compression > 1 else None
+                for level in self.levels
+            ),
+            blocks=tuple(tuple(block_state(level) for level in self.levels) for _ in self.layers),
+            coarse=(
+                *(coarse(self.levels) for _ in self.layers),
+                coarse([self.levels[i] for i in self.predict_from]),
+            ),
+        )
+
+    def check_state(self, state: State, ids: Tensor) -> None:
+        """Refuses a state that is not of this model, or not for these ids."""
+        if not isinstance(state, State):
+            raise ValueError(f'state must be what return_state gave, got {type(state).__name__}')
+        if state.spec != (self.seq_len, *self.levels) or len(state.blocks) != len(self.layers):
+            raise ValueError('state is of another model: its levels, depth or seq_len differ from those here')
+        like = self.token_emb.weight
+        for name, got, expected in (
+            ('batch size', state.batch_size, ids.shape[0]),
+            ('dtype', state.dtype, like.dtype),
+            ('device', state.device, like.device),
+        ):
+            if got != expected:
+                raise ValueError(f'state must have {name} {expected}, got {got}')
+
+    def reconstruction_loss(self, tokens: Sequence[Tensor], ids: Tensor, position: int = 0) -> Tensor:
         """The sum over compressed levels of how well their final tokens give back the ids they were made of."""
         loss = tokens[0].new_zeros(())
         for x, level, compressor in zip(tokens, self.levels, self.compressors, strict=True):
@@ -334,11 +445,14 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
                     ids,
                     compression=level.compression,
                     stride=level.stride,
+                    offset=-position % level.stride,
                     ignore_index=self.ignore_index,
                 )
         return loss
 
-    def next_latent_losses(self, tokens: Sequence[Tensor], embeds: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+    def next_latent_losses(
+        self, tokens: Sequence[Tensor], embeds: Tensor, ids: Tensor, position: int = 0
+    ) -> tuple[Tensor, ...]:
         """Each level's next-latent loss before its weight, zero where the weight is."""
         if self.detach_summaries:
             embeds = embeds.detach()
@@ -348,7 +462,9 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
             if str(i) not in self.latent_dynamics:
                 losses.append(x.new_zeros(()))
                 continue
-            summaries = self.chunk_summarizers[str(i)](embeds)
+            offset = -position % level.stride
+            summarizer = self.chunk_summarizers[str(i)]
+            summaries = summarizer(embeds, offset) if isinstance(summarizer, ChunkSummarizer) else summarizer(embeds)
             if summaries.shape != x.shape:
                 raise ValueError(
                     f'chunk_summarizers of hierarchy {level.compression} must return shape {tuple(x.shape)}, '
@@ -357,7 +473,7 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
             loss = next_latent_loss(
                 x,
                 summaries,
-                ids[:, :: level.stride] != self.ignore_index,
+                ids[:, offset :: level.stride] != self.ignore_index,
                 dynamics=self.latent_dynamics[str(i)],
                 loss_fn=self.latent_loss_fn,
                 rollout_weights=self.rollout_weights,

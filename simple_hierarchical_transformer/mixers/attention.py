@@ -13,32 +13,39 @@ from .rotary import Rotary
 # a block of fewer queries than this spends its time on overhead
 MIN_BLOCK = 64
 
+Cache = tuple[Tensor, Tensor]
+
 
 def attend_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Softmax attention of each token to itself and the `window` tokens before it.
 
-    q, k, v and the result: `(batch, heads, seq, dim_head)`. Queries go in blocks no smaller than the window, so
-    each block finds all its keys in itself and in the block before: time and memory grow as `seq * window`.
+    q and the result: `(batch, heads, seq, dim_head)`; k, v: `(batch, heads, past + seq, dim_head)`, where the first
+    `past <= window` belong to tokens before the sequence. Queries go in blocks no smaller than the window, so each
+    block finds all its keys in itself and in the block before: time and memory grow as `seq * window`.
     """
     b, h, n, d = q.shape
+    past = k.shape[-2] - n
     block = max(window, MIN_BLOCK)
 
     if n <= block:
-        i = torch.arange(n, device=q.device)
-        distance = i[:, None] - i
+        if past + n - 1 <= window and (past == 0 or n == 1):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=n > 1)
+        distance = torch.arange(past, past + n, device=q.device)[:, None] - torch.arange(past + n, device=q.device)
         band = (distance >= 0) & (distance <= window)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=band)
 
     # batch and heads fold into one axis, blocks take the place of heads: one mask then serves every row
     blocks = -(-n // block)
-    q, k, v = (F.pad(t, (0, 0, 0, blocks * block - n)).reshape(b * h, blocks, block, d) for t in (q, k, v))
-    k, v = (torch.cat((F.pad(t, (0, 0, 0, 0, 1, 0))[:, :-1], t), dim=-2) for t in (k, v))
+    tail = blocks * block - n
+    q = F.pad(q, (0, 0, 0, tail)).reshape(b * h, blocks, block, d)
+    k, v = (F.pad(t, (0, 0, block - past, tail)).reshape(b * h, blocks + 1, block, d) for t in (k, v))
+    k, v = (torch.cat((t[:, :-1], t[:, 1:]), dim=-2) for t in (k, v))
 
     i = torch.arange(block, device=q.device)
     j = torch.arange(-block, block, device=q.device)
     distance = i[:, None] - j
     band = ((distance >= 0) & (distance <= window)).expand(blocks, -1, -1)
-    before_start = (torch.arange(blocks, device=q.device)[:, None] == 0) & (j < 0)
+    before_start = (torch.arange(blocks, device=q.device)[:, None] == 0) & (j < -past)
     mask = band & ~before_start[:, None]
 
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None])
@@ -53,6 +60,9 @@ class Attention(nn.Module):
     conventions of local-attention's `LocalMHA`. Vaswani et al. 2017, arXiv 1706.03762.
 
     Time `O(seq * min(seq, window))`, memory `O(seq)` or `O(seq * window)`.
+
+    Its state are the keys and values of the last tokens, each `(batch, heads, reach + 1, dim_head)`, a ring in which
+    token `r` stands in slot `r % (reach + 1)`. With a state, full attention too reaches back `reach` tokens.
     """
 
     def __init__(self, *, dim: int, dim_head: int = 64, heads: int = 8, window: int | None = None) -> None:
@@ -67,15 +77,41 @@ class Attention(nn.Module):
         self.to_qkv = nn.Linear(dim, 3 * inner, bias=False)
         self.to_out = nn.Linear(inner, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None = None, start: int = 0) -> tuple[Tensor, Cache | None]:
+        """x: `(batch, seq, dim)`, tokens `start` to `start + seq` of the sequence."""
         qkv = self.to_qkv(self.norm(x))
         q, k, v = rearrange(qkv, 'b n (qkv h d) -> qkv b h n d', qkv=3, h=self.heads)
 
-        q, k = self.rotary_emb(q, k)
-
-        if self.window is None:
+        if cache is not None:
+            q, k = self.rotary_emb.relative_to_block(q, k, start)
+            out, cache = self.attend_cached(q, k, v, cache, start)
+        elif self.window is None:
+            q, k = self.rotary_emb(q, k)
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
+            q, k = self.rotary_emb(q, k)
             out = attend_window(q, k, v, self.window)
 
-        return self.to_out(rearrange(out, 'b h n d -> b n (h d)'))
+        return self.to_out(rearrange(out, 'b h n d -> b n (h d)')), cache
+
+    def attend_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: Cache, start: int) -> tuple[Tensor, Cache]:
+        n, slots = k.shape[-2], cache[0].shape[-2]
+        keys, values = (self.rotary_emb.next_block(cache[0], start, n), cache[1])
+
+        # only the newest can still be reached by what comes
+        new = torch.arange(max(start, start + n - slots), start + n, device=k.device) % slots
+        in_place = not torch.is_grad_enabled()
+
+        if n == 1 and in_place:
+            keys[:, :, start % slots], values[:, :, start % slots] = k[:, :, 0], v[:, :, 0]
+            seen = min(start + 1, slots)
+            return F.scaled_dot_product_attention(q, keys[:, :, :seen], values[:, :, :seen]), (keys, values)
+
+        old = torch.arange(max(0, start - slots + 1), start, device=k.device) % slots
+        all_keys, all_values = (
+            torch.cat((kept.index_select(2, old), fresh), dim=2) for kept, fresh in ((keys, k), (values, v))
+        )
+        out = attend_window(q, all_keys, all_values, slots - 1)
+
+        put = Tensor.index_copy_ if in_place else Tensor.index_copy
+        return out, (put(keys, 2, new, k[:, :, -len(new) :]), put(values, 2, new, v[:, :, -len(new) :]))

@@ -10,13 +10,16 @@ from torch import Tensor, nn
 
 THETA = 10_000.0
 XPOS_SCALE_BASE = 512.0
+# positions after which what is cached of xPos moves on to a new origin, so that its factors never leave float32
+BLOCK = 2048
 
 
 class Rotary(nn.Module):
     """Turns each pair of channels by an angle that grows with position, so that scores see distances alone.
 
     `pairs` says which channels form a pair: neighbours (2i, 2i + 1), or the two halves (i, i + dim / 2). With
-    `xpos`, scores also decay with distance. Angles and products are formed in float32 (float64 for float64 input).
+    `xpos`, scores also decay with distance. Products are formed in float32 (float64 for float64 input); angles in
+    float64, which stays exact at any position.
 
     RoPE: Su et al. 2021, arXiv 2104.09864, eq. 34. xPos: Sun et al. 2022, arXiv 2212.10554, eq. 12.
     """
@@ -31,22 +34,45 @@ class Rotary(nn.Module):
         # saved with the weights, as in the published package
         self.register_buffer('freqs', THETA ** -(torch.arange(0, dim, 2) / dim))
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q, k: `(batch, heads, seq, dim)`, position 0 first. Shapes and dtype are kept."""
+    def forward(self, q: Tensor, k: Tensor, start: int = 0, origin: int | None = None) -> tuple[Tensor, Tensor]:
+        """q, k: `(batch, heads, seq, dim)`, at positions `start` and on. Shapes and dtype are kept.
+
+        With xPos, queries and keys can meet where their factors count from the same `origin`: by default the
+        middle, which keeps both small.
+        """
         n = q.shape[-2]
         dtype = torch.promote_types(q.dtype, torch.float32)
-        position = torch.arange(n, device=q.device, dtype=dtype)
-        angles = torch.outer(position, self.freqs.to(dtype))
-        cos, sin = angles.cos(), angles.sin()
+        exact = torch.float32 if q.device.type == 'mps' else torch.float64
+        position = torch.arange(start, start + n, device=q.device, dtype=exact)
+        angles = torch.outer(position, self.freqs.to(exact))
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
 
         if not self.xpos:
             return self.turn(q, cos, sin), self.turn(k, cos, sin)
 
-        # only the ratio of the two factors matters; counting from the middle keeps both small
-        channel = torch.arange(0, self.dim, 2, device=q.device, dtype=dtype)
-        base = (channel + 0.4 * self.dim) / (1.4 * self.dim)
-        decay = base ** ((position - n // 2) / XPOS_SCALE_BASE)[:, None]
+        decay = self.decay(position - (start + n // 2 if origin is None else origin)).to(dtype)
         return self.turn(q, cos * decay, sin * decay), self.turn(k, cos / decay, sin / decay)
+
+    def decay(self, distance: Tensor) -> Tensor:
+        """xPos' factor of each pair of channels at each distance: `(n,)` to `(n, dim / 2)`."""
+        channel = torch.arange(0, self.dim, 2, device=distance.device, dtype=distance.dtype)
+        base = (channel + 0.4 * self.dim) / (1.4 * self.dim)
+        return base ** (distance / XPOS_SCALE_BASE)[:, None]
+
+    def relative_to_block(self, q: Tensor, k: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Like `forward`, with the block's beginning in which the chunk ends as the origin, for a cache to rely on."""
+        last = start + q.shape[-2] - 1
+        return self(q, k, start, last // BLOCK * BLOCK)
+
+    def next_block(self, keys: Tensor, start: int, n: int) -> Tensor:
+        """Cached keys `(batch, heads, slots, dim)` of tokens before `start`, for queries of a chunk of `n` to meet."""
+        blocks = (start + n - 1) // BLOCK - max(start - 1, 0) // BLOCK
+        if not self.xpos or not blocks:
+            return keys
+        distance = torch.full((1,), blocks * BLOCK, device=keys.device, dtype=torch.float32)
+        factor = self.decay(distance)[0]
+        factor = factor.repeat_interleave(2) if self.pairs == 'interleaved' else factor.repeat(2)
+        return keys * factor.to(keys.dtype) if torch.is_grad_enabled() else keys.mul_(factor)
 
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         axis, split = (-1, (-1, 2)) if self.pairs == 'interleaved' else (-2, (2, -1))

@@ -1,0 +1,146 @@
+"""What a model keeps of a sequence between its chunks.
+
+Every stateful part maps `(chunk, state) -> (output, state)`, and chunks of any lengths give what one pass gives. The
+classes here hold tensors and a position, nothing else. All rows of a batch stand at the same position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def keep(old: Tensor, new: Tensor) -> Tensor:
+    """`new` as the state from now on: written over `old` where no gradient can need that, else a tensor of its own."""
+    return new.clone() if torch.is_grad_enabled() else old.copy_(new)
+
+
+@dataclass(frozen=True)
+class BlockState:
+    """What a block keeps, phase by phase.
+
+    Phases lead, so that the phases a chunk meets are a slice: a view, not a copy.
+    """
+
+    attn_shift: Tensor | None
+    """`(phases, batch, 1, dim // 2)`: the last token's delayed channels, where there is attention."""
+    ff_shift: Tensor
+    """`(phases, batch, 1, dim // 2)`: likewise before the feed-forward."""
+    keys: Tensor | None
+    """`(phases, batch, heads, window + 1, dim_head)`: a ring, token `r` of its phase in slot `r % (window + 1)`."""
+    values: Tensor | None
+    """`(phases, batch, heads, window + 1, dim_head)`, likewise."""
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> BlockState:
+        held = (self.attn_shift, self.ff_shift, self.keys, self.values)
+        return BlockState(*(None if tensor is None else fn(tensor) for tensor in held))  # type: ignore[arg-type]
+
+    def phases(self, first: int, count: int) -> BlockState:
+        """Views of `count` phases."""
+        return self.map(lambda tensor: tensor[first : first + count])
+
+    def joined(self, parts: Sequence[tuple[int, BlockState]]) -> BlockState:
+        """This state with some phases replaced: parts of it, each with its first phase, in the order of phases."""
+        if not torch.is_grad_enabled():
+            # parts are views that were written in place
+            return self
+
+        def join(name: str) -> Tensor | None:
+            whole = getattr(self, name)
+            if whole is None:
+                return None
+            pieces, done = [], 0
+            for first, part in parts:
+                piece = getattr(part, name)
+                pieces += [whole[done:first], piece]
+                done = first + len(piece)
+            return torch.cat([*pieces, whole[done:]])
+
+        return BlockState(*map(join, ('attn_shift', 'ff_shift', 'keys', 'values')))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class State:
+    """What a model keeps of everything it has read, in bounded memory: pass it back with the next chunk.
+
+    With gradients enabled a state is never changed, and gradients flow through it. Without, the one passed in is
+    consumed: its tensors are written in place and handed back. `clone` keeps one.
+    """
+
+    position: int
+    """How many ids each row has read."""
+    spec: tuple[Any, ...]
+    """What the model that made it is built like: another model refuses it."""
+    embeds: tuple[Tensor | None, ...]
+    """For each level with compression c > 1 the last c - 1 embeddings `(batch, c - 1, dim_embed)`."""
+    blocks: tuple[tuple[BlockState, ...], ...]
+    """For each layer, for each level."""
+    coarse: tuple[tuple[Tensor | None, ...], ...]
+    """For each layer and for the logits, each strided level's last token `(batch, 1, dim)`, which stands for all
+    positions up to its next."""
+
+    @property
+    def batch_size(self) -> int:
+        return self.blocks[0][0].ff_shift.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.blocks[0][0].ff_shift.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.blocks[0][0].ff_shift.device
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that its tensors take, in bytes."""
+        total = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal total
+            total += tensor.nbytes
+            return tensor
+
+        self.map(count, count)
+        return total
+
+    def map(self, fn: Callable[[Tensor], Tensor], by_phase: Callable[[Tensor], Tensor]) -> State:
+        """`fn` of every tensor that the batch leads, `by_phase` of every tensor that phases lead."""
+
+        def of(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+            return tuple(None if tensor is None else fn(tensor) for tensor in tensors)
+
+        return replace(
+            self,
+            embeds=of(self.embeds),
+            blocks=tuple(tuple(block.map(by_phase) for block in layer) for layer in self.blocks),
+            coarse=tuple(map(of, self.coarse)),
+        )
+
+    def to(self, *args: Any, **kwargs: Any) -> State:
+        """On another device, or of another dtype: takes what `Tensor.to` takes."""
+        return self.map(*[lambda tensor: tensor.to(*args, **kwargs)] * 2)
+
+    def detach(self) -> State:
+        """Without the graph that made it: gradients stop here, context does not."""
+        return self.map(Tensor.detach, Tensor.detach)
+
+    def clone(self) -> State:
+        """A copy to branch from."""
+        return self.map(Tensor.clone, Tensor.clone)
+
+    def select(self, rows: Sequence[int] | Tensor) -> State:
+        """A copy with these rows of the batch, in this order; a row may come more than once, as in a beam search.
+
+        Raises ValueError where a row is none of the batch.
+        """
+        index = torch.as_tensor(rows, device=self.device)
+        if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64) or not index.numel():
+            raise ValueError(f'rows must be a list of at least one row number, got {rows!r}')
+        if index.min() < 0 or index.max() >= self.batch_size:
+            raise ValueError(f'rows must be in [0, {self.batch_size}), got {index.tolist()}')
+        return self.map(lambda tensor: tensor.index_select(0, index), lambda tensor: tensor.index_select(1, index))
