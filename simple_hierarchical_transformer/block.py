@@ -49,7 +49,7 @@ class Group(NamedTuple):
     """Phases side by side that a chunk meets equally often."""
 
     phase: int  # the first of them
-    count: int  # how many
+    width: int  # how many
     token: int  # the chunk's first token of the first of them
     rounds: int  # how many tokens each has in the chunk
     start: int  # how many tokens each had before
@@ -86,51 +86,47 @@ class HierarchicalBlock(nn.Module):
 
     def forward(self, x: Tensor, state: BlockState | None = None, start: int = 0) -> tuple[Tensor, BlockState | None]:
         """Level tokens `(batch, seq, dim)`, the first of index `start`."""
-        if self.phases == 1 and x.shape[1]:
-            state = state and state.map(lambda tensor: tensor[0])
-            x, state = self.mix(x, state, start)
-            return x, state and state.map(lambda tensor: tensor[None])
-
         b, n, d = x.shape
-        outs, parts = [], []
-        for group in phase_groups(start, n, self.phases):
-            # (batch, rounds, dim, phases) is a view; phases go first, as in the state
-            end = group.token + (group.rounds - 1) * self.phases + group.count
-            tokens = x[:, group.token : end].unfold(1, group.count, self.phases).permute(3, 0, 1, 2)
+        p = self.phases
+        outs: list[Tensor] = []
+        parts: list[tuple[int, BlockState]] = []
 
-            part = state and state.phases(group.phase, group.count)
-            out, part = self.mix(
-                tokens.flatten(0, 1), part and part.map(lambda tensor: tensor.flatten(0, 1)), group.start
-            )
+        for group in phase_groups(start, n, p):
+            # phases go first, as in the state; (batch, rounds, dim, phases) is a view
+            end = group.token + (group.rounds - 1) * p + group.width
+            tokens = x[:, group.token : end].unfold(1, group.width, p).permute(3, 0, 1, 2) if p > 1 else x[None]
+            part = None if state is None else state.phases(group.phase, group.width)
+
+            out, part = self.mix(tokens.flatten(0, 1), part, group.start)
             outs.append(out.unflatten(0, (-1, b)))
-            if part:
+            if part is not None:
                 parts.append((group.phase, part.map(lambda tensor: tensor.unflatten(0, (-1, b)))))
 
-        if not outs:
-            return x, state
+        if state is not None:
+            state = state.joined(sorted(parts, key=lambda part: part[0]))
+        if not outs or p == 1:
+            return (outs[0][0] if outs else x), state
 
         # whole rounds over all phases, then the phases that come once more
-        whole, more = n // self.phases, n % self.phases
+        whole, more = divmod(n, p)
         rounds = torch.cat([out[:, :, :whole] for out in outs]) if whole else x.new_empty(0, b, 0, d)
-        last = [out[:, :, whole] for out in outs if out.shape[2] > whole]
-        x = rounds.permute(1, 2, 0, 3).reshape(b, whole * self.phases, d)
+        merged = rounds.permute(1, 2, 0, 3).reshape(b, whole * p, d)
         if more:
-            x = torch.cat((x, torch.cat(last).transpose(0, 1)), dim=1)
-        return x, state and state.joined(sorted(parts, key=lambda part: part[0]))
+            last = torch.cat([out[:, :, whole] for out in outs if out.shape[2] > whole])
+            merged = torch.cat((merged, last.transpose(0, 1)), dim=1)
+        return merged, state
 
     def mix(self, x: Tensor, state: BlockState | None, start: int) -> tuple[Tensor, BlockState | None]:
         """One sequence a row, with its own state."""
-        attn_shift = keys = values = None
+        held = state or BlockState()
+        attn_shift, cache = held.attn_shift, held.cache
 
         if self.attn is not None:
-            shifted, last = shift_tokens(x, state and state.attn_shift)
-            cache = state and (state.keys, state.values)
-            out, cache = self.attn(shifted, cache, start)
-            x = x + out
-            if state:
-                attn_shift = keep(state.attn_shift, last)
-                keys, values = cache
+            shifted, last = shift_tokens(x, attn_shift)
+            mixed, cache = self.attn(shifted, cache, start)
+            attn_shift = keep(attn_shift, last)
+            x = x + mixed
 
-        shifted, last = shift_tokens(x, state and state.ff_shift)
+        shifted, last = shift_tokens(x, held.ff_shift)
         x = x + self.ff(shifted)
-        return x, state and BlockState(attn_shift, keep(state.ff_shift, last), keys, values)
+        return x, state and BlockState(attn_shift, keep(held.ff_shift, last), *(cache or ()))

@@ -11,7 +11,6 @@ from .levels import Level
 from .norm import RMSNorm
 from .state import keep
 
-
 Coarse = tuple[Tensor | None, ...]
 
 
@@ -33,7 +32,7 @@ def concat_levels(
         begun = position % level.stride
         if begun and last is not None:
             x = torch.cat((last, x), dim=1)
-        kept.append(last if last is None or not x.shape[1] else keep(last, x[:, -1:]))
+        kept.append(keep(last, x[:, -1:]))
         columns.append(x if level.stride == 1 else x.repeat_interleave(level.stride, dim=1)[:, begun : begun + n])
 
     return torch.cat(columns, dim=-1), coarse and tuple(kept)

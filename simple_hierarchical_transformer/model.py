@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from .block import HierarchicalBlock
 from .compress import Compressor
-from .generate import generate
+from .generate import Reader, Sampler, generate, stream
 from .levels import Level, build_levels, check_int, check_number, check_sequence, is_int
 from .losses import (
     ChunkSummarizer,
@@ -366,10 +367,12 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
         predict_from, last = concat_levels(
             [tokens[i] for i in self.predict_from],
             [self.levels[i] for i in self.predict_from],
-            state and state.coarse[-1],
+            None if state is None else state.coarse[-1],
             position,
         )
-        return tokens, predict_from, state and replace(state, blocks=tuple(blocks), coarse=(*coarse, last))
+        if state is not None:
+            state = replace(state, blocks=tuple(blocks), coarse=(*coarse, last))  # type: ignore[arg-type]
+        return tokens, predict_from, state
 
     def losses(
         self, logits: Tensor, tokens: Sequence[Tensor], embeds: Tensor, ids: Tensor, labels: Tensor, position: int
@@ -483,32 +486,163 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
         return tuple(losses)
 
     @torch.no_grad()
-    def generate(self, prompt: Tensor, seq_len: int, temperature: float = 1.0, filter_thres: float = 0.9) -> Tensor:
+    def generate(
+        self,
+        prompt: Tensor | Sequence[Tensor],
+        seq_len: int,
+        temperature: float = 1.0,
+        filter_thres: float = 0.9,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        stop_ids: Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+        use_cache: bool = True,
+        return_state: bool = False,
+        state: State | None = None,
+    ) -> Any:
         """Samples `seq_len` new ids after `prompt`: `(batch, n)` to `(batch, seq_len)`, without the prompt.
 
+        The prompt is read in one pass, each new id in a step that costs the same however many came before. There
+        is no limit to their number.
+
         Args:
-            prompt: ids to go on from, at least one a row. Of more than `seq_len` ids, the model's, the last count.
+            prompt: ids to go on from, at least one a row; or a list of `(n,)`, prompts of unequal length, each of
+                which gets what it would get alone.
             seq_len: how many new ids.
             temperature: divides the logits; 0 takes the likeliest id each time.
-            filter_thres: share of the vocabulary, the least likely, that is never drawn.
+            filter_thres: share of the vocabulary, the least likely, that is never drawn; acts only where none of
+                the next three is given.
+            top_k: draw from that many of the likeliest ids.
+            top_p: draw from the likeliest ids that together reach this probability.
+            min_p: draw from ids of at least this share of the likeliest one's probability.
+            stop_ids: ids that end a row. It is filled up with the one that ended it, and once all rows have ended
+                fewer than `seq_len` ids are returned.
+            generator: where randomness comes from, for the same ids again.
+            use_cache: False reads everything from position 0 at each step: the same ids, slowly.
+            return_state: return `(ids, state)`, with a state that has read the prompt and all new ids.
+            state: what was read before the prompt. It is consumed.
 
         Raises:
-            ValueError: an empty prompt, or one of the wrong rank, dtype or range; a negative temperature.
+            ValueError: an empty prompt, or one of the wrong rank, dtype or range; a setting that is not allowed.
         """
-        check_ids('prompt', prompt, self.num_tokens)
-        check_int('seq_len', seq_len, 0)
-        check_number('temperature', temperature)
-        if not 0 <= filter_thres <= 1:
-            raise ValueError(f'filter_thres must be between 0 and 1, got {filter_thres!r}')
-
-        was_training = self.training
-        self.eval()
-        try:
-            return generate(
-                self, prompt, seq_len, context=self.seq_len, temperature=temperature, filter_thres=filter_thres
+        reader, prompts, sampler, stops = self._prepare_generation(
+            prompt,
+            seq_len,
+            temperature=temperature,
+            filter_thres=filter_thres,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            stop_ids=stop_ids,
+            generator=generator,
+            use_cache=use_cache,
+            state=state,
+        )
+        if return_state and len({len(row) for row in prompts}) > 1:
+            raise ValueError(
+                'prompt must have rows of equal length where return_state is given: a state has one position'
             )
-        finally:
-            self.train(was_training)
+
+        new = generate(reader, prompts, seq_len, sampler=sampler, stop_ids=stops)
+        if not return_state:
+            return new
+        reader.read(new[:, -1:] if seq_len else torch.stack(prompts))
+        return new, reader.state
+
+    @torch.no_grad()
+    def stream(self, prompt: Tensor | Sequence[Tensor], seq_len: int, **settings: Any) -> Iterator[Tensor]:
+        """Yields the ids of `generate` as they come, `(batch,)` each, and takes its settings but `return_state`.
+
+        Raises:
+            ValueError: as `generate`, when the first id is asked for; or prompts of unequal length.
+        """
+        reader, prompts, sampler, stops = self._prepare_generation(prompt, seq_len, **settings)
+        if len({len(row) for row in prompts}) > 1:
+            raise ValueError('prompt must have rows of equal length: stream yields their ids together')
+        yield from stream(reader, prompts, seq_len, sampler=sampler, stop_ids=stops)
+
+    def _prepare_generation(
+        self,
+        prompt: Tensor | Sequence[Tensor],
+        seq_len: int,
+        *,
+        stop_ids: Sequence[int] | None = None,
+        use_cache: bool = True,
+        state: State | None = None,
+        **sampling: Any,
+    ) -> tuple[Reader, list[Tensor], Sampler, list[int]]:
+        """What the generation loop runs on, once all of it is seen to be allowed."""
+        if isinstance(prompt, (list, tuple)):
+            if not prompt:
+                raise ValueError('prompt must hold at least one row, got an empty list')
+            for row in prompt:
+                check_ids('prompt', row[None] if isinstance(row, Tensor) else row, self.num_tokens)
+        else:
+            check_ids('prompt', prompt, self.num_tokens)
+        prompts = list(prompt)
+
+        check_int('seq_len', seq_len, 0)
+        stops = list(stop_ids or ())
+        for stop in stops:
+            if not is_int(stop) or not 0 <= stop < self.num_tokens:
+                raise ValueError(f'stop_ids must be in [0, {self.num_tokens}), got {stop!r}')
+        if state is not None and not use_cache:
+            raise ValueError('use_cache = False reads from position 0, so it takes no state')
+        if state is not None:
+            self.check_state(state, torch.stack([row[:1] for row in prompts]))
+
+        return Reader(self, state, use_cache=use_cache), prompts, Sampler(**sampling), stops
+
+    @torch.no_grad()
+    def score(
+        self, ids: Tensor | bytes, *, chunk_size: int | None = None, return_log_probs: bool = False
+    ) -> float | tuple[float, Tensor]:
+        """How many bits the model needs for each id after the first: bits per byte, for a model of bytes.
+
+        One pass with the state carried along, so each id is predicted from all that the model can remember, in
+        memory that does not grow with the length.
+
+        Args:
+            ids: `(n,)` or `(batch, n)` of any length from 2 up, or bytes.
+            chunk_size: how many ids are read at a time, `seq_len` by default. Changes no number.
+            return_log_probs: also return the natural logarithm of each id's probability, `(..., n - 1)`.
+
+        Returns the mean over all ids but each row's first and those equal to `ignore_index`.
+
+        Raises:
+            ValueError: ids of the wrong rank, dtype, length or range, or nothing but ignored ones.
+        """
+        if isinstance(ids, (bytes, bytearray)):
+            ids = torch.frombuffer(bytearray(ids), dtype=torch.uint8) if ids else torch.empty(0, dtype=torch.uint8)
+        single = isinstance(ids, Tensor) and ids.ndim == 1
+        rows = ids[None] if single else ids
+        check_ids('ids', rows, self.num_tokens)
+        if rows.shape[1] < 2:
+            raise ValueError(f'ids must have at least 2 tokens to predict one from another, got {rows.shape[1]}')
+        chunk_size = check_int('chunk_size', self.seq_len if chunk_size is None else chunk_size)
+
+        device = self.token_emb.weight.device
+        total, count, state, log_probs = 0.0, 0, None, []
+        for begin in range(0, rows.shape[1] - 1, chunk_size):
+            window = rows[:, begin : begin + chunk_size + 1].to(device).long()
+            logits, state = self(window[:, :-1], state=state, return_state=True)
+            targets = window[:, 1:]
+            picked = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
+            picked = picked.gather(-1, targets[..., None])[..., 0]
+            counted = targets != self.ignore_index
+            total -= (picked * counted).double().sum().item()
+            count += int(counted.sum())
+            if return_log_probs:
+                log_probs.append(picked)
+
+        if not count:
+            raise ValueError(f'ids must hold more than ignore_index = {self.ignore_index}, got nothing else to predict')
+        bits = total / count / math.log(2)
+        if not return_log_probs:
+            return bits
+        joined = torch.cat(log_probs, dim=1)
+        return bits, joined[0] if single else joined
 
     def _save_pretrained(self, save_directory: Path) -> None:
         if self._not_in_config:
@@ -559,7 +693,7 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
         return model.to(map_location).eval()
 
 
-def check_ids(name: str, ids: Tensor, num_tokens: int, also: int | None = None) -> None:
+def check_ids(name: str, ids: Any, num_tokens: int, also: int | None = None) -> None:
     """Refuses ids that are not `(batch, n)` integers of at least one token, in `[0, num_tokens)` or equal to `also`."""
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f'{name} must be a tensor of integers, got {getattr(ids, "dtype", type(ids).__name__)}')

@@ -14,8 +14,13 @@ import torch
 from torch import Tensor
 
 
-def keep(old: Tensor, new: Tensor) -> Tensor:
-    """`new` as the state from now on: written over `old` where no gradient can need that, else a tensor of its own."""
+def keep(old: Tensor | None, new: Tensor) -> Tensor | None:
+    """`new` as the state from now on: written over `old` where no gradient can need that, else a tensor of its own.
+
+    None stays None: where nothing was held, nothing is kept.
+    """
+    if old is None:
+        return None
     return new.clone() if torch.is_grad_enabled() else old.copy_(new)
 
 
@@ -26,22 +31,26 @@ class BlockState:
     Phases lead, so that the phases a chunk meets are a slice: a view, not a copy.
     """
 
-    attn_shift: Tensor | None
+    attn_shift: Tensor | None = None
     """`(phases, batch, 1, dim // 2)`: the last token's delayed channels, where there is attention."""
-    ff_shift: Tensor
+    ff_shift: Tensor | None = None
     """`(phases, batch, 1, dim // 2)`: likewise before the feed-forward."""
-    keys: Tensor | None
+    keys: Tensor | None = None
     """`(phases, batch, heads, window + 1, dim_head)`: a ring, token `r` of its phase in slot `r % (window + 1)`."""
-    values: Tensor | None
+    values: Tensor | None = None
     """`(phases, batch, heads, window + 1, dim_head)`, likewise."""
+
+    @property
+    def cache(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.keys is None or self.values is None else (self.keys, self.values)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> BlockState:
         held = (self.attn_shift, self.ff_shift, self.keys, self.values)
-        return BlockState(*(None if tensor is None else fn(tensor) for tensor in held))  # type: ignore[arg-type]
+        return BlockState(*(None if tensor is None else fn(tensor) for tensor in held))
 
     def phases(self, first: int, count: int) -> BlockState:
-        """Views of `count` phases."""
-        return self.map(lambda tensor: tensor[first : first + count])
+        """Views of `count` phases, each row of each phase a row of its own: `(count * batch, ...)`."""
+        return self.map(lambda tensor: tensor[first : first + count].flatten(0, 1))
 
     def joined(self, parts: Sequence[tuple[int, BlockState]]) -> BlockState:
         """This state with some phases replaced: parts of it, each with its first phase, in the order of phases."""
@@ -60,7 +69,7 @@ class BlockState:
                 done = first + len(piece)
             return torch.cat([*pieces, whole[done:]])
 
-        return BlockState(*map(join, ('attn_shift', 'ff_shift', 'keys', 'values')))  # type: ignore[arg-type]
+        return BlockState(*map(join, ('attn_shift', 'ff_shift', 'keys', 'values')))
 
 
 @dataclass(frozen=True)
@@ -84,16 +93,24 @@ class State:
     positions up to its next."""
 
     @property
+    def _any(self) -> Tensor:
+        """A tensor that every state has."""
+        tensor = self.blocks[0][0].ff_shift
+        if tensor is None:
+            raise ValueError('state holds no tensors')
+        return tensor
+
+    @property
     def batch_size(self) -> int:
-        return self.blocks[0][0].ff_shift.shape[1]
+        return self._any.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.blocks[0][0].ff_shift.dtype
+        return self._any.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.blocks[0][0].ff_shift.device
+        return self._any.device
 
     @property
     def nbytes(self) -> int:

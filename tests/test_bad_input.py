@@ -134,7 +134,7 @@ def test_forward_refuses(ids: Any, arguments: dict[str, Any], message: str) -> N
         (IDS + 11, {}, 'prompt must be in [0, 11), got values from 11 to 11'),
         (IDS.float(), {}, 'prompt must be a tensor of integers, got torch.float32'),
         (IDS, dict(temperature=-1.0), 'temperature must be a finite number of at least 0, got -1.0'),
-        (IDS, dict(filter_thres=1.1), 'filter_thres must be between 0 and 1, got 1.1'),
+        (IDS, dict(filter_thres=1.1), 'filter_thres must be between 0 and at most 1, got 1.1'),
         (IDS, dict(seq_len=-1), 'seq_len must be an integer of at least 0, got -1'),
     ],
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.generate import sample
+from simple_hierarchical_transformer.generate import Sampler
 
 
 def model() -> HierarchicalTransformer:
@@ -21,13 +23,13 @@ def model() -> HierarchicalTransformer:
 )
 def test_only_the_likeliest_share_is_drawn(vocabulary: int, filter_thres: float, kept: int) -> None:
     logits = torch.randn(vocabulary)
-    drawn = sample(logits.expand(4000, -1), temperature=5.0, filter_thres=filter_thres)
+    drawn = Sampler(temperature=5.0, filter_thres=filter_thres)(logits.expand(4000, -1))
     assert set(drawn.tolist()) == set(logits.topk(kept).indices.tolist())
 
 
 def test_draws_follow_the_softmax_at_the_temperature() -> None:
     logits = torch.randn(5)
-    drawn = sample(logits.expand(100_000, -1), temperature=0.7, filter_thres=0.0)
+    drawn = Sampler(temperature=0.7, filter_thres=0.0)(logits.expand(100_000, -1))
     frequencies = torch.bincount(drawn, minlength=5) / 100_000
     torch.testing.assert_close(frequencies, (logits / 0.7).softmax(-1), rtol=0, atol=0.01)
 
@@ -40,13 +42,6 @@ def test_greedy_goes_on_with_the_likeliest_id() -> None:
     assert torch.equal(net.generate(prompt, 10, temperature=0), ids[:, 3:])
 
 
-def test_more_ids_than_seq_len_read_the_last_ones() -> None:
-    net, prompt = model(), torch.randint(0, 11, (1, 40))
-    new = net.generate(prompt, 8, temperature=0)
-    assert new.shape == (1, 8)
-    assert torch.equal(new[:, 0], net(prompt[:, -24:])[:, -1].argmax(-1))
-
-
 def test_same_seed_same_ids() -> None:
     net, prompt = model(), torch.randint(0, 11, (2, 3))
     draws = []
@@ -57,9 +52,112 @@ def test_same_seed_same_ids() -> None:
     assert not torch.equal(draws[0], draws[2])
 
 
-def test_leaves_the_model_as_it_was_and_builds_no_graph() -> None:
+def test_builds_no_graph_and_takes_any_integers() -> None:
     net = model().train()
     out = net.generate(torch.zeros(1, 1, dtype=torch.uint8), 2)
     assert net.training
     assert out.dtype == torch.int64
+    assert not out.requires_grad
     assert net.generate(torch.zeros(1, 1, dtype=torch.long), 0).shape == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ('settings', 'kept'),
+    [
+        (dict(top_k=3), 3),
+        (dict(top_k=99), 5),
+        (dict(top_p=0.6), 2),
+        (dict(top_p=0.5), 1),
+        (dict(top_p=0.51), 2),
+        (dict(top_p=1.0), 5),
+        (dict(min_p=0.3), 2),
+        (dict(min_p=0.1), 4),
+        (dict(min_p=0.0), 5),
+        (dict(top_k=4, min_p=0.1, top_p=0.89), 3),
+        # any of the three takes the place of filter_thres
+        (dict(top_k=5, filter_thres=1.0), 5),
+    ],
+    ids=str,
+)
+def test_filters_keep_the_likeliest(settings: dict[str, Any], kept: int) -> None:
+    logits = torch.tensor([0.1, 0.5, 0.04, 0.25, 0.11]).log()
+    likeliest = logits.topk(kept).indices.tolist()
+    drawn = Sampler(**settings)(logits.expand(20_000, -1))
+    assert set(drawn.tolist()) == set(likeliest)
+
+
+def test_own_generator_gives_the_same_ids_again() -> None:
+    net, prompt = model(), torch.randint(0, 11, (2, 3))
+
+    def draw(seed: int) -> torch.Tensor:
+        return net.generate(prompt, 20, filter_thres=0.0, generator=torch.Generator().manual_seed(seed))
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+
+
+@pytest.mark.parametrize('window_sizes', [(2, None), (3, 4), (0, 2)])
+@pytest.mark.parametrize('stride', [1, 2, 4])
+def test_greedy_is_the_same_with_and_without_cache(window_sizes: tuple[int | None, ...], stride: int) -> None:
+    """300 steps, far beyond seq_len."""
+    net = HierarchicalTransformer(
+        num_tokens=11,
+        dim=8,
+        depth=2,
+        seq_len=24,
+        dim_head=4,
+        heads=2,
+        hierarchies=(1, 4),
+        hierarchical_stride=(1, stride),
+        window_sizes=window_sizes,
+    ).double()
+    prompt = torch.randint(0, 11, (2, 5))
+    cached = net.generate(prompt, 300, temperature=0)
+    assert torch.equal(cached, net.generate(prompt, 300, temperature=0, use_cache=False))
+    assert len(cached.unique()) > 1
+
+
+def test_stream_yields_what_generate_returns() -> None:
+    net, prompt = model(), torch.randint(0, 11, (2, 3))
+    ids = list(net.stream(prompt, 9, temperature=0))
+    assert torch.equal(torch.stack(ids, dim=1), net.generate(prompt, 9, temperature=0))
+
+
+@pytest.mark.parametrize('use_cache', [True, False])
+def test_prompts_of_unequal_length_get_what_each_gets_alone(use_cache: bool) -> None:
+    net = model().double()
+    prompts = [torch.randint(0, 11, (n,)) for n in (4, 1, 9, 30)]
+    together = net.generate(prompts, 12, temperature=0, use_cache=use_cache)
+    alone = [net.generate(prompt[None], 12, temperature=0)[0] for prompt in prompts]
+    assert torch.equal(together, torch.stack(alone))
+
+
+def test_stop_ids_end_rows() -> None:
+    net = model().double()
+    prompts = [torch.randint(0, 11, (n,)) for n in (3, 5)]
+    free = net.generate(prompts, 40, temperature=0, filter_thres=0.0)
+    stop = [int(free[0, 6]), int(free[1, 9])]
+    ends = [next(i for i, id in enumerate(row.tolist()) if id in stop) for row in free]
+
+    ended = net.generate(prompts, 40, temperature=0, stop_ids=stop)
+    assert ended.shape[1] == max(ends) + 1
+    for row, whole, end in zip(ended, free, ends, strict=True):
+        assert torch.equal(row[: end + 1], whole[: end + 1])
+        assert (row[end:] == whole[end]).all()
+
+    streamed = list(net.stream(prompts[0][None], 40, temperature=0, stop_ids=stop))
+    assert len(streamed) == ends[0] + 1
+
+
+def test_a_conversation_goes_on_with_the_state() -> None:
+    net = model().double()
+    first, second = torch.randint(0, 11, (2, 7)), torch.randint(0, 11, (2, 3))
+    answer, state = net.generate(first, 5, temperature=0, return_state=True)
+    assert state.position == 12
+    more = net.generate(second, 6, temperature=0, state=state)
+    whole = torch.cat((first, answer, second), dim=1)
+    assert torch.equal(more, net.generate(whole, 6, temperature=0))
+
+    none, state = net.generate(first, 0, return_state=True)
+    assert none.shape == (2, 0)
+    assert state.position == 7

@@ -37,8 +37,8 @@ def test_one_hierarchy_is_a_plain_gpt(window: int | None) -> None:
         def forward(self, ids: Tensor) -> Tensor:
             x = self.norm_in(self.embed(ids))
             for attn, ff in zip(self.attns, self.ffs, strict=True):
-                x = x + attn(shift_tokens(x))
-                x = x + ff(shift_tokens(x))
+                x = x + attn(shift_tokens(x)[0])[0]
+                x = x + ff(shift_tokens(x)[0])
             return self.to_logits(self.norm_out(x))
 
     model, gpt = HierarchicalTransformer(**SMALL, hierarchies=1, window_sizes=window), GPT()

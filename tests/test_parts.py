@@ -32,17 +32,17 @@ def test_compressor_is_a_causal_strided_convolution(c: int, s: int, n: int) -> N
     hidden = F.silu(F.conv1d(padded, wide.weight, wide.bias, stride=s))
     expected = F.conv1d(hidden, narrow.weight, narrow.bias).transpose(1, 2)
 
-    torch.testing.assert_close(compressor(x), expected)
+    torch.testing.assert_close(compressor(x)[0], expected)
     assert expected.shape[1] == level(c, s).length(n)
 
 
 def test_level_without_compression_keeps_or_projects_embeddings() -> None:
     x = torch.randn(2, 9, 6)
     same = Compressor(level(dim=6), dim_embed=6, num_tokens=7, reconstruct=True)
-    assert torch.equal(same(x), x)
+    assert torch.equal(same(x)[0], x)
     assert not list(same.parameters())
     projected = Compressor(level(dim=4), dim_embed=6, num_tokens=7, reconstruct=True)
-    assert torch.equal(projected(x), x @ projected.compress_fn.weight.T)
+    assert torch.equal(projected(x)[0], x @ projected.compress_fn.weight.T)
 
 
 @given(c=POWERS, s=POWERS, n=st.integers(1, 30))
@@ -57,10 +57,11 @@ def test_chunk_summary_is_the_mean_of_what_the_compressor_sees(c: int, s: int, n
 @pytest.mark.parametrize('dim', [6, 7])
 def test_shift_delays_the_second_half_of_the_channels(dim: int) -> None:
     x = torch.randn(2, 5, dim)
-    shifted, half = shift_tokens(x), (dim + 1) // 2
+    (shifted, last), half = shift_tokens(x), (dim + 1) // 2
     assert torch.equal(shifted[..., :half], x[..., :half])
     assert torch.equal(shifted[:, 1:, half:], x[:, :-1, half:])
     assert not shifted[:, 0, half:].any()
+    assert torch.equal(last, x[:, -1:, half:])
 
 
 @given(c=POWERS, s=POWERS, n=st.integers(1, 40), window=st.sampled_from([None, 0, 2]))
@@ -70,16 +71,16 @@ def test_block_treats_each_phase_as_a_sequence_of_its_own(c: int, s: int, n: int
     alone.load_state_dict(phased.state_dict())
 
     x = torch.randn(2, n, 6, dtype=torch.float64)
-    out, phases = phased(x), c // min(s, c)
+    (out, _), phases = phased(x), c // min(s, c)
     for phase in range(min(phases, n)):
-        torch.testing.assert_close(out[:, phase::phases], alone(x[:, phase::phases]))
+        torch.testing.assert_close(out[:, phase::phases], alone(x[:, phase::phases])[0])
 
 
 def test_merge_adds_what_is_pooled_at_each_position() -> None:
     levels = (level(1, 1, 6), level(4, 4, 3), level(2, 1, 5))
     merge = HierarchicalMerge(levels, into=(0, 1, 2))
     tokens = [torch.randn(2, 10, 6), torch.randn(2, 3, 3), torch.randn(2, 10, 5)]
-    merged = merge(tokens)
+    merged, _ = merge(tokens)
 
     for i in range(10):
         here = torch.cat([tokens[0][:, i], tokens[1][:, i // 4], tokens[2][:, i]], dim=-1)
@@ -93,6 +94,6 @@ def test_merge_adds_what_is_pooled_at_each_position() -> None:
 def test_merge_leaves_levels_that_receive_nothing() -> None:
     merge = HierarchicalMerge((level(), level(2)), into=(1,))
     tokens = [torch.randn(1, 4, 6), torch.randn(1, 4, 6)]
-    merged = merge(tokens)
+    merged, _ = merge(tokens)
     assert merged[0] is tokens[0]
     assert not torch.equal(merged[1], tokens[1])
