@@ -128,6 +128,11 @@ def generate(
         return prompts[0].new_empty((len(prompts), 0), dtype=torch.long)
 
     drawn = torch.stack(steps, dim=1)
-    rows = [row[len(prompt) - shortest :][:seq_len] for row, prompt in zip(drawn, prompts, strict=True)]
+    rows = []
+    for row, prompt in zip(drawn, prompts, strict=True):
+        new = row[len(prompt) - shortest :][:seq_len]
+        ends = [i for i, id in enumerate(new.tolist()) if id in stop_ids] if stop_ids else []
+        rows.append(new[: ends[0] + 1] if ends else new)
+
     longest = max(map(len, rows))
     return torch.stack([torch.cat((row, row[-1:].expand(longest - len(row)))) for row in rows])

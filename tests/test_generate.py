@@ -133,20 +133,29 @@ def test_prompts_of_unequal_length_get_what_each_gets_alone(use_cache: bool) -> 
 
 
 def test_stop_ids_end_rows() -> None:
-    net = model().double()
+    net = model()
     prompts = [torch.randint(0, 11, (n,)) for n in (3, 5)]
-    free = net.generate(prompts, 40, temperature=0, filter_thres=0.0)
-    stop = [int(free[0, 6]), int(free[1, 9])]
-    ends = [next(i for i, id in enumerate(row.tolist()) if id in stop) for row in free]
 
-    ended = net.generate(prompts, 40, temperature=0, stop_ids=stop)
-    assert ended.shape[1] == max(ends) + 1
+    def draw(rows: list[torch.Tensor], **settings: Any) -> torch.Tensor:
+        return net.generate(rows, 40, filter_thres=0.0, generator=torch.Generator().manual_seed(0), **settings)
+
+    free = draw(prompts)
+    # ids that come late, so that rows end at different steps
+    stop = sorted(range(11), key=lambda id: -min(row.tolist().index(id) if id in row else 99 for row in free))[:2]
+    ends = [next((i for i, id in enumerate(row.tolist()) if id in stop), 39) for row in free]
+    assert ends[0] != ends[1]
+    assert min(ends) > 0
+
+    ended = draw(prompts, stop_ids=stop)
+    assert ended.shape == (2, max(ends) + 1)
     for row, whole, end in zip(ended, free, ends, strict=True):
         assert torch.equal(row[: end + 1], whole[: end + 1])
         assert (row[end:] == whole[end]).all()
 
-    streamed = list(net.stream(prompts[0][None], 40, temperature=0, stop_ids=stop))
-    assert len(streamed) == ends[0] + 1
+    alone = draw(prompts[:1])[0].tolist()
+    settings = dict(filter_thres=0.0, generator=torch.Generator().manual_seed(0), stop_ids=alone[3:4])
+    streamed = list(net.stream(prompts[0][None], 40, **settings))
+    assert len(streamed) == alone.index(alone[3]) + 1
 
 
 def test_a_conversation_goes_on_with_the_state() -> None:
