@@ -1,0 +1,350 @@
+"""One state mechanism: chunks of any lengths give what one pass gives, in bounded memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SEQ_LEN, Golden, build, configs
+from hypothesis import example, given
+from hypothesis import strategies as st
+from rotary_embedding_torch import RotaryEmbedding
+from torch import Tensor
+
+from simple_hierarchical_transformer import HierarchicalTransformer
+from simple_hierarchical_transformer.block import phase_groups
+from simple_hierarchical_transformer.mixers import Attention
+from simple_hierarchical_transformer.mixers.rotary import BLOCK, Rotary
+from simple_hierarchical_transformer.state import State
+
+SMALL: dict[str, Any] = dict(num_tokens=11, dim=8, depth=2, seq_len=SEQ_LEN, dim_head=4, heads=2)
+THREE: dict[str, Any] = dict(SMALL, hierarchies=(1, 2, 8), hierarchical_stride=(1, 1, 4), window_sizes=(4, None, 3))
+STRIDED: dict[str, Any] = dict(SMALL, hierarchies=(1, 4), hierarchical_stride=(1, 4), window_sizes=(4, None))
+
+SPLITS = st.lists(st.integers(1, 30), min_size=1, max_size=12)
+
+
+def in_chunks(model: HierarchicalTransformer, ids: Tensor, splits: list[int]) -> tuple[Tensor, State]:
+    outs, state, at, turn = [], None, 0, 0
+    while at < ids.shape[1]:
+        chunk = ids[:, at : at + splits[turn % len(splits)]]
+        out, state = model(chunk, state=state, return_state=True)
+        outs.append(out)
+        at, turn = at + chunk.shape[1], turn + 1
+        assert state.position == at
+    return torch.cat(outs, dim=1), state
+
+
+@given(config=configs(), n=st.integers(1, SEQ_LEN), splits=SPLITS, grad=st.booleans())
+@example(config=THREE, n=SEQ_LEN, splits=[1], grad=False)
+@example(config=STRIDED, n=SEQ_LEN, splits=[3, 1, 7], grad=True)
+def test_chunks_equal_one_pass(config: dict[str, Any], n: int, splits: list[int], grad: bool) -> None:
+    model, ids = build(config), torch.randint(0, 11, (2, n))
+    with torch.set_grad_enabled(grad):
+        chunked, _ = in_chunks(model, ids, splits)
+        torch.testing.assert_close(chunked, model(ids), rtol=0, atol=1e-10)
+
+
+@given(config=configs(), n=st.integers(SEQ_LEN, 5 * SEQ_LEN), splits=SPLITS)
+def test_chunks_equal_one_pass_beyond_seq_len(config: dict[str, Any], n: int, splits: list[int]) -> None:
+    model, ids = build(config), torch.randint(0, 11, (2, n))
+    with torch.no_grad():
+        chunked, state = in_chunks(model, ids, splits)
+        whole, again = model(ids, return_state=True)
+    torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-10)
+    assert state.nbytes == again.nbytes
+
+
+def test_windowed_levels_beyond_seq_len_equal_a_longer_model() -> None:
+    """What no state was ever used for: the same weights, with a seq_len that holds all."""
+    config = dict(THREE, window_sizes=(4, 3, 2))
+    ids = torch.randint(0, 11, (2, 150))
+    with torch.no_grad():
+        chunked, _ = in_chunks(build(config), ids, [7, 1, 20])
+        longer = build(dict(config, seq_len=150))(ids)
+    torch.testing.assert_close(chunked, longer, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize('chunk', [1, 7, 64, 200])
+def test_full_attention_with_a_state_reaches_back_that_far(chunk: int) -> None:
+    """Against a softmax under a band mask, with rotary embeddings of the library whose conventions they keep."""
+    n, reach = 200, 32
+    attn = Attention(dim=12, dim_head=8, heads=2).double()
+    x = torch.randn(2, n, 12, dtype=torch.float64)
+
+    q, k, v = (t.view(2, n, 2, 8).transpose(1, 2) for t in attn.to_qkv(attn.norm(x)).chunk(3, dim=-1))
+    q, k = RotaryEmbedding(8, use_xpos=True).double().rotate_queries_and_keys(q, k)
+    distance = torch.arange(n)[:, None] - torch.arange(n)
+    scores = (q @ k.mT / 8**0.5).masked_fill((distance < 0) | (distance > reach), -torch.inf)
+    expected = attn.to_out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    cache = (torch.zeros(2, 2, reach + 1, 8, dtype=torch.float64), torch.zeros(2, 2, reach + 1, 8, dtype=torch.float64))
+    outs = []
+    with torch.no_grad():
+        for at in range(0, n, chunk):
+            out, cache = attn(x[:, at : at + chunk], cache, at)
+            outs.append(out)
+    # that library keeps the base of xPos in float32
+    torch.testing.assert_close(torch.cat(outs, dim=1), expected, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize('step', [1, 100])
+def test_xpos_moves_on_with_the_text(step: int) -> None:
+    """Across many blocks of positions the cached keys mean what they meant, and no factor leaves its range."""
+    window = 50
+    model = HierarchicalTransformer(num_tokens=11, dim=8, depth=1, seq_len=window, dim_head=4, heads=2).double()
+    ids = torch.randint(0, 11, (1, 60))
+    with torch.no_grad():
+        _, state = model(ids, return_state=True)
+        near, _ = in_chunks(model, ids, [60])
+
+        # the same text around the end of a far block: only distances count
+        far_state = model.initial_state(1)
+        for position in (BLOCK - 30, 1_000_000 // BLOCK * BLOCK - 30):
+            far_state = type(state)(**{**vars(model.initial_state(1)), 'position': position})
+            outs = []
+            for at in range(0, 60, step):
+                out, far_state = model(ids[:, at : at + step], state=far_state, return_state=True)
+                outs.append(out)
+            far = torch.cat(outs, dim=1)
+            assert far.isfinite().all()
+            # zeros in the cache stand for tokens before, which attention at position 0 would not see
+            torch.testing.assert_close(far[:, -5:], near[:, -5:], rtol=0, atol=1e-6)
+
+
+def test_rotary_stays_right_in_relation_at_a_million_positions() -> None:
+    q, k = torch.randn(2, 1, 1, 20, 64).unbind(0)
+    rotary = Rotary(64, pairs='interleaved', xpos=True)
+    near_q, near_k = rotary(q, k)
+    far_q, far_k = rotary.relative_to_block(q, k, 1_000_000)
+    torch.testing.assert_close(far_q @ far_k.mT, near_q @ near_k.mT, rtol=1e-4, atol=1e-4)
+
+
+def test_golden_numbers_in_chunks(golden: Golden) -> None:
+    model, ids = golden.model(), golden.tensors['ids']
+    with torch.no_grad():
+        for splits in ([1], [5, 1, 16]):
+            logits, _ = in_chunks(model, ids, splits)
+            published = golden.tensors['logits'].double()
+            assert (logits - published).norm() <= 1e-5 * published.norm()
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.sampled_from([1, 2, 4, 8]))
+def test_phase_groups_cover_each_token_once(start: int, length: int, phases: int) -> None:
+    seen = []
+    groups = list(phase_groups(start, length, phases))
+    assert len(groups) <= 3
+    for group in groups:
+        for i in range(group.width):
+            for r in range(group.rounds):
+                token = group.token + i + r * phases
+                assert (start + token) % phases == group.phase + i
+                assert (start + token) // phases == group.start + r
+                seen.append(token)
+    assert sorted(seen) == list(range(length))
+
+
+# what a state is
+
+
+def test_state_size_is_as_promised() -> None:
+    model = HierarchicalTransformer(
+        num_tokens=11,
+        dim=(8, 16, 4),
+        depth=3,
+        seq_len=100,
+        dim_head=4,
+        heads=(1, 2, 3),
+        hierarchies=(1, 4, 8),
+        hierarchical_stride=(1, 2, 8),
+        window_sizes=(5, None, 0),
+    )
+    _, state = model(torch.zeros(7, 3, dtype=torch.long), return_state=True)
+
+    floats = 3 * 16 + 7 * 16  # embeddings before the compressors
+    floats += 3 * (2 * 4 + 2 * 6 * 1 * 4)  # window of 5 and the token at hand, two shifts
+    floats += 3 * 2 * (2 * 8 + 2 * 26 * 2 * 4)  # two phases, ceil(100 / 4) and the token at hand
+    floats += 3 * 2  # no attention: one shift
+    floats += 3 * (16 + 4)  # last tokens of the strided levels, for each merge
+    assert state.nbytes == 7 * floats * 4
+    assert state.batch_size == 7
+    assert state.dtype == torch.float32
+
+
+def test_memory_is_bounded_and_written_in_place() -> None:
+    model = build(THREE)
+    with torch.no_grad():
+        _, state = model(torch.zeros(1, 3, dtype=torch.long), return_state=True)
+        size, held = state.nbytes, state.blocks[0][1].keys.data_ptr()
+        for n in (1, 40, 1, 200):
+            _, state = model(torch.zeros(1, n, dtype=torch.long), state=state, return_state=True)
+        assert state.nbytes == size
+        assert state.blocks[0][1].keys.data_ptr() == held
+
+
+@pytest.mark.parametrize('config', [THREE, STRIDED])
+def test_clone_branches_and_select_reorders(config: dict[str, Any]) -> None:
+    model, ids = build(config), torch.randint(0, 11, (3, 30))
+    with torch.no_grad():
+        whole, _ = model(ids, return_state=True)
+        _, state = model(ids[:, :13], return_state=True)
+        branch, other = state.clone(), state.select([2, 0, 0, 1])
+
+        # the first goes another way, and takes nothing with it
+        model(torch.randint(0, 11, (3, 9)), state=state, return_state=True)
+        torch.testing.assert_close(model(ids[:, 13:], state=branch, return_state=True)[0], whole[:, 13:])
+        order = torch.tensor([2, 0, 0, 1])
+        torch.testing.assert_close(model(ids[order, 13:], state=other, return_state=True)[0], whole[order, 13:])
+        assert other.batch_size == 4
+
+
+@pytest.mark.parametrize('config', [THREE, STRIDED])
+def test_gradients_flow_through_a_state_until_detached(config: dict[str, Any]) -> None:
+    model, ids = build(config), torch.randint(0, 11, (2, 40))
+
+    def grads(loss: Tensor) -> list[Tensor]:
+        kept = [
+            p for name, p in model.named_parameters() if not name.startswith(('latent', 'chunk', 'compressors.1.to'))
+        ]
+        return [g for g in torch.autograd.grad(loss, kept, allow_unused=True) if g is not None]
+
+    weights = torch.randn(2, 40, 11, dtype=torch.float64)
+    whole = grads((model(ids) * weights).sum())
+    first, state = model(ids[:, :17], return_state=True)
+    kept = state.blocks[0][0].keys.clone()
+    second, _ = model(ids[:, 17:], state=state, return_state=True)
+    chunked = grads((torch.cat((first, second), dim=1) * weights).sum())
+    assert torch.equal(state.blocks[0][0].keys, kept)
+    for x, y in zip(whole, chunked, strict=True):
+        torch.testing.assert_close(x, y)
+
+    # the second chunk's loss alone trains the first chunk's embeddings only where the state is not detached
+    ids = torch.cat((torch.zeros(1, 9, dtype=torch.long), torch.ones(1, 9, dtype=torch.long)), dim=1)
+    for detach in (False, True):
+        _, state = model(ids[:, :9], return_state=True)
+        out, _ = model(ids[:, 9:], state=state.detach() if detach else state, return_state=True)
+        (grad,) = torch.autograd.grad(out.sum(), model.token_emb.weight)
+        assert bool(grad[0].any()) != detach
+
+
+@pytest.mark.parametrize('config', [THREE, STRIDED, dict(STRIDED, hierarchies=(1, 8), hierarchical_stride=(1, 8))])
+@pytest.mark.parametrize('split', [1, 3, 16])
+def test_losses_of_a_segment(config: dict[str, Any], split: int) -> None:
+    """Cross entropy with all that came before; auxiliary losses of the segment alone."""
+    config = dict(config, ignore_index=-1)
+    model, ids = build(config), torch.randint(0, 11, (2, 33))
+    _, whole = model(ids, return_loss=True)
+    total, state = 0.0, None
+    for at in range(0, 32, split):
+        segment = ids[:, at : min(at + split, 32) + 1]
+        loss, parts, state = model(segment, state=state, return_loss=True, return_state=True)
+        assert loss.isfinite()
+        total = total + parts.ce * (segment.shape[1] - 1)
+        if at == 0:
+            alone, _ = model(segment, return_loss=True)
+            torch.testing.assert_close(loss, alone)
+        loss.backward()
+        state = state.detach()
+    torch.testing.assert_close(total / 32, whole.ce)
+    assert state.position == 32
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_state_has_the_dtype_of_the_model(dtype: torch.dtype) -> None:
+    model, ids = HierarchicalTransformer(**THREE).to(dtype), torch.randint(0, 11, (2, 30))
+    with torch.no_grad():
+        chunked, state = in_chunks(model, ids, [1, 9])
+        torch.testing.assert_close(chunked.float(), model(ids).float(), rtol=0.1, atol=0.1)
+    assert state.dtype == dtype
+    seen = []
+    state.map(lambda t: seen.append(t.dtype) or t, lambda t: seen.append(t.dtype) or t)
+    assert set(seen) == {dtype}
+    assert state.to(torch.float64).dtype == torch.float64
+
+
+def test_embeddings_in_chunks() -> None:
+    model, ids = build(THREE), torch.randint(0, 11, (2, 30))
+    with torch.no_grad():
+        for name in ('return_hierarchical_embeds', 'return_hierarchical_token_embeds'):
+            whole = model(ids, **{name: True})
+            first, state = model(ids[:, :13], return_state=True, **{name: True})
+            second, _ = model(ids[:, 13:], return_state=True, state=state, **{name: True})
+            for x, y, z in zip(whole, first, second, strict=True):
+                torch.testing.assert_close(torch.cat((y, z), dim=1), x)
+
+
+# score
+
+
+@pytest.mark.parametrize('chunk_size', [None, 1, 7, 1000])
+def test_score_is_the_cross_entropy_in_bits(chunk_size: int | None) -> None:
+    model, ids = build(dict(THREE, num_tokens=256, ignore_index=-1)), torch.randint(0, 256, (40,))
+    logits = model(ids[None, :-1])[0]
+    nats = F.cross_entropy(logits, ids[1:])
+    bits, log_probs = model.score(ids, chunk_size=chunk_size, return_log_probs=True)
+    assert bits == pytest.approx(nats.item() / torch.tensor(2.0).log().item(), rel=1e-6)
+    torch.testing.assert_close(log_probs, logits.log_softmax(-1).gather(-1, ids[1:, None])[:, 0])
+    assert model.score(bytes(ids.tolist()), chunk_size=chunk_size) == bits
+    assert model.score(ids.expand(3, -1), chunk_size=chunk_size) == pytest.approx(bits)
+
+
+def test_score_of_a_text_longer_than_seq_len_sees_all_that_the_state_holds() -> None:
+    model, ids = build(THREE), torch.randint(1, 11, (1, 500))
+    with torch.no_grad():
+        logits, _ = model(ids[:, :-1], return_state=True)
+    expected = F.cross_entropy(logits[0], ids[0, 1:]).item() / torch.tensor(2.0).log().item()
+    assert model.score(ids) == pytest.approx(expected, rel=1e-6)
+
+
+def test_score_leaves_ignored_ids_out() -> None:
+    model, ids = build(THREE), torch.randint(1, 11, (30,))
+    ids[10:20] = 0
+    bits, log_probs = model.score(ids, return_log_probs=True)
+    kept = log_probs[ids[1:] != 0]
+    assert bits == pytest.approx(-kept.mean().item() / torch.tensor(2.0).log().item())
+
+
+# bad input
+
+
+def test_a_foreign_state_is_refused() -> None:
+    model, ids = build(THREE), torch.zeros(2, 3, dtype=torch.long)
+    _, state = model(ids, return_state=True)
+    cases = [
+        (model.float(), ids, dict(state=state), 'state must have dtype torch.float32, got torch.float64'),
+        (build(STRIDED), ids, dict(state=state), 'state is of another model'),
+        (build(dict(THREE, depth=1)), ids, dict(state=state), 'state is of another model'),
+        (build(THREE), ids[:1], dict(state=state), 'state must have batch size 1, got 2'),
+        (build(THREE), ids[:, :0], dict(state=state), 'ids must hold at least one token'),
+        (build(THREE), ids, dict(state='none'), 'state must be what return_state gave, got str'),
+    ]
+    for net, chunk, arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            net(chunk, return_state=True, **arguments)
+
+    net = build(THREE)
+    with pytest.raises(ValueError, match='state is consumed: return_state = True hands it back'):
+        net(ids, state=state)
+    with pytest.raises(ValueError, match=r'rows must be in \[0, 2\), got \[2\]'):
+        state.select([2])
+    with pytest.raises(ValueError, match='rows must be a list of at least one row number'):
+        state.select([])
+    with pytest.raises(ValueError, match='use_cache = False reads from position 0, so it takes no state'):
+        net.generate(ids, 2, use_cache=False, state=state)
+    with pytest.raises(ValueError, match='state must have batch size 1, got 2'):
+        net.generate(ids[:1], 2, state=state)
+
+
+def test_score_refuses() -> None:
+    model = HierarchicalTransformer(**THREE)
+    for ids, settings, message in (
+        (b'', {}, 'ids must hold at least one token'),
+        (torch.zeros(1, dtype=torch.long), {}, 'ids must have at least 2 tokens'),
+        (torch.zeros(5, dtype=torch.long), {}, 'ids must hold more than ignore_index = 0'),
+        (b'text', {}, r'ids must be in \[0, 11\), got values from 101 to 120'),
+        (torch.ones(5, dtype=torch.long), dict(chunk_size=0), 'chunk_size must be an integer of at least 1, got 0'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.score(ids, **settings)
