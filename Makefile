@@ -1,4 +1,5 @@
-# Two commands do all set-up: `make train` and `make test`, each in an environment of its own in .venv
+# Two commands do all set-up: `make train` and `make test`, in an environment of their own in .venv.
+# `make sample` goes on from a prompt with the model trained last: make sample ARGS='--prompt "The "'
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,6 +7,9 @@ RUN = $(VENV)/bin/python
 
 train: $(VENV)/train
 	$(RUN) train.py $(ARGS)
+
+sample: $(VENV)/train
+	$(RUN) -m simple_hierarchical_transformer.sample "$$(ls -td runs/*/final | head -n 1)" $(ARGS)
 
 test: $(VENV)/test
 	$(RUN) -m ruff check .
@@ -15,11 +19,11 @@ test: $(VENV)/test
 
 # one stamp for each set of packages, made anew when what it was made from changes
 $(VENV)/train $(VENV)/test: setup.py pyproject.toml constraints.txt
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip install -c constraints.txt -e '.[$(notdir $@)]'
 	touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
 
-.PHONY: train test clean
+.PHONY: train sample test clean

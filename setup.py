@@ -22,7 +22,7 @@ setup(
         'accelerate>=1.0',
         'tqdm>=4.60',
         'safetensors>=0.4.3',
-        'huggingface_hub>=0.26',
+        'huggingface_hub>=1.0',
     ],
     extras_require={
         'train': ['matplotlib>=3.7'],

@@ -14,7 +14,6 @@ import lzma
 import os
 import shutil
 import sysconfig
-import tempfile
 import urllib.error
 import urllib.request
 import zipfile
@@ -40,6 +39,8 @@ class Download:
     size: int
     sha256: str
 
+
+ENWIK8_BYTES = 100_000_000
 
 # the first 10^8 bytes of the English Wikipedia dump of 2006-03-03
 ENWIK8 = Download(
@@ -90,7 +91,7 @@ def fetch(
     """Downloads to `path`, which appears only once size and SHA-256 are right.
 
     What a broken transfer left behind in `path`.part is gone on from, or begun anew where the server cannot.
-    `progress` is called with the number of bytes of each piece that arrives.
+    `progress` is called with the number of bytes of each piece that arrives, and of what was there before.
 
     Raises OSError where there is no connection within `timeout` seconds, where it breaks, or where what arrived is
     not what was asked for.
@@ -98,13 +99,15 @@ def fetch(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f'{path.name}.part')
     broken: Exception | None = None
+    if progress and partial.exists():
+        progress(partial.stat().st_size)
 
     # as long as each attempt brings bytes, a broken transfer is worth going on with
     while (have := partial.stat().st_size if partial.exists() else 0) < download.size:
         try:
             transfer(download, partial, have, timeout=timeout, progress=progress)
         except urllib.error.URLError as error:
-            raise OSError(f'{download.url} could not be fetched: {error.reason}') from error
+            raise OSError(f'{download.url} could not be fetched: {error}') from error
         except (http.client.HTTPException, TimeoutError, ConnectionError) as error:
             broken = error
         if not partial.exists() or partial.stat().st_size <= have:
@@ -115,6 +118,7 @@ def fetch(
 
     digest = file_digest(partial)
     if have != download.size or digest != download.sha256:
+        # thrown away, so that the next try begins anew
         partial.unlink()
         raise OSError(
             f'{download.url} is not the file it should be: {have:,} bytes with SHA-256 {digest}, '
@@ -131,6 +135,13 @@ def transfer(
     request = urllib.request.Request(download.url, headers={'Range': f'bytes={have}-'} if have else {})
     with urllib.request.urlopen(request, timeout=timeout) as response:
         resumes = response.status == http.client.PARTIAL_CONTENT
+        length = response.headers.get('Content-Length')
+        expected = download.size - have if resumes else download.size
+        if length is not None and int(length) != expected:
+            # a login page, say: better nothing than a beginning that is not the file's
+            raise OSError(
+                f'{download.url} offers {int(length):,} bytes, not {expected:,}: it is not the file it should be'
+            )
         with open(partial, 'ab' if resumes else 'wb') as file:
             # one byte too many is enough to know that it is not the file
             while file.tell() <= download.size and (piece := response.read1(CHUNK)):
@@ -154,7 +165,7 @@ def file_digest(path: Path) -> str:
 def open_bytes(path: Path) -> Iterator[IO[bytes]]:
     """The bytes of a file, unpacked if it is .gz, .bz2 or .xz."""
     openers: dict[str, Callable[..., IO[bytes]]] = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open}  # type: ignore[dict-item]
-    with openers.get(path.suffix, open)(path, 'rb') as file:
+    with openers.get(path.suffix.lower(), open)(path, 'rb') as file:
         yield file
 
 
@@ -164,7 +175,7 @@ def copy_bytes(path: Path, to: IO[bytes]) -> None:
     Raises ValueError where the file is torn.
     """
     try:
-        if path.suffix == '.zip':
+        if path.suffix.lower() == '.zip':
             with zipfile.ZipFile(path) as archive:
                 for member in sorted(archive.namelist()):
                     with archive.open(member) as file:
@@ -174,6 +185,9 @@ def copy_bytes(path: Path, to: IO[bytes]) -> None:
                 shutil.copyfileobj(file, to, CHUNK)
     except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
         raise ValueError(f'data: {path} is torn, or not a {path.suffix} file: {error}') from error
+    except (RuntimeError, NotImplementedError) as error:
+        # what zipfile says of passwords and of methods that it does not know
+        raise ValueError(f'data: {path} cannot be unpacked: {error}') from error
     except OSError as error:
         # what bz2 raises for bytes that are not its own has no errno, unlike a full disk
         if error.errno is None:
@@ -191,22 +205,24 @@ def load_bytes(files: Sequence[Path], cache_dir: Path) -> Tensor:
     """
     packed = {'.gz', '.bz2', '.xz', '.zip'}
     path = files[0]
+    if path.name == 'enwik8' and len(files) == 1 and path.stat().st_size != ENWIK8_BYTES:
+        raise ValueError(f'data: {path} has {path.stat().st_size:,} bytes; enwik8 has {ENWIK8_BYTES:,}, so it is torn')
 
-    if len(files) > 1 or path.suffix in packed:
+    if len(files) > 1 or path.suffix.lower() in packed:
         stats = [(str(file.resolve()), file.stat()) for file in files]
         key = hashlib.sha256(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]).encode())
         path = cache_dir / f'{key.hexdigest()[:16]}.bytes'
 
         if not path.exists():
             cache_dir.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(dir=cache_dir, suffix='.part')
+            partial = path.with_suffix(f'.{os.getpid()}.part')
             try:
-                with open(descriptor, 'wb') as file:
+                with open(partial, 'wb') as file:
                     for source in files:
                         copy_bytes(source, file)
-                os.replace(name, path)
+                os.replace(partial, path)
             except BaseException:
-                os.unlink(name)
+                partial.unlink(missing_ok=True)
                 raise
 
     size = path.stat().st_size
@@ -240,6 +256,27 @@ def sample_batch(
     """Sequences that begin anywhere in `span`: ids `(batch, seq_len + 1)`, int64."""
     start = torch.randint(span.start, span.stop - seq_len, (batch_size, 1), generator=generator)
     return data[start + torch.arange(seq_len + 1)].long()
+
+
+def segment_batches(
+    data: Tensor, span: range, *, batch_size: int, seq_len: int, shard: int = 0, shards: int = 1
+) -> Iterator[tuple[Tensor, bool]]:
+    """Reads `span` in order, for a model that carries its state along: ids `(batch, seq_len + 1)`, int64, endlessly.
+
+    Each row has a stretch of the span to itself and goes on where it was; the last id of a segment is the first of
+    the next. Comes with whether the rows begin anew, as they do at the end of their stretch. Of several `shards`,
+    each reads stretches of its own.
+
+    Raises ValueError where a stretch is shorter than a segment.
+    """
+    rows = batch_size * shards
+    stretch = len(span) // rows
+    if stretch <= seq_len:
+        raise ValueError(f'data has {stretch:,} bytes for each of {rows} rows, too few for segments of {seq_len:,}')
+    starts = span.start + (torch.arange(batch_size) + shard * batch_size) * stretch
+    while True:
+        for at in range(0, stretch - seq_len, seq_len):
+            yield data[starts[:, None] + at + torch.arange(seq_len + 1)].long(), at == 0
 
 
 def evaluation_batches(

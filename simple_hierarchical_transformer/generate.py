@@ -39,6 +39,8 @@ class Sampler:
         check_number('temperature', self.temperature)
         if self.top_k is not None:
             check_int('top_k', self.top_k)
+        if self.filter_thres is None:
+            raise ValueError('filter_thres must be between 0 and 1, got None')
         for name in ('filter_thres', 'top_p', 'min_p'):
             value = getattr(self, name)
             if value is not None and (check_number(name, value) > 1 or (name == 'top_p' and value == 0)):
@@ -58,7 +60,8 @@ class Sampler:
             kept = max(math.ceil(round((1 - self.filter_thres) * vocabulary, 6)), 1)
 
         values, ids = logits.float().topk(kept, dim=-1)
-        probs = (values / self.temperature).softmax(dim=-1)
+        # from the likeliest down, so that no temperature above 0 is too small
+        probs = ((values - values[:, :1]).double() / self.temperature).softmax(dim=-1)
         if self.top_p is not None:
             probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= self.top_p, 0)
         if self.min_p is not None:

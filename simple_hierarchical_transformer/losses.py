@@ -145,6 +145,14 @@ class LatentDynamics(nn.Module):
         return h + self.net(torch.cat((h, summary), dim=-1))
 
 
+def per_token(loss: Tensor, pred: Tensor) -> Tensor:
+    """A latent loss averaged over channels, `(batch, seq)`. Raises ValueError where it has not the shape of `pred`."""
+    if not isinstance(loss, Tensor) or loss.ndim != pred.ndim or loss.shape[:-1] != pred.shape[:-1]:
+        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f'next_latent_loss_type must return a loss per element, {tuple(pred.shape)}, got {got}')
+    return loss.mean(dim=-1)
+
+
 def next_latent_loss(
     latents: Tensor,
     summaries: Tensor,
@@ -174,7 +182,7 @@ def next_latent_loss(
     for step, weight in enumerate(rollout_weights, 1):
         reached = slice(step, step + starts)
         pred = dynamics(pred, summaries[:, reached])
-        loss = loss_fn(pred, targets[:, reached]).expand_as(pred).mean(dim=-1)
+        loss = per_token(loss_fn(pred, targets[:, reached]), pred)
 
         weighted = loss * weight if decay is None else loss * weight * (-decay * so_far).exp()
         so_far = so_far + loss.detach()

@@ -82,7 +82,9 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
         detach_summaries: keep the next-latent loss from training the embeddings through the summaries.
         dynamics_hidden_dim: hidden width of the latent dynamics, the level's width by default.
         dynamics_num_layers: number of linear layers of the latent dynamics.
-        ignore_index: the id that no loss counts as a target.
+        ignore_index: the id that neither cross entropy nor the next-latent loss counts as a target.
+        recon_ignore_index: the id that the reconstruction loss does not ask for. 0 keeps the published package's
+            numbers; take -1 where id 0 is one like any other.
         use_flash_attn: accepted for the published package's sake. Attention always runs PyTorch's fused kernels.
 
     Raises:
@@ -118,6 +120,7 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
         dynamics_hidden_dim: int | None = None,
         dynamics_num_layers: int = 3,
         ignore_index: int = 0,
+        recon_ignore_index: int = 0,
         use_flash_attn: bool = False,
     ) -> None:
         super().__init__()
@@ -131,8 +134,18 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
         check_number('dynamic_loss_decay', dynamic_loss_decay)
         if dynamics_hidden_dim is not None:
             check_int('dynamics_hidden_dim', dynamics_hidden_dim)
-        if not is_int(ignore_index):
-            raise ValueError(f'ignore_index must be an integer, got {ignore_index!r}')
+        for name, value in (('ignore_index', ignore_index), ('recon_ignore_index', recon_ignore_index)):
+            if not is_int(value):
+                raise ValueError(f'{name} must be an integer, got {value!r}')
+        for name, value in (
+            ('hierarchy_merge_all', hierarchy_merge_all),
+            ('predict_use_all_hierarchy', predict_use_all_hierarchy),
+            ('dynamic_rollout_loss_weight', dynamic_rollout_loss_weight),
+            ('detach_summaries', detach_summaries),
+            ('use_flash_attn', use_flash_attn),
+        ):
+            if not isinstance(value, bool):
+                raise ValueError(f'{name} must be True or False, got {value!r}')
 
         levels = build_levels(
             hierarchies=hierarchies,
@@ -149,13 +162,14 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
         self.num_tokens = num_tokens
         self.seq_len = seq_len
         self.ignore_index = ignore_index
+        self.recon_ignore_index = recon_ignore_index
 
         # which level predicts, and from what
 
         compressions = [level.compression for level in levels]
         if predict_hierarchy is None:
             predict_hierarchy = min(compressions)
-        if predict_hierarchy not in compressions:
+        if not is_int(predict_hierarchy) or predict_hierarchy not in compressions:
             raise ValueError(f'predict_hierarchy must be one of hierarchies {compressions}, got {predict_hierarchy!r}')
         self.predict_level = compressions.index(predict_hierarchy)
         self.predict_from = range(len(levels)) if predict_use_all_hierarchy else [self.predict_level]
@@ -289,16 +303,15 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
         if labels is not None and not return_loss:
             raise ValueError('labels are for return_loss = True, which was not given')
 
-        check_ids('ids', ids, self.num_tokens)
+        ids = check_ids('ids', ids, self.num_tokens)
         if return_loss and labels is None:
             if ids.shape[1] < 2:
                 raise ValueError(f'ids must have at least 2 tokens to predict one from another, got {ids.shape[1]}')
             ids, labels = ids[:, :-1], ids[:, 1:]
         elif labels is not None:
-            check_ids('labels', labels, self.num_tokens, also=self.ignore_index)
+            labels = check_ids('labels', labels, self.num_tokens, also=self.ignore_index)
             if labels.shape != ids.shape:
                 raise ValueError(f'labels must have the shape of ids {tuple(ids.shape)}, got {tuple(labels.shape)}')
-        ids = ids.long()
 
         if state is not None:
             self.check_state(state, ids)
@@ -328,7 +341,7 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
             elif labels is None:
                 output = (logits,)
             else:
-                output = self.losses(logits, final, embeds, ids, labels.long(), position)
+                output = self.losses(logits, final, embeds, ids, labels, position)
 
         if return_state:
             output = (*output, state)
@@ -449,7 +462,7 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
                     compression=level.compression,
                     stride=level.stride,
                     offset=-position % level.stride,
-                    ignore_index=self.ignore_index,
+                    ignore_index=self.recon_ignore_index,
                 )
         return loss
 
@@ -468,10 +481,10 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
             offset = -position % level.stride
             summarizer = self.chunk_summarizers[str(i)]
             summaries = summarizer(embeds, offset) if isinstance(summarizer, ChunkSummarizer) else summarizer(embeds)
-            if summaries.shape != x.shape:
+            if not isinstance(summaries, Tensor) or summaries.shape != x.shape:
+                got = tuple(summaries.shape) if isinstance(summaries, Tensor) else type(summaries).__name__
                 raise ValueError(
-                    f'chunk_summarizers of hierarchy {level.compression} must return shape {tuple(x.shape)}, '
-                    f'got {tuple(summaries.shape)}'
+                    f'chunk_summarizers of hierarchy {level.compression} must return shape {tuple(x.shape)}, got {got}'
                 )
             loss = next_latent_loss(
                 x,
@@ -576,11 +589,12 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
         if isinstance(prompt, (list, tuple)):
             if not prompt:
                 raise ValueError('prompt must hold at least one row, got an empty list')
-            for row in prompt:
-                check_ids('prompt', row[None] if isinstance(row, Tensor) else row, self.num_tokens)
+            prompts = [
+                check_ids('prompt', row[None] if isinstance(row, Tensor) else row, self.num_tokens) for row in prompt
+            ]
+            prompts = [row[0] for row in prompts]
         else:
-            check_ids('prompt', prompt, self.num_tokens)
-        prompts = list(prompt)
+            prompts = list(check_ids('prompt', prompt, self.num_tokens))
 
         check_int('seq_len', seq_len, 0)
         stops = list(stop_ids or ())
@@ -595,9 +609,7 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
         return Reader(self, state, use_cache=use_cache), prompts, Sampler(**sampling), stops
 
     @torch.no_grad()
-    def score(
-        self, ids: Tensor | bytes, *, chunk_size: int | None = None, return_log_probs: bool = False
-    ) -> float | tuple[float, Tensor]:
+    def score(self, ids: Tensor | bytes, *, chunk_size: int | None = None, return_log_probs: bool = False) -> Any:
         """How many bits the model needs for each id after the first: bits per byte, for a model of bytes.
 
         One pass with the state carried along, so each id is predicted from all that the model can remember, in
@@ -608,7 +620,8 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
             chunk_size: how many ids are read at a time, `seq_len` by default. Changes no number.
             return_log_probs: also return the natural logarithm of each id's probability, `(..., n - 1)`.
 
-        Returns the mean over all ids but each row's first and those equal to `ignore_index`.
+        Returns a float, or `(float, log_probs)`: the mean over all ids but each row's first and those equal to
+        `ignore_index`.
 
         Raises:
             ValueError: ids of the wrong rank, dtype, length or range, or nothing but ignored ones.
@@ -616,8 +629,7 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
         if isinstance(ids, (bytes, bytearray)):
             ids = torch.frombuffer(bytearray(ids), dtype=torch.uint8) if ids else torch.empty(0, dtype=torch.uint8)
         single = isinstance(ids, Tensor) and ids.ndim == 1
-        rows = ids[None] if single else ids
-        check_ids('ids', rows, self.num_tokens)
+        rows = check_ids('ids', ids[None] if single else ids, self.num_tokens)
         if rows.shape[1] < 2:
             raise ValueError(f'ids must have at least 2 tokens to predict one from another, got {rows.shape[1]}')
         chunk_size = check_int('chunk_size', self.seq_len if chunk_size is None else chunk_size)
@@ -625,7 +637,7 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
         device = self.token_emb.weight.device
         total, count, state, log_probs = 0.0, 0, None, []
         for begin in range(0, rows.shape[1] - 1, chunk_size):
-            window = rows[:, begin : begin + chunk_size + 1].to(device).long()
+            window = rows[:, begin : begin + chunk_size + 1].to(device)
             logits, state = self(window[:, :-1], state=state, return_state=True)
             targets = window[:, 1:]
             picked = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
@@ -652,6 +664,8 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
             )
         partial = save_directory / f'{WEIGHTS_FILE}.partial'
         save_model(self, str(partial))
+        # safetensors leaves it to its owner alone
+        partial.chmod(0o644)
         os.replace(partial, save_directory / WEIGHTS_FILE)
 
     @classmethod
@@ -693,14 +707,15 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
         return model.to(map_location).eval()
 
 
-def check_ids(name: str, ids: Any, num_tokens: int, also: int | None = None) -> None:
-    """Refuses ids that are not `(batch, n)` integers of at least one token, in `[0, num_tokens)` or equal to `also`."""
+def check_ids(name: str, ids: Any, num_tokens: int, also: int | None = None) -> Tensor:
+    """The ids `(batch, n)` as int64, any integer dtype taken. Refuses others than `[0, num_tokens)` and `also`."""
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f'{name} must be a tensor of integers, got {getattr(ids, "dtype", type(ids).__name__)}')
     if ids.ndim != 2:
         raise ValueError(f'{name} must have shape (batch, seq), got {tuple(ids.shape)}')
     if 0 in ids.shape:
         raise ValueError(f'{name} must hold at least one token, got shape {tuple(ids.shape)}')
+    ids = ids.long()
 
     # reading values would make an accelerator wait, or break a compiled graph
     if ids.device.type == 'cpu' and not torch.compiler.is_compiling():
@@ -709,6 +724,7 @@ def check_ids(name: str, ids: Any, num_tokens: int, also: int | None = None) -> 
             low, high = (int(value) for value in allowed.aminmax())
             if low < 0 or high >= num_tokens:
                 raise ValueError(f'{name} must be in [0, {num_tokens}), got values from {low} to {high}')
+    return ids
 
 
 def make_buffers(module: nn.Module) -> None:

@@ -1,9 +1,15 @@
-"""Text from a checkpoint, in the shell: `python -m simple_hierarchical_transformer.sample CHECKPOINT --prompt TEXT`."""
+"""Text from a checkpoint, in the shell, as it comes:
+
+`python -m simple_hierarchical_transformer.sample CHECKPOINT --prompt TEXT`
+"""
 
 from __future__ import annotations
 
 import argparse
+import codecs
+import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -12,27 +18,62 @@ from .model import CONFIG_FILE, HierarchicalTransformer
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description='Goes on from a prompt with a byte-level model.')
+    parser = argparse.ArgumentParser(
+        prog='python -m simple_hierarchical_transformer.sample', description='Goes on from a prompt, byte by byte.'
+    )
     parser.add_argument('checkpoint', type=Path, help='a folder that save_pretrained wrote')
-    parser.add_argument('--prompt', default='\n', help='text to go on from')
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument('--prompt', help='text to go on from (default: a new line)')
+    prompt.add_argument('--prompt-file', type=Path, help='a file to go on from')
     parser.add_argument('--length', type=int, default=256, help='how many bytes to write')
     parser.add_argument('--temperature', type=float, default=1.0, help='0 takes the likeliest byte each time')
     parser.add_argument('--filter-thres', type=float, default=0.9, help='share of the bytes that is never drawn')
+    parser.add_argument('--top-k', type=int, help='draw from that many of the likeliest bytes')
+    parser.add_argument('--top-p', type=float, help='draw from the likeliest bytes that reach this probability')
+    parser.add_argument('--min-p', type=float, help="draw from bytes of at least this share of the likeliest one's")
     parser.add_argument('--seed', type=int, help='for the same text again')
     args = parser.parse_args(argv)
 
-    if not (args.checkpoint / CONFIG_FILE).is_file():
-        parser.error(f'{args.checkpoint} is no saved model: there is no {CONFIG_FILE} in it')
-    if args.seed is not None:
-        torch.manual_seed(args.seed)
-
-    model = HierarchicalTransformer.from_pretrained(args.checkpoint)
-    prompt = torch.tensor([list(args.prompt.encode())], dtype=torch.long)
     try:
-        new = model.generate(prompt, args.length, temperature=args.temperature, filter_thres=args.filter_thres)
-    except ValueError as error:
-        parser.error(str(error))
-    sys.stdout.write(args.prompt + bytes(new[0].tolist()).decode('utf-8', errors='replace') + '\n')
+        if not (args.checkpoint / CONFIG_FILE).is_file():
+            raise ValueError(f'{args.checkpoint} is no saved model: there is no {CONFIG_FILE} in it')
+        model = HierarchicalTransformer.from_pretrained(args.checkpoint)
+        if model.num_tokens > 256:
+            raise ValueError(f'{args.checkpoint} has {model.num_tokens} tokens: more than there are bytes')
+
+        text = (
+            args.prompt_file.read_bytes()
+            if args.prompt_file
+            else os.fsencode('\n' if args.prompt is None else args.prompt)
+        )
+        ids = torch.tensor([list(text)], dtype=torch.long)
+        stream = model.stream(
+            ids,
+            args.length,
+            temperature=args.temperature,
+            filter_thres=args.filter_thres,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            min_p=args.min_p,
+            generator=None if args.seed is None else torch.Generator().manual_seed(args.seed),
+        )
+
+        # a character may arrive in pieces; bytes that make none are shown as such
+        decoder = codecs.getincrementaldecoder('utf-8')(errors='backslashreplace')
+        sys.stdout.write(decoder.decode(text))
+        start, count = time.perf_counter(), 0
+        try:
+            for new in stream:
+                sys.stdout.write(decoder.decode(bytes(new.tolist())))
+                sys.stdout.flush()
+                count += 1
+        except KeyboardInterrupt:
+            pass
+        sys.stdout.write(decoder.decode(b'', final=True) + '\n')
+        sys.stdout.flush()
+        sys.stderr.write(f'{count} bytes, {count / (time.perf_counter() - start):.0f} a second\n')
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f'error: {error}')
 
 
 if __name__ == '__main__':

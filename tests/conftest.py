@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
+
+# before huggingface_hub reads it: no test may depend on the network
+os.environ['HF_HUB_OFFLINE'] = '1'
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 
@@ -32,14 +36,6 @@ settings.load_profile('suite')
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True, scope='session')
-def _offline() -> Any:
-    """No test may depend on the network."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('HF_HUB_OFFLINE', '1')
-        yield
 
 
 class Golden(NamedTuple):
@@ -103,6 +99,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         detach_summaries=draw(st.booleans()),
         dynamics_num_layers=draw(st.integers(1, 3)),
         ignore_index=draw(st.sampled_from([0, -1])),
+        recon_ignore_index=draw(st.sampled_from([0, -1])),
     )
 
 

@@ -72,6 +72,11 @@ GOOD: dict[str, Any] = dict(num_tokens=11, dim=8, depth=1, seq_len=16, dim_head=
         (dict(dynamics_hidden_dim=0), 'dynamics_hidden_dim must be an integer of at least 1, got 0'),
         (dict(dynamics_num_layers=0), 'dynamics_num_layers must be an integer of at least 1, got 0'),
         (dict(ignore_index=None), 'ignore_index must be an integer, got None'),
+        (dict(recon_ignore_index=1.0), 'recon_ignore_index must be an integer, got 1.0'),
+        (dict(hierarchy_merge_all='no'), "hierarchy_merge_all must be True or False, got 'no'"),
+        (dict(predict_use_all_hierarchy=1), 'predict_use_all_hierarchy must be True or False, got 1'),
+        (dict(detach_summaries=None), 'detach_summaries must be True or False, got None'),
+        (dict(predict_hierarchy=True), 'predict_hierarchy must be one of hierarchies [1], got True'),
         (dict(chunk_summarizers=nn.Identity()), 'chunk_summarizers must be a tuple or list, got Identity()'),
         (dict(chunk_summarizers=(None, None)), 'chunk_summarizers must have one module or None for each of the 1'),
         (dict(chunk_summarizers=(3,)), 'chunk_summarizers must be modules or None, got 3'),
@@ -134,6 +139,14 @@ def test_forward_refuses(ids: Any, arguments: dict[str, Any], message: str) -> N
         (IDS + 11, {}, 'prompt must be in [0, 11), got values from 11 to 11'),
         (IDS.float(), {}, 'prompt must be a tensor of integers, got torch.float32'),
         (IDS, dict(temperature=-1.0), 'temperature must be a finite number of at least 0, got -1.0'),
+        (IDS, dict(filter_thres='a'), "filter_thres must be a finite number of at least 0, got 'a'"),
+        (IDS, dict(filter_thres=None), 'filter_thres must be between 0 and 1, got None'),
+        (IDS, dict(top_k=0), 'top_k must be an integer of at least 1, got 0'),
+        (IDS, dict(top_p=0.0), 'top_p must be above 0 and at most 1, got 0.0'),
+        (IDS, dict(min_p=1.5), 'min_p must be between 0 and at most 1, got 1.5'),
+        (IDS, dict(stop_ids=[11]), 'stop_ids must be in [0, 11), got 11'),
+        ([], {}, 'prompt must hold at least one row, got an empty list'),
+        ([IDS[0], IDS[0, :0]], {}, 'prompt must hold at least one token'),
         (IDS, dict(filter_thres=1.1), 'filter_thres must be between 0 and at most 1, got 1.1'),
         (IDS, dict(seq_len=-1), 'seq_len must be an integer of at least 0, got -1'),
     ],
@@ -142,6 +155,13 @@ def test_generate_refuses(prompt: torch.Tensor, arguments: dict[str, Any], messa
     model = HierarchicalTransformer(**GOOD)
     with pytest.raises(ValueError, match=re.escape(message)):
         model.generate(prompt, **{'seq_len': 2, **arguments})
+
+
+@pytest.mark.parametrize('loss', [nn.functional.mse_loss, lambda pred, target: (pred - target).mean(-1), lambda *_: 0])
+def test_latent_loss_of_the_wrong_shape_is_named(loss: Any) -> None:
+    model = HierarchicalTransformer(**GOOD, next_latent_loss_type=loss)
+    with pytest.raises(ValueError, match=re.escape('next_latent_loss_type must return a loss per element, (2, 6, 8)')):
+        model(IDS, return_loss=True)
 
 
 def test_summarizer_of_the_wrong_shape_is_named() -> None:

@@ -32,7 +32,7 @@ def as_bytes(tensor: torch.Tensor) -> bytes:
 # read
 
 
-@pytest.mark.parametrize('suffix', ['', '.gz', '.bz2', '.xz', '.zip'])
+@pytest.mark.parametrize('suffix', ['', '.gz', '.bz2', '.xz', '.zip', '.GZ'])
 def test_reads_plain_and_packed_files(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f'text{suffix}'
     if suffix == '.zip':
@@ -40,7 +40,7 @@ def test_reads_plain_and_packed_files(tmp_path: Path, suffix: str) -> None:
             archive.writestr('b', TEXT[100:])
             archive.writestr('a', TEXT[:100])
     else:
-        pack = {'': bytes, '.gz': gzip.compress, '.bz2': bz2.compress, '.xz': lzma.compress}[suffix]
+        pack = {'': bytes, '.gz': gzip.compress, '.bz2': bz2.compress, '.xz': lzma.compress}[suffix.lower()]
         path.write_bytes(pack(TEXT))
 
     for _ in range(2):
@@ -86,6 +86,19 @@ def test_broken_archives_are_named_and_leave_nothing(tmp_path: Path, suffix: str
     with pytest.raises(ValueError, match=re.escape(f'data: {path} is torn, or not a {suffix} file')):
         data.load_bytes([path], tmp_path / 'cache')
     assert list((tmp_path / 'cache').iterdir()) == []
+
+
+def test_a_locked_archive_is_named(tmp_path: Path) -> None:
+    path = tmp_path / 'locked.zip'
+    with zipfile.ZipFile(path, 'w') as archive:
+        archive.writestr('a', TEXT)
+    packed = bytearray(path.read_bytes())
+    # the bit that says encrypted, in the local header and in the directory
+    packed[6] |= 1
+    packed[packed.index(b'PK\x01\x02') + 8] |= 1
+    path.write_bytes(packed)
+    with pytest.raises(ValueError, match=r'locked\.zip cannot be unpacked: .*encrypted'):
+        data.load_bytes([path], tmp_path / 'cache')
 
 
 def test_missing_and_empty_corpora_are_refused(tmp_path: Path) -> None:
@@ -155,6 +168,34 @@ def test_evaluation_counts_every_byte_once(size: int, start: int, seq_len: int, 
     assert sorted(labels) == list(range(max(span.start, 1), span.stop))
 
 
+@given(st.integers(40, 300), st.integers(1, 3), st.integers(1, 6), st.integers(1, 2))
+def test_segments_read_each_stretch_in_order(size: int, batch_size: int, seq_len: int, shards: int) -> None:
+    span = range(10, size)
+    stretch = len(span) // (batch_size * shards)
+    if stretch <= seq_len:
+        with pytest.raises(ValueError, match='too few for segments'):
+            next(data.segment_batches(torch.arange(size), span, batch_size=batch_size, seq_len=seq_len, shards=shards))
+        return
+
+    firsts = set()
+    for shard in range(shards):
+        segments = data.segment_batches(
+            torch.arange(size), span, batch_size=batch_size, seq_len=seq_len, shard=shard, shards=shards
+        )
+        ids, begins = next(segments)
+        assert begins
+        firsts |= set(ids[:, 0].tolist())
+        for _ in range((stretch - 1) // seq_len - 1):
+            following, begins = next(segments)
+            assert not begins
+            assert torch.equal(following[:, 0], ids[:, -1])
+            assert (following.diff() == 1).all()
+            ids = following
+        assert ids.max() < size
+        assert next(segments)[1]
+    assert len(firsts) == batch_size * shards
+
+
 def test_evaluation_of_a_part_is_fixed_and_spread() -> None:
     def labels(max_bytes: int) -> list[int]:
         batches = data.evaluation_batches(
@@ -175,6 +216,7 @@ def test_evaluation_of_a_part_is_fixed_and_spread() -> None:
 
 class Server(http.server.ThreadingHTTPServer):
     body = TEXT
+    status = 200
     ranges = True
     # how many bytes the next responses send before they break off
     breaks: list[int]
@@ -189,7 +231,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.requests.append(asked)
         start = int(asked[len('bytes=') : -1]) if asked and self.server.ranges else 0
         body = self.server.body[start:]
-        self.send_response(206 if start else 200)
+        self.send_response(206 if start else self.server.status)
         self.send_header('Content-Length', str(len(body)))
         self.end_headers()
         self.wfile.write(body[: self.server.breaks.pop(0)] if self.server.breaks else body)
@@ -248,7 +290,7 @@ def test_a_transfer_that_brings_nothing_ends_with_a_clear_error(server: Server, 
     assert data.fetch(wanted(server), tmp_path / 'text').read_bytes() == TEXT
 
 
-@pytest.mark.parametrize('body', [TEXT[:-1] + b'?', TEXT + b'more'])
+@pytest.mark.parametrize('body', [TEXT[:-1] + b'?', TEXT + b'more', b'<html>please log in</html>'])
 def test_a_file_that_is_another_is_thrown_away(server: Server, tmp_path: Path, body: bytes) -> None:
     server.body = body
     with pytest.raises(OSError, match='is not the file it should be'):
@@ -264,9 +306,10 @@ def test_a_foreign_partial_file_does_not_poison_the_next_try(server: Server, tmp
 
 
 def test_a_server_that_says_no_is_named(server: Server, tmp_path: Path) -> None:
-    missing = Download(wanted(server).url.replace('http:', 'nothing:'), 1, '')
-    with pytest.raises(OSError, match='could not be fetched'):
-        data.fetch(missing, tmp_path / 'text')
+    server.status = 503
+    with pytest.raises(OSError, match='could not be fetched: HTTP Error 503'):
+        data.fetch(wanted(server), tmp_path / 'text')
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_gives_up_within_seconds_where_nothing_answers(tmp_path: Path) -> None:

@@ -34,6 +34,12 @@ def test_draws_follow_the_softmax_at_the_temperature() -> None:
     torch.testing.assert_close(frequencies, (logits / 0.7).softmax(-1), rtol=0, atol=0.01)
 
 
+@pytest.mark.parametrize('temperature', [1e-3, 1e-40, 5e-324])
+def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
+    logits = torch.randn(50, 11)
+    assert torch.equal(Sampler(temperature=temperature)(logits), logits.argmax(-1))
+
+
 def test_greedy_goes_on_with_the_likeliest_id() -> None:
     net, prompt = model(), torch.randint(0, 11, (2, 3))
     ids = prompt

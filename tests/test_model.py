@@ -95,7 +95,7 @@ def test_losses_equal_the_definitions_written_out(config: dict[str, Any], n: int
                     given_back = model.compressors[index].to_recon(x[b, j]).view(c, 11).log_softmax(-1)
                     for k in range(c):
                         position = j * s - (c - 1) + k
-                        if position >= 0 and read[b, position] != ignored:
+                        if position >= 0 and read[b, position] != config['recon_ignore_index']:
                             seen.append(-given_back[k, read[b, position]])
             recon = recon + mean(seen)
 
@@ -250,7 +250,7 @@ def test_any_length_up_to_seq_len(n: int) -> None:
     assert labelled.isfinite()
 
 
-@pytest.mark.parametrize('dtype', [torch.uint8, torch.int16, torch.int32])
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int16, torch.int32, torch.uint16, torch.uint32])
 def test_ids_of_any_integer_dtype(dtype: torch.dtype) -> None:
     model, ids = build(THREE), torch.randint(0, 11, (2, 12))
     assert torch.equal(model(ids.to(dtype)), model(ids))
