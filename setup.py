@@ -18,7 +18,7 @@ setup(
         'torch>=2.6',
         'einops>=0.8',
         'local-attention>=1.9',
-        'rotary-embedding-torch>=0.6',
+        'rotary-embedding-torch>=0.8',
         'accelerate>=1.0',
         'tqdm>=4.60',
         'safetensors>=0.4.3',

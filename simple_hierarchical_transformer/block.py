@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .levels import Level
+from .linear import Linear
 from .mixers import Attention
 from .norm import RMSNorm
 from .state import BlockState, keep
@@ -24,7 +25,12 @@ def shift_tokens(x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tenso
     """
     kept, delayed = x.chunk(2, dim=-1)
     last = delayed[:, -1:]
-    delayed = F.pad(delayed, (0, 0, 1, -1)) if before is None else torch.cat((before, delayed[:, :-1]), dim=1)
+    if before is None:
+        delayed = F.pad(delayed, (0, 0, 1, -1))
+    elif x.shape[1] == 1:
+        delayed = before
+    else:
+        delayed = torch.cat((before, delayed[:, :-1]), dim=1)
     return torch.cat((kept, delayed), dim=-1), last
 
 
@@ -36,9 +42,9 @@ class FeedForward(nn.Module):
         inner = int(dim * mult)
         self.net = nn.Sequential(
             RMSNorm(dim),
-            nn.Linear(dim, inner, bias=False),
+            Linear(dim, inner, bias=False),
             nn.GELU(),
-            nn.Linear(inner, dim, bias=False),
+            Linear(inner, dim, bias=False),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,10 +105,11 @@ class HierarchicalBlock(nn.Module):
 
             out, part = self.mix(tokens.flatten(0, 1), part, group.start)
             outs.append(out.unflatten(0, (-1, b)))
-            if part is not None:
+            if part is not None and torch.is_grad_enabled():
                 parts.append((group.phase, part.map(lambda tensor: tensor.unflatten(0, (-1, b)))))
 
-        if state is not None:
+        # without gradients the parts were views, written in place
+        if state is not None and parts:
             state = state.joined(sorted(parts, key=lambda part: part[0]))
         if not outs or p == 1:
             return (outs[0][0] if outs else x), state

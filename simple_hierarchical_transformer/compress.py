@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .levels import Level
+from .linear import Linear, linear
 from .state import keep
 
 
@@ -37,7 +38,7 @@ class WindowConv(nn.Module):
         self.conv = nn.Conv1d(dim_in, dim_out, kernel)
 
     def forward(self, windows: Tensor) -> Tensor:
-        return F.linear(windows, self.conv.weight.flatten(1), self.conv.bias)
+        return linear(windows, self.conv.weight.flatten(1), self.conv.bias)
 
 
 class Compressor(nn.Module):
@@ -60,7 +61,7 @@ class Compressor(nn.Module):
 
         if c == 1:
             same = level.dim == dim_embed
-            self.compress_fn = nn.Identity() if same else nn.Linear(dim_embed, level.dim, bias=False)
+            self.compress_fn = nn.Identity() if same else Linear(dim_embed, level.dim, bias=False)
         else:
             inner = 4 * dim_embed
             self.compress_fn = nn.Sequential(
@@ -70,7 +71,7 @@ class Compressor(nn.Module):
                 Pointwise(inner, level.dim),
             )
 
-        self.to_recon = nn.Linear(level.dim, c * num_tokens, bias=False) if reconstruct and c > 1 else None
+        self.to_recon = Linear(level.dim, c * num_tokens, bias=False) if reconstruct and c > 1 else None
 
     def forward(self, embeds: Tensor, state: Tensor | None = None, position: int = 0) -> tuple[Tensor, Tensor | None]:
         """Embeddings `(batch, seq, dim_embed)` that begin at `position`; the state is those before it."""
@@ -94,4 +95,4 @@ class Pointwise(nn.Conv1d):
         super().__init__(dim_in, dim_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.squeeze(-1), self.bias)
+        return linear(x, self.weight.squeeze(-1), self.bias)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .levels import Level
+from .linear import Linear
 from .norm import RMSNorm
 from .state import keep
 
@@ -55,9 +56,9 @@ class HierarchicalMerge(nn.Module):
         dim_in = sum(level.dim for level in levels)
         self.net = nn.Sequential(
             RMSNorm(dim_in),
-            nn.Linear(dim_in, 2 * dim_out),
+            Linear(dim_in, 2 * dim_out),
             nn.SiLU(),
-            nn.Linear(2 * dim_out, dim_out),
+            Linear(2 * dim_out, dim_out),
         )
 
     def forward(

@@ -21,6 +21,7 @@ from .block import HierarchicalBlock
 from .compress import Compressor
 from .generate import Reader, Sampler, generate, stream
 from .levels import Level, build_levels, check_int, check_number, check_sequence, is_int
+from .linear import Linear
 from .losses import (
     ChunkSummarizer,
     LatentDynamics,
@@ -230,7 +231,7 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
         )
 
         self.norms = nn.ModuleList(nn.LayerNorm(level.dim) for level in levels)
-        self.to_logits = nn.Linear(sum(levels[i].dim for i in self.predict_from), num_tokens, bias=False)
+        self.to_logits = Linear(sum(levels[i].dim for i in self.predict_from), num_tokens, bias=False)
 
         # keyed by the level's index, since a level without the loss has neither
 

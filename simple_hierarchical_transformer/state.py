@@ -50,13 +50,12 @@ class BlockState:
 
     def phases(self, first: int, count: int) -> BlockState:
         """Views of `count` phases, each row of each phase a row of its own: `(count * batch, ...)`."""
+        if count == 1:
+            return self.map(lambda tensor: tensor[first])
         return self.map(lambda tensor: tensor[first : first + count].flatten(0, 1))
 
     def joined(self, parts: Sequence[tuple[int, BlockState]]) -> BlockState:
         """This state with some phases replaced: parts of it, each with its first phase, in the order of phases."""
-        if not torch.is_grad_enabled():
-            # parts are views that were written in place
-            return self
 
         def join(name: str) -> Tensor | None:
             whole = getattr(self, name)

@@ -70,7 +70,7 @@ def test_full_attention_equals_the_formula() -> None:
 def test_rotated_scores_depend_on_distance_alone(pairs: str, xpos: bool) -> None:
     q, k, _ = qkv(1)
     rotary = Rotary(8, pairs=pairs, xpos=xpos)
-    turned_q, turned_k = rotary(q.expand(-1, -1, 40, -1), k.expand(-1, -1, 40, -1))
+    turned_q, turned_k = rotary(torch.stack((q, k)).expand(-1, -1, -1, 40, -1))
     scores = turned_q @ turned_k.mT
     torch.testing.assert_close(scores[..., 1:, 1:], scores[..., :-1, :-1])
     assert not torch.allclose(scores[..., 1:, 0], scores[..., :-1, 0])
@@ -82,8 +82,8 @@ def test_half_precision_model_keeps_its_frequencies_exact() -> None:
     rotary.bfloat16()
     assert torch.equal(rotary.freqs, exact)
     q = torch.randn(1, 1, 2000, 64, dtype=torch.bfloat16)
-    turned, _ = rotary(q, q)
+    turned, _ = rotary(torch.stack((q, q)))
     assert turned.dtype == torch.bfloat16
-    expected, _ = Rotary(64, pairs='halves')(q.float(), q.float())
+    expected, _ = Rotary(64, pairs='halves')(torch.stack((q, q)).float())
     torch.testing.assert_close(turned.float(), expected, rtol=1e-2, atol=2e-2)
     assert rotary.double().freqs.dtype == torch.float64

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
+from ..linear import Linear
 from ..norm import RMSNorm
 from .rotary import Rotary
 
@@ -74,32 +74,30 @@ class Attention(nn.Module):
         full = window is None
         self.norm = RMSNorm(dim) if full else nn.LayerNorm(dim)
         self.rotary_emb = Rotary(dim_head, pairs='interleaved' if full else 'halves', xpos=full)
-        self.to_qkv = nn.Linear(dim, 3 * inner, bias=False)
-        self.to_out = nn.Linear(inner, dim, bias=False)
+        self.to_qkv = Linear(dim, 3 * inner, bias=False)
+        self.to_out = Linear(inner, dim, bias=False)
 
     def forward(self, x: Tensor, cache: Cache | None = None, start: int = 0) -> tuple[Tensor, Cache | None]:
         """x: `(batch, seq, dim)`, tokens `start` to `start + seq` of the sequence."""
-        qkv = self.to_qkv(self.norm(x))
-        q, k, v = rearrange(qkv, 'b n (qkv h d) -> qkv b h n d', qkv=3, h=self.heads)
+        # (3, batch, heads, seq, dim_head)
+        qkv = self.to_qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        v = qkv[2]
 
         if cache is not None:
-            q, k = self.rotary_emb.relative_to_block(q, k, start)
+            q, k = self.rotary_emb.relative_to_block(qkv[:2], start)
             out, cache = self.attend_cached(q, k, v, cache, start)
-        elif self.window is None:
-            q, k = self.rotary_emb(q, k)
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            q, k = self.rotary_emb(q, k)
-            out = attend_window(q, k, v, self.window)
+            q, k = self.rotary_emb(qkv[:2])
+            if self.window is None:
+                out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            else:
+                out = attend_window(q, k, v, self.window)
 
-        return self.to_out(rearrange(out, 'b h n d -> b n (h d)')), cache
+        return self.to_out(out.transpose(1, 2).flatten(2)), cache
 
     def attend_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: Cache, start: int) -> tuple[Tensor, Cache]:
         n, slots = k.shape[-2], cache[0].shape[-2]
-        keys, values = (self.rotary_emb.next_block(cache[0], start, n), cache[1])
-
-        # only the newest can still be reached by what comes
-        new = torch.arange(max(start, start + n - slots), start + n, device=k.device) % slots
+        keys, values = self.rotary_emb.next_block(cache[0], start, n), cache[1]
         in_place = not torch.is_grad_enabled()
 
         if n == 1 and in_place:
@@ -113,5 +111,7 @@ class Attention(nn.Module):
         )
         out = attend_window(q, all_keys, all_values, slots - 1)
 
+        # only the newest can still be reached by what comes
+        new = torch.arange(max(start, start + n - slots), start + n, device=k.device) % slots
         put = Tensor.index_copy_ if in_place else Tensor.index_copy
         return out, (put(keys, 2, new, k[:, :, -len(new) :]), put(values, 2, new, v[:, :, -len(new) :]))

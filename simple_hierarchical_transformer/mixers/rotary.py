@@ -12,6 +12,8 @@ THETA = 10_000.0
 XPOS_SCALE_BASE = 512.0
 # positions after which what is cached of xPos moves on to a new origin, so that its factors never leave float32
 BLOCK = 2048
+# positions that a step's factors are formed for at a time; divides the block
+TABLE = 256
 
 
 class Rotary(nn.Module):
@@ -33,36 +35,52 @@ class Rotary(nn.Module):
         self.xpos = xpos
         # saved with the weights, as in the published package
         self.register_buffer('freqs', THETA ** -(torch.arange(0, dim, 2) / dim))
+        self._table: tuple[Any, Tensor, Tensor] | None = None
 
-    def forward(self, q: Tensor, k: Tensor, start: int = 0, origin: int | None = None) -> tuple[Tensor, Tensor]:
-        """q, k: `(batch, heads, seq, dim)`, at positions `start` and on. Shapes and dtype are kept.
+    def forward(self, qk: Tensor, start: int = 0) -> Tensor:
+        """Queries and keys `(2, batch, heads, seq, dim)`, at positions `start` and on. Shape and dtype are kept."""
+        n = qk.shape[-2]
+        # the middle as the origin of xPos keeps its two factors small
+        return self.turn(qk, *self.factors(qk, start, n, origin=start + n // 2))
 
-        With xPos, queries and keys can meet where their factors count from the same `origin`: by default the
-        middle, which keeps both small.
+    def relative_to_block(self, qk: Tensor, start: int) -> Tensor:
+        """Like `forward`, with the block's beginning in which the chunk ends as the origin, for a cache to rely on."""
+        n = qk.shape[-2]
+        last = start + n - 1
+        origin = last // BLOCK * BLOCK
+        if n > 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.turn(qk, *self.factors(qk, start, n, origin))
+
+        # steps take their factors from a table of the positions around
+        first = start // TABLE * TABLE
+        key = (first, qk.dtype, qk.device, self.freqs.data_ptr(), self.freqs._version)
+        if self._table is None or self._table[0] != key:
+            self._table = (key, *self.factors(qk, first, TABLE, origin))
+        _, cos, sin = self._table
+        row = start - first
+        return self.turn(qk, cos[..., row : row + 1, :], sin[..., row : row + 1, :])
+
+    def factors(self, like: Tensor, start: int, n: int, origin: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine for each position and pair, `(n, dim / 2)`; with xPos `(2, 1, 1, n, dim / 2)`.
+
+        Queries and keys can meet where the factors of xPos count from the same `origin`.
         """
-        n = q.shape[-2]
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        exact = torch.float32 if q.device.type == 'mps' else torch.float64
-        position = torch.arange(start, start + n, device=q.device, dtype=exact)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        exact = torch.float32 if like.device.type == 'mps' else torch.float64
+        position = torch.arange(start, start + n, device=like.device, dtype=exact)
         angles = torch.outer(position, self.freqs.to(exact))
-        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-
-        if not self.xpos:
-            return self.turn(q, cos, sin), self.turn(k, cos, sin)
-
-        decay = self.decay(position - (start + n // 2 if origin is None else origin)).to(dtype)
-        return self.turn(q, cos * decay, sin * decay), self.turn(k, cos / decay, sin / decay)
+        cos, sin = angles.cos(), angles.sin()
+        if self.xpos:
+            decay = self.decay(position - origin)
+            factor = torch.stack((decay, 1 / decay))[:, None, None]
+            cos, sin = cos * factor, sin * factor
+        return cos.to(dtype), sin.to(dtype)
 
     def decay(self, distance: Tensor) -> Tensor:
         """xPos' factor of each pair of channels at each distance: `(n,)` to `(n, dim / 2)`."""
         channel = torch.arange(0, self.dim, 2, device=distance.device, dtype=distance.dtype)
         base = (channel + 0.4 * self.dim) / (1.4 * self.dim)
         return base ** (distance / XPOS_SCALE_BASE)[:, None]
-
-    def relative_to_block(self, q: Tensor, k: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Like `forward`, with the block's beginning in which the chunk ends as the origin, for a cache to rely on."""
-        last = start + q.shape[-2] - 1
-        return self(q, k, start, last // BLOCK * BLOCK)
 
     def next_block(self, keys: Tensor, start: int, n: int) -> Tensor:
         """Cached keys `(batch, heads, slots, dim)` of tokens before `start`, for queries of a chunk of `n` to meet."""
