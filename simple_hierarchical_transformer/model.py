@@ -326,6 +326,8 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
 
         embeds = self.token_emb(ids)
         token_embeds, state = self.compress(embeds, state)
+        if return_hierarchical_token_embeds and state is None:
+            return token_embeds
         final, predict_from, state = self.run_layers(token_embeds, state, position, ablate_hierarchical_merge)
         if state is not None:
             state = replace(state, position=position + ids.shape[1])
@@ -425,7 +427,7 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
 
         return State(
             position=0,
-            spec=(self.seq_len, *self.levels),
+            spec=self._state_spec,
             embeds=tuple(
                 zeros(batch_size, level.compression - 1, like.shape[1]) if level.compression > 1 else None
                 for level in self.levels
@@ -437,12 +439,17 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
             ),
         )
 
+    @property
+    def _state_spec(self) -> tuple[Any, ...]:
+        """What the shape of a state hangs on, and what it means."""
+        return (self.seq_len, len(self.layers), tuple(self.predict_from), *self.levels)
+
     def check_state(self, state: State, ids: Tensor) -> None:
         """Refuses a state that is not of this model, or not for these ids."""
         if not isinstance(state, State):
             raise ValueError(f'state must be what return_state gave, got {type(state).__name__}')
-        if state.spec != (self.seq_len, *self.levels) or len(state.blocks) != len(self.layers):
-            raise ValueError('state is of another model: its levels, depth or seq_len differ from those here')
+        if state.spec != self._state_spec:
+            raise ValueError('state is of another model: its levels, depth, seq_len or predicting levels differ')
         like = self.token_emb.weight
         for name, got, expected in (
             ('batch size', state.batch_size, ids.shape[0]),

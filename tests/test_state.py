@@ -316,6 +316,7 @@ def test_a_foreign_state_is_refused() -> None:
         (model.float(), ids, dict(state=state), 'state must have dtype torch.float32, got torch.float64'),
         (build(STRIDED), ids, dict(state=state), 'state is of another model'),
         (build(dict(THREE, depth=1)), ids, dict(state=state), 'state is of another model'),
+        (build(dict(THREE, predict_use_all_hierarchy=True)), ids, dict(state=state), 'state is of another model'),
         (build(THREE), ids[:1], dict(state=state), 'state must have batch size 1, got 2'),
         (build(THREE), ids[:, :0], dict(state=state), 'ids must hold at least one token'),
         (build(THREE), ids, dict(state='none'), 'state must be what return_state gave, got str'),
