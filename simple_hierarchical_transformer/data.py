@@ -19,15 +19,15 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 CHUNK = 1 << 20
+OPENERS = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open}
 SPLITS = ('train', 'valid', 'test')
 
 
@@ -161,14 +161,6 @@ def file_digest(path: Path) -> str:
 # read
 
 
-@contextmanager
-def open_bytes(path: Path) -> Iterator[IO[bytes]]:
-    """The bytes of a file, unpacked if it is .gz, .bz2 or .xz."""
-    openers: dict[str, Callable[..., IO[bytes]]] = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open}  # type: ignore[dict-item]
-    with openers.get(path.suffix.lower(), open)(path, 'rb') as file:
-        yield file
-
-
 def copy_bytes(path: Path, to: IO[bytes]) -> None:
     """Appends a file's bytes, unpacked, and of a .zip those of all its members.
 
@@ -181,7 +173,8 @@ def copy_bytes(path: Path, to: IO[bytes]) -> None:
                     with archive.open(member) as file:
                         shutil.copyfileobj(file, to, CHUNK)
         else:
-            with open_bytes(path) as file:
+            opener: Any = OPENERS.get(path.suffix.lower(), open)
+            with opener(path, 'rb') as file:
                 shutil.copyfileobj(file, to, CHUNK)
     except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
         raise ValueError(f'data: {path} is torn, or not a {path.suffix} file: {error}') from error
@@ -203,12 +196,11 @@ def load_bytes(files: Sequence[Path], cache_dir: Path) -> Tensor:
 
     Raises ValueError where they are torn or hold no byte.
     """
-    packed = {'.gz', '.bz2', '.xz', '.zip'}
     path = files[0]
     if path.name == 'enwik8' and len(files) == 1 and path.stat().st_size != ENWIK8_BYTES:
         raise ValueError(f'data: {path} has {path.stat().st_size:,} bytes; enwik8 has {ENWIK8_BYTES:,}, so it is torn')
 
-    if len(files) > 1 or path.suffix.lower() in packed:
+    if len(files) > 1 or path.suffix.lower() in (*OPENERS, '.zip'):
         stats = [(str(file.resolve()), file.stat()) for file in files]
         key = hashlib.sha256(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]).encode())
         path = cache_dir / f'{key.hexdigest()[:16]}.bytes'

@@ -91,7 +91,7 @@ class Reader:
 def stream(
     reader: Reader, prompts: Sequence[Tensor], seq_len: int, *, sampler: Sampler, stop_ids: Sequence[int] = ()
 ) -> Iterator[Tensor]:
-    """Draws ids after prompts, one `(n,)` a row, until each row has `seq_len` or has met one of `stop_ids`.
+    """Draws ids after prompts, one int64 `(n,)` a row, until each row has `seq_len` or has met one of `stop_ids`.
 
     Rows begin together, and while a longer prompt lasts, its ids are read in place of what is drawn: so each row
     gets what it would get alone. Yields the ids `(batch,)` that follow the shortest prompt, one step after the
@@ -100,7 +100,7 @@ def stream(
     device = prompts[0].device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     shortest, longest = int(lengths.min()), int(lengths.max())
-    given = torch.stack([F.pad(prompt.long(), (0, longest - len(prompt))) for prompt in prompts])
+    given = torch.stack([F.pad(prompt, (0, longest - len(prompt))) for prompt in prompts])
     stops = torch.tensor(list(stop_ids), device=device, dtype=torch.long)
     stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
 
