@@ -17,7 +17,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--steps', type=positive(int), help='train for that many optimizer steps')
     parser.add_argument('--minutes', type=positive(float), help='train for that long')
     parser.add_argument('--seq-len', type=positive(int), help='bytes in a sequence: the context of the model')
-    parser.add_argument('--segment-length', type=positive(int), help='read the text in order, that many bytes a step')
+    parser.add_argument(
+        '--segment-length', type=positive(int), help='that many bytes a step, with the state of those before'
+    )
     parser.add_argument('--batch-size', type=positive(int), help='sequences in a batch, on each device')
     parser.add_argument('--grad-accum', type=positive(int), help='batches in an optimizer step')
     parser.add_argument('--lr', type=positive(float), help='highest learning rate')
@@ -293,15 +295,11 @@ def train(args: argparse.Namespace) -> None:
 
     # every process draws its own sequences
 
-    sizes: dict[str, int] = dict(batch_size=batch_size, seq_len=length)
-    batches: Iterator[tuple[Tensor, bool]]
-    if args.segment_length:
-        shard = dict(shard=accelerator.process_index, shards=accelerator.num_processes)
-        batches = corpora.segment_batches(data, spans['train'], **sizes, **shard)
-    else:
-        generator = torch.Generator().manual_seed(args.seed + accelerator.process_index)
-        draw: Callable[[], Tensor] = lambda: corpora.sample_batch(data, spans['train'], **sizes, generator=generator)  # noqa: E731
-        batches = ((ids, True) for ids in iter(draw, None))
+    generator = torch.Generator().manual_seed(args.seed + accelerator.process_index)
+    sizes = dict(batch_size=batch_size, seq_len=length)
+    # a stretch of segments fills the context; the longer it is, the more alike are the batches one after the other
+    sizes['segments'] = max(4, -(-seq_len // length)) if args.segment_length else 1
+    batches = corpora.segment_batches(data, spans['train'], **sizes, generator=generator)
 
     texts = streaming_texts(data, spans['valid'], preset.valid_bytes)
     rows: list[dict[str, float]] = []

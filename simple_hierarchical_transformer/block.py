@@ -136,4 +136,7 @@ class HierarchicalBlock(nn.Module):
 
         shifted, last = shift_tokens(x, held.ff_shift)
         x = x + self.ff(shifted)
-        return x, state and BlockState(attn_shift, keep(held.ff_shift, last), *(cache or ()))
+        ff_shift = keep(held.ff_shift, last)
+        if state is None or not torch.is_grad_enabled():
+            return x, state
+        return x, BlockState(attn_shift, ff_shift, *(cache or ()))

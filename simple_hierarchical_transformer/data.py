@@ -251,24 +251,28 @@ def sample_batch(
 
 
 def segment_batches(
-    data: Tensor, span: range, *, batch_size: int, seq_len: int, shard: int = 0, shards: int = 1
+    data: Tensor,
+    span: range,
+    *,
+    batch_size: int,
+    seq_len: int,
+    segments: int,
+    generator: torch.Generator | None = None,
 ) -> Iterator[tuple[Tensor, bool]]:
-    """Reads `span` in order, for a model that carries its state along: ids `(batch, seq_len + 1)`, int64, endlessly.
+    """Reads stretches of `span` segment by segment, for a model that carries its state along, endlessly.
 
-    Each row has a stretch of the span to itself and goes on where it was; the last id of a segment is the first of
-    the next. Comes with whether the rows begin anew, as they do at the end of their stretch. Of several `shards`,
-    each reads stretches of its own.
+    Ids `(batch, seq_len + 1)`, int64, and whether they begin a stretch. A stretch begins anywhere and has `segments`
+    segments, or as many as the span has room for; the last id of one is the first of the next.
 
-    Raises ValueError where a stretch is shorter than a segment.
+    Raises ValueError where the span has no room for a segment.
     """
-    rows = batch_size * shards
-    stretch = len(span) // rows
-    if stretch <= seq_len:
-        raise ValueError(f'data has {stretch:,} bytes for each of {rows} rows, too few for segments of {seq_len:,}')
-    starts = span.start + (torch.arange(batch_size) + shard * batch_size) * stretch
+    segments = min(segments, (len(span) - 1) // seq_len)
+    if segments < 1:
+        raise ValueError(f'data has {len(span):,} bytes to draw from, too few for segments of {seq_len:,}')
     while True:
-        for at in range(0, stretch - seq_len, seq_len):
-            yield data[starts[:, None] + at + torch.arange(seq_len + 1)].long(), at == 0
+        stretch = sample_batch(data, span, batch_size=batch_size, seq_len=segments * seq_len, generator=generator)
+        for i in range(segments):
+            yield stretch[:, i * seq_len : (i + 1) * seq_len + 1], i == 0
 
 
 def evaluation_batches(

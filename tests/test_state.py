@@ -349,3 +349,27 @@ def test_score_refuses() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             model.score(ids, **settings)
+
+
+@torch.no_grad()
+def test_compiled_steps_need_a_graph_for_each_phase_and_no_more() -> None:
+    model, graphs = build(THREE), 0
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    ids = torch.randint(0, 11, (2, 4 * SEQ_LEN))
+    _, state = model(ids[:, :3], return_state=True)
+    outs, after = [], {}
+    for at in range(3, ids.shape[1]):
+        out, state = compiled(ids[:, at : at + 1], state=state, return_state=True)
+        outs.append(out)
+        after[at] = graphs
+    # eight positions apart every level stands in the same phase; the first graph takes its position for a constant
+    assert 1 < after[19] == graphs <= 9
+    whole, _ = model(ids, return_state=True)
+    torch.testing.assert_close(torch.cat(outs, dim=1), whole[:, 3:], rtol=0, atol=1e-10)

@@ -100,6 +100,13 @@ class Attention(nn.Module):
         keys, values = self.rotary_emb.next_block(cache[0], start, n), cache[1]
         in_place = not torch.is_grad_enabled()
 
+        if n == 1 and in_place and torch.compiler.is_compiling():
+            # one graph for every position: nothing but the contents of tensors hangs on `start`
+            slot = torch.full((1,), start % slots, device=k.device)
+            keys, values = keys.index_copy_(2, slot, k), values.index_copy_(2, slot, v)
+            filled = torch.arange(slots, device=k.device) <= start
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=filled[None]), (keys, values)
+
         if n == 1 and in_place:
             keys[:, :, start % slots], values[:, :, start % slots] = k[:, :, 0], v[:, :, 0]
             seen = min(start + 1, slots)
