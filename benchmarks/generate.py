@@ -10,19 +10,16 @@ this package is measured.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from side_by_side import Worker, machine, serve, timed
 
 HERE = Path(__file__).resolve().parent
 
@@ -61,12 +58,6 @@ def prompt_for(config: dict[str, Any], context: int, batch: int = 1) -> torch.Te
     return torch.randint(1, config['num_tokens'], (batch, context), generator=generator)
 
 
-def timed(fn: Any) -> tuple[float, Any]:
-    start = time.perf_counter()
-    result = fn()
-    return time.perf_counter() - start, result
-
-
 # workers: one package each, asked over standard input
 
 
@@ -74,45 +65,24 @@ def worker(weights: str) -> None:
     from simple_hierarchical_transformer import HierarchicalTransformer
 
     model: Any = None
-    for line in sys.stdin:
-        asked = json.loads(line)
-        config, context = CONFIGS[asked['config']]
-        prompt = prompt_for(config, context)
-        if asked['do'] == 'build':
+
+    def handle(do: str, config: str, bytes: int = 0) -> Any:
+        nonlocal model
+        settings, context = CONFIGS[config]
+        prompt = prompt_for(settings, context)
+        if do == 'build':
             torch.manual_seed(0)
-            model = HierarchicalTransformer(**config).eval()
+            model = HierarchicalTransformer(**settings).eval()
             if os.path.exists(weights):
                 model.load_state_dict(load_file(weights))
             else:
                 save_file(model.state_dict(), weights)
-            answer = None
-        else:
-            greedy = dict(temperature=0.0)
-            base, first = timed(lambda: model.generate(prompt, 1, **greedy))  # noqa: B023
-            longer, _ = timed(lambda: model.generate(prompt, 1 + asked['bytes'], **greedy))  # noqa: B023
-            answer = dict(seconds=(longer - base) / asked['bytes'], first=int(first[0, 0]))
-        print(json.dumps(answer), flush=True)
+            return None
+        base, first = timed(lambda: model.generate(prompt, 1, temperature=0.0))
+        longer, _ = timed(lambda: model.generate(prompt, 1 + bytes, temperature=0.0))
+        return dict(seconds=(longer - base) / bytes, first=int(first[0, 0]))
 
-
-class Worker:
-    def __init__(self, python: str, weights: str) -> None:
-        command = [python, str(Path(__file__).resolve()), '--worker', weights]
-        env = {**os.environ, 'PYTHONPATH': str(HERE.parent) if python == sys.executable else ''}
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
-
-    def ask(self, **asked: Any) -> Any:
-        assert self.process.stdin
-        assert self.process.stdout
-        self.process.stdin.write(json.dumps(asked) + '\n')
-        self.process.stdin.flush()
-        while not (line := self.process.stdout.readline()).startswith(('{', 'null')):
-            if not line:
-                raise RuntimeError('a worker ended before it answered')
-        return json.loads(line)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
+    serve(handle)
 
 
 def bandwidth() -> float:
@@ -202,8 +172,7 @@ def main() -> None:
     lines = [
         '# Generation',
         '',
-        f'`{command}`, {time.strftime("%Y-%m-%d")}, {platform.machine()}, {torch.get_num_threads()} threads, '
-        f'torch {torch.__version__}, float32, no GPU. The machine is shared: ratios are of interleaved runs, medians.',
+        f'`{command}`, {machine()}. The machine is shared: ratios are of interleaved runs, medians.',
         '',
     ]
 
@@ -215,7 +184,10 @@ def main() -> None:
         for name, (_, context) in CONFIGS.items():
             with tempfile.TemporaryDirectory() as folder:
                 weights = os.path.join(folder, 'weights.safetensors')
-                workers = dict(published=Worker(args.published, weights), here=Worker(sys.executable, weights))
+                workers = {
+                    who: Worker(python, __file__, '--worker', weights)
+                    for who, python in (('published', args.published), ('here', sys.executable))
+                }
                 for each in workers.values():
                     each.ask(do='build', config=name)
                 spent: dict[str, list[float]] = {who: [] for who in workers}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .levels import Level
 from .linear import Linear
 from .mixers import Attention
+from .mixers.attention import Backend
 from .norm import RMSNorm
 from .state import BlockState, keep
 
@@ -80,11 +81,13 @@ class HierarchicalBlock(nn.Module):
     A level with a window of 0 has no mixer, and its tokens meet through the shift alone.
     """
 
-    def __init__(self, level: Level) -> None:
+    def __init__(self, level: Level, attn_backend: Backend = 'auto') -> None:
         super().__init__()
         self.phases = level.phases
         self.attn = (
-            Attention(dim=level.dim, dim_head=level.dim_head, heads=level.heads, window=level.window)
+            Attention(
+                dim=level.dim, dim_head=level.dim_head, heads=level.heads, window=level.window, backend=attn_backend
+            )
             if level.window != 0
             else None
         )

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .levels import check_number, check_sequence
+
+# how many logits are in memory at a time; few enough rows would leave the matmul short of work
+CHUNK = 1 << 22
+MIN_CHUNK_ROWS = 128
 
 LatentLoss = Callable[[Tensor, Tensor], Tensor]
 
@@ -28,27 +33,118 @@ class LossParts(NamedTuple):
     """Each level's next-latent loss before its weight, zero for a level that has none."""
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+class _LinearCrossEntropy(torch.autograd.Function):
+    """`linear_cross_entropy` with each chunk's gradients formed while its logits are at hand.
+
+    So logits live for a chunk only, and nothing is computed twice: Hsu et al. 2024, arXiv 2410.10989, section 3.2.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor, dtype: torch.dtype, train: bool
+    ) -> Tensor:
+        rows, sets = targets.shape
+        size = len(weight) // sets
+        chunk = max(CHUNK // size, MIN_CHUNK_ROWS)
+
+        total = row_weights.new_zeros(())
+        grad_x = torch.zeros_like(x, dtype=row_weights.dtype) if train else None
+        grad_weight = (torch.empty_like if rows else torch.zeros_like)(weight) if train else None
+        inputs = x.to(dtype)
+
+        for k in range(sets):
+            part = slice(k * size, (k + 1) * size)
+            matrix = weight[part].to(dtype)
+            for begin in range(0, rows, chunk):
+                at = slice(begin, begin + chunk)
+                target, scale = targets[at, k, None], row_weights[at, k, None]
+                logits = inputs[at] @ matrix.t()
+                log_probs = logits.to(row_weights.dtype).log_softmax(dim=-1)
+                total = total - (log_probs.gather(1, target) * scale).sum()
+                if grad_x is None or grad_weight is None:
+                    continue
+                # softmax minus one-hot; the weight of a row goes to the smaller factor
+                grad = log_probs.exp_().scatter_add_(1, target, -torch.ones_like(scale)).to(dtype)
+                grad_x[at] += (grad @ matrix) * scale
+                scaled = (inputs[at] * scale).to(dtype)
+                if begin == 0:
+                    grad_weight[part] = grad.t() @ scaled
+                elif dtype == weight.dtype:
+                    grad_weight[part].addmm_(grad.t(), scaled)
+                else:
+                    grad_weight[part] += grad.t() @ scaled
+
+        if grad_x is not None and grad_weight is not None:
+            ctx.save_for_backward(grad_x.to(x.dtype), grad_weight)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * grad.to(grad_x.dtype), grad_weight * grad.to(grad_weight.dtype), None, None, None, None
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor) -> Tensor:
+    """The weighted sum of the cross entropies of `x @ weight.T`, of which no more than a chunk is ever in memory.
+
+    x: `(rows, dim)`; weight: `(sets * num_tokens, dim)`, a matrix for each of the sets; targets and row_weights:
+    `(rows, sets)`. Logits are formed in autocast's dtype, if it is on; softmax and sums in float32 at least.
+    """
+    device, dtype = x.device.type, torch.promote_types(x.dtype, weight.dtype)
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    train = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    row_weights = row_weights.to(torch.promote_types(x.dtype, torch.float32))
+    with torch.autocast(device, enabled=False):
+        return _LinearCrossEntropy.apply(x, weight, targets, row_weights, dtype, train)
+
+
+def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
     """Mean over the targets that are not ignored; zero, and not nan, where all of them are.
 
-    logits: `(..., num_tokens)`, targets: `(...)`.
+    x: `(batch, seq, dim)`, weight: `(num_tokens, dim)`, targets: `(batch, seq)`.
     """
-    total = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=ignore_index, reduction='sum')
-    return total / (targets != ignore_index).sum().clamp(min=1)
+    return _mean_cross_entropy(x.flatten(0, 1), weight, targets.flatten()[:, None], ignore_index)
+
+
+def _mean_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, sample: float = 1.0) -> Tensor:
+    counted = targets != ignore_index
+    scale = 1 / counted.sum().clamp(min=1)
+    # an ignored target may be no id at all
+    targets = targets.masked_fill(~counted, 0)
+
+    rows = len(x)
+    drawn = max(round(sample * rows), 1) if rows else 0
+    if drawn < rows:
+        # each row stands for as many as were left out, so that the expectation is the mean over all
+        scale = scale * (rows / drawn)
+        index = torch.randperm(rows, device=x.device)[:drawn]
+        x, targets, counted = x[index], targets[index], counted[index]
+    return linear_cross_entropy(x, weight, targets, counted * scale)
 
 
 def reconstruction_loss(
-    logits: Tensor, ids: Tensor, *, compression: int, stride: int, ignore_index: int, offset: int = 0
+    x: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    compression: int,
+    stride: int,
+    ignore_index: int,
+    offset: int = 0,
+    sample: float = 1.0,
 ) -> Tensor:
     """Cross entropy of the ids that each level token's compressor saw, those before the first of `ids` left out.
 
-    logits: `(batch, ceil((seq - offset) / stride), compression * num_tokens)`, ids: `(batch, seq)`. The first level
-    token ends at `offset`.
+    x: level tokens `(batch, ceil((seq - offset) / stride), dim)`, of which the first ends at `offset` of ids
+    `(batch, seq)`; weight: `(compression * num_tokens, dim)`. With `sample` below 1, that share of the level tokens is
+    drawn at random, and the expectation is the loss over all.
     """
-    if not logits.shape[1]:
-        return logits.sum()
+    if not x.shape[1]:
+        return x.sum()
     seen = F.pad(ids, (compression - 1, 0), value=ignore_index)[:, offset:].unfold(1, compression, stride)
-    return cross_entropy(logits.unflatten(-1, (compression, -1)), seen, ignore_index)
+    return _mean_cross_entropy(x.flatten(0, 1), weight, seen.flatten(0, 1), ignore_index, sample)
 
 
 def mse(pred: Tensor, target: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ from huggingface_hub import ModelHubMixin, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .block import HierarchicalBlock
 from .compress import Compressor
@@ -32,7 +32,8 @@ from .losses import (
     normalise_rollout_weights,
     reconstruction_loss,
 )
-from .merge import HierarchicalMerge, concat_levels
+from .merge import Coarse, HierarchicalMerge, concat_levels
+from .mixers.attention import BACKENDS
 from .state import BlockState, State
 
 CONFIG_FILE = 'config.json'
@@ -86,7 +87,14 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
         ignore_index: the id that neither cross entropy nor the next-latent loss counts as a target.
         recon_ignore_index: the id that the reconstruction loss does not ask for. 0 keeps the published package's
             numbers; take -1 where id 0 is one like any other.
+        recon_sample: share of a level's tokens that the reconstruction loss is taken from, drawn anew at each step of
+            training; its expectation stays the same.
         use_flash_attn: accepted for the published package's sake. Attention always runs PyTorch's fused kernels.
+        attn_backend: what windowed attention runs on: 'sdpa', blocks through PyTorch's fused attention; 'flex',
+            PyTorch's compiled FlexAttention; 'local-attention', that library. 'auto' takes 'flex' on CUDA, where
+            attention is not compiled already, and 'sdpa' elsewhere. The numbers are the same.
+        gradient_checkpointing: compute each layer again in the backward pass instead of keeping what it computed:
+            less memory, a third more time.
 
     Raises:
         ValueError: a value is not allowed, or two contradict each other. The message names them.
@@ -122,7 +130,10 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
         dynamics_num_layers: int = 3,
         ignore_index: int = 0,
         recon_ignore_index: int = 0,
+        recon_sample: float = 1.0,
         use_flash_attn: bool = False,
+        attn_backend: Literal['auto', 'sdpa', 'flex', 'local-attention'] = 'auto',
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
 
@@ -133,6 +144,10 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
         check_int('dynamics_num_layers', dynamics_num_layers)
         check_number('recon_loss_weight', recon_loss_weight)
         check_number('dynamic_loss_decay', dynamic_loss_decay)
+        if not 0 < check_number('recon_sample', recon_sample) <= 1:
+            raise ValueError(f'recon_sample must be above 0 and at most 1, got {recon_sample!r}')
+        if attn_backend not in BACKENDS:
+            raise ValueError(f'attn_backend must be one of {", ".join(BACKENDS)}, got {attn_backend!r}')
         if dynamics_hidden_dim is not None:
             check_int('dynamics_hidden_dim', dynamics_hidden_dim)
         for name, value in (('ignore_index', ignore_index), ('recon_ignore_index', recon_ignore_index)):
@@ -144,6 +159,7 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
             ('dynamic_rollout_loss_weight', dynamic_rollout_loss_weight),
             ('detach_summaries', detach_summaries),
             ('use_flash_attn', use_flash_attn),
+            ('gradient_checkpointing', gradient_checkpointing),
         ):
             if not isinstance(value, bool):
                 raise ValueError(f'{name} must be True or False, got {value!r}')
@@ -206,6 +222,8 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
                 )
         self.detach_summaries = detach_summaries
         self.recon_loss_weight = recon_loss_weight
+        self.recon_sample = recon_sample
+        self.gradient_checkpointing = gradient_checkpointing
 
         # what config.json cannot hold, for save_pretrained to refuse
         self._not_in_config = []
@@ -225,7 +243,9 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
         self.post_token_emb_norms = nn.ModuleList(nn.LayerNorm(level.dim) for level in levels)
 
         into = range(len(levels)) if hierarchy_merge_all else [self.predict_level]
-        self.layers = nn.ModuleList(nn.ModuleList(HierarchicalBlock(level) for level in levels) for _ in range(depth))
+        self.layers = nn.ModuleList(
+            nn.ModuleList(HierarchicalBlock(level, attn_backend) for level in levels) for _ in range(depth)
+        )
         self.hierarchical_merges = nn.ModuleList(
             HierarchicalMerge(levels, into) for _ in range(depth) if len(levels) > 1
         )
@@ -337,14 +357,12 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
             output = (token_embeds,)
         elif return_hierarchical_embeds:
             output = (final,)
+        elif return_logits_and_embeds:
+            output = (self.to_logits(predict_from), final)
+        elif labels is None:
+            output = (self.to_logits(predict_from),)
         else:
-            logits = self.to_logits(predict_from)
-            if return_logits_and_embeds:
-                output = (logits, final)
-            elif labels is None:
-                output = (logits,)
-            else:
-                output = self.losses(logits, final, embeds, ids, labels, position)
+            output = self.losses(predict_from, final, embeds, ids, labels, position)
 
         if return_state:
             output = (*output, state)
@@ -364,20 +382,17 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
     ) -> tuple[list[Tensor], Tensor, State | None]:
         """The levels' final embeddings, and those of them that predict, side by side at each position."""
         blocks, coarse = [], []
-
-        for i, (layer, merge) in enumerate(zip_longest(self.layers, self.hierarchical_merges)):
-            mixed = [
-                block(x, state and state.blocks[i][j], self.levels[j].length(position))
-                for j, (block, x) in enumerate(zip(layer, tokens, strict=True))  # type: ignore[arg-type]
-            ]
-            tokens = [x for x, _ in mixed]
-            blocks.append(tuple(kept for _, kept in mixed))
-
-            if merge is not None and not ablate_merge:
-                tokens, last = merge(tokens, state and state.coarse[i], position)
-                coarse.append(last)
-            elif state:
-                coarse.append(state.coarse[i])
+        for i in range(len(self.layers)):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                ran = checkpoint(
+                    self.run_layer, i, tokens, state, position, ablate_merge,
+                    use_reentrant=False, preserve_rng_state=False,
+                )  # fmt: skip
+            else:
+                ran = self.run_layer(i, tokens, state, position, ablate_merge)
+            tokens, kept, last = ran
+            blocks.append(kept)
+            coarse.append(last)
 
         tokens = [norm(x) for norm, x in zip(self.norms, tokens, strict=True)]
         predict_from, last = concat_levels(
@@ -390,11 +405,31 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
             state = replace(state, blocks=tuple(blocks), coarse=(*coarse, last))  # type: ignore[arg-type]
         return tokens, predict_from, state
 
+    def run_layer(
+        self, i: int, tokens: list[Tensor], state: State | None, position: int, ablate_merge: bool
+    ) -> tuple[list[Tensor], tuple[BlockState | None, ...], Coarse | None]:
+        """Every level's block and the merge of layer `i`; their states, where there is one."""
+        mixed = [
+            block(x, state and state.blocks[i][j], self.levels[j].length(position))
+            for j, (block, x) in enumerate(zip(self.layers[i], tokens, strict=True))  # type: ignore[call-overload]
+        ]
+        tokens = [x for x, _ in mixed]
+        coarse = None if state is None else state.coarse[i]
+        if self.hierarchical_merges and not ablate_merge:
+            tokens, coarse = self.hierarchical_merges[i](tokens, coarse, position)
+        return tokens, tuple(kept for _, kept in mixed), coarse
+
     def losses(
-        self, logits: Tensor, tokens: Sequence[Tensor], embeds: Tensor, ids: Tensor, labels: Tensor, position: int
+        self,
+        predict_from: Tensor,
+        tokens: Sequence[Tensor],
+        embeds: Tensor,
+        ids: Tensor,
+        labels: Tensor,
+        position: int,
     ) -> tuple[Tensor, LossParts]:
         """The loss and its parts. What the levels' tokens stand for is sought in `ids`, which begin at `position`."""
-        ce = cross_entropy(logits, labels, self.ignore_index)
+        ce = cross_entropy(predict_from, self.to_logits.weight, labels, self.ignore_index)
         recon = self.reconstruction_loss(tokens, ids, position)
         per_level = self.next_latent_losses(tokens, embeds, ids, position)
         weights = [level.next_latent_loss_weight for level in self.levels]
@@ -465,12 +500,14 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
         for x, level, compressor in zip(tokens, self.levels, self.compressors, strict=True):
             if compressor.to_recon is not None:
                 loss = loss + reconstruction_loss(
-                    compressor.to_recon(x),  # type: ignore[operator]
+                    x,
+                    compressor.to_recon.weight,  # type: ignore[arg-type, union-attr]
                     ids,
                     compression=level.compression,
                     stride=level.stride,
                     offset=-position % level.stride,
                     ignore_index=self.recon_ignore_index,
+                    sample=self.recon_sample if torch.is_grad_enabled() else 1.0,
                 )
         return loss
 

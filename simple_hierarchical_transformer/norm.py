@@ -16,4 +16,5 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # the mean of squares is only kept off zero, so that padding stays finite: |x| of 1e-12, squared
-        return F.rms_norm(x, self.gamma.shape, self.gamma, eps=1e-24)
+        # under autocast the norm stays in the dtype of its weight
+        return F.rms_norm(x.to(self.gamma.dtype), self.gamma.shape, self.gamma, eps=1e-24)

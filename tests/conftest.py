@@ -45,9 +45,9 @@ class Golden(NamedTuple):
     def under(self, prefix: str) -> dict[str, Tensor]:
         return {key[len(prefix) :]: value for key, value in self.tensors.items() if key.startswith(prefix)}
 
-    def model(self) -> HierarchicalTransformer:
+    def model(self, **settings: Any) -> HierarchicalTransformer:
         """In float64, with the published weights."""
-        model = HierarchicalTransformer(**self.config).double()
+        model = HierarchicalTransformer(**self.config, **settings).double()
         model.load_state_dict({key: value.double() for key, value in self.under('weights/').items()})
         return model
 
@@ -100,6 +100,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         dynamics_num_layers=draw(st.integers(1, 3)),
         ignore_index=draw(st.sampled_from([0, -1])),
         recon_ignore_index=draw(st.sampled_from([0, -1])),
+        attn_backend=draw(st.sampled_from(['auto', 'local-attention'])),
     )
 
 

@@ -10,8 +10,8 @@ from local_attention import LocalMHA
 from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor
 
-from simple_hierarchical_transformer.mixers import Attention
-from simple_hierarchical_transformer.mixers.attention import attend_window
+from simple_hierarchical_transformer.mixers import Attention, attention, rotary
+from simple_hierarchical_transformer.mixers.attention import Backend, attend_window
 from simple_hierarchical_transformer.mixers.rotary import Rotary
 
 
@@ -19,14 +19,20 @@ def qkv(n: int, *, heads: int = 2, dim: int = 8) -> tuple[Tensor, ...]:
     return torch.randn(3, 2, heads, n, dim, dtype=torch.float64).unbind(0)
 
 
-@given(n=st.integers(1, 300), window=st.integers(1, 150))
-def test_window_equals_softmax_under_a_mask(n: int, window: int) -> None:
-    q, k, v = (t.requires_grad_() for t in qkv(n))
+@given(
+    n=st.integers(1, 300),
+    window=st.integers(1, 150),
+    past=st.integers(0, 150),
+    backend=st.sampled_from(['auto', 'sdpa', 'local-attention']),
+)
+def test_window_equals_softmax_under_a_mask(n: int, window: int, past: int, backend: Backend) -> None:
+    past = min(past, window)
+    q, k, v = (t.requires_grad_() for t in qkv(past + n))
 
     scores = q @ k.mT / 8**0.5
-    distance = torch.arange(n)[:, None] - torch.arange(n)
-    naive = scores.masked_fill((distance < 0) | (distance > window), -torch.inf).softmax(-1) @ v
-    out = attend_window(q, k, v, window)
+    distance = torch.arange(past + n)[:, None] - torch.arange(past + n)
+    naive = (scores.masked_fill((distance < 0) | (distance > window), -torch.inf).softmax(-1) @ v)[:, :, past:]
+    out = attend_window(q[:, :, past:], k, v, window, backend)
     torch.testing.assert_close(out, naive)
 
     weights = torch.randn_like(out)
@@ -36,6 +42,42 @@ def test_window_equals_softmax_under_a_mask(n: int, window: int) -> None:
         strict=True,
     ):
         torch.testing.assert_close(ours, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(('n', 'window', 'past'), [(1, 3, 2), (150, 1, 0), (130, 40, 7), (300, 128, 128)])
+def test_flex_attention_equals_blocks(n: int, window: int, past: int) -> None:
+    q, k, v = (t.float() for t in qkv(past + n, dim=16))
+    out = attend_window(q[:, :, past:], k, v, window, 'flex')
+    torch.testing.assert_close(out, attend_window(q[:, :, past:], k, v, window, 'sdpa'), rtol=1e-4, atol=1e-5)
+
+
+def test_flex_attention_refuses_to_train_where_it_cannot() -> None:
+    q, k, v = (t.requires_grad_() for t in qkv(5))
+    with pytest.raises(ValueError, match="attn_backend = 'flex' trains on CUDA alone, got a model on cpu"):
+        attend_window(q, k, v, 2, 'flex')
+
+
+def test_full_attention_stays_finite_where_xpos_would_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a decay 512 times as steep, 1,000 tokens are what 512,000 are: by blocks, each its own origin."""
+    monkeypatch.setattr(rotary, 'XPOS_SCALE_BASE', 1.0)
+    monkeypatch.setattr(attention, 'FAR_BLOCK', 48)
+    attn = Attention(dim=12, dim_head=8, heads=2)
+    x = torch.randn(1, 1000, 12, requires_grad=True)
+    out, _ = attn(x)
+    assert out.isfinite().all()
+
+    exact = Attention(dim=12, dim_head=8, heads=2).double()
+    exact.load_state_dict(attn.state_dict())
+    at_once = x.detach().double().requires_grad_()
+    monkeypatch.setattr(Rotary, 'reach', lambda *_: 10**9)
+    # float64 reaches 280 positions of this decay, no more
+    expected, _ = exact(at_once[:, :280])
+    torch.testing.assert_close(out[:, :280], expected.float(), rtol=1e-4, atol=1e-5)
+    grads = torch.autograd.grad(out[:, :280].square().sum(), x), torch.autograd.grad(expected.square().sum(), at_once)
+    torch.testing.assert_close(grads[0][0], grads[1][0].float(), rtol=1e-3, atol=1e-4)
+    monkeypatch.setattr(Rotary, 'reach', lambda *_: 10**9)
+    assert not attn(x)[0].isfinite().all()
 
 
 @pytest.mark.parametrize('n', [1, 9, 64, 130])

@@ -19,6 +19,13 @@ GOOD: dict[str, Any] = dict(num_tokens=11, dim=8, depth=1, seq_len=16, dim_head=
     [
         (dict(num_tokens=0), 'num_tokens must be an integer of at least 1, got 0'),
         (dict(num_tokens=1.5), 'num_tokens must be an integer of at least 1, got 1.5'),
+        (
+            dict(attn_backend='xformers'),
+            "attn_backend must be one of auto, sdpa, flex, local-attention, got 'xformers'",
+        ),
+        (dict(recon_sample=0), 'recon_sample must be above 0 and at most 1, got 0'),
+        (dict(recon_sample=1.5), 'recon_sample must be above 0 and at most 1, got 1.5'),
+        (dict(gradient_checkpointing=1), 'gradient_checkpointing must be True or False, got 1'),
         (dict(depth=0), 'depth must be an integer of at least 1, got 0'),
         (dict(depth=True), 'depth must be an integer of at least 1, got True'),
         (dict(seq_len=0), 'seq_len must be an integer of at least 1, got 0'),

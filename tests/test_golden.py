@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from conftest import GOLDEN, Golden
 from torch import Tensor
@@ -40,8 +43,17 @@ def test_embeddings(golden: Golden) -> None:
     assert_same(embeds[-1], golden.tensors[f'embeds/{len(embeds) - 1}'])
 
 
-def test_losses_and_gradients(golden: Golden) -> None:
-    model = golden.model()
+@pytest.mark.parametrize('backend', ['flex', 'local-attention'])
+def test_logits_of_other_backends(golden: Golden, backend: str) -> None:
+    with torch.no_grad():
+        assert_same(golden.model(attn_backend=backend)(golden.tensors['ids']), golden.tensors['logits'])
+
+
+@pytest.mark.parametrize(
+    'settings', [{}, dict(attn_backend='local-attention'), dict(gradient_checkpointing=True)], ids=str
+)
+def test_losses_and_gradients(golden: Golden, settings: dict[str, Any]) -> None:
+    model = golden.model(**settings)
     loss, parts = model(golden.tensors['ids'], return_loss=True)
     loss.backward()
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any, Literal, get_args
+
 import torch
 import torch.nn.functional as F
+from local_attention import LocalAttention
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 from ..linear import Linear
 from ..norm import RMSNorm
@@ -12,17 +18,37 @@ from .rotary import Rotary
 
 # a block of fewer queries than this spends its time on overhead
 MIN_BLOCK = 64
+# queries at a time, where full attention goes by blocks
+FAR_BLOCK = 1024
 
 Cache = tuple[Tensor, Tensor]
+Backend = Literal['auto', 'sdpa', 'flex', 'local-attention']
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
-def attend_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def attend_window(q: Tensor, k: Tensor, v: Tensor, window: int, backend: Backend = 'auto') -> Tensor:
     """Softmax attention of each token to itself and the `window` tokens before it.
 
     q and the result: `(batch, heads, seq, dim_head)`; k, v: `(batch, heads, past + seq, dim_head)`, where the first
-    `past <= window` belong to tokens before the sequence. Queries go in blocks no smaller than the window, so each
-    block finds all its keys in itself and in the block before: time and memory grow as `seq * window`.
+    `past <= window` belong to tokens before the sequence. Time and memory grow as `seq * window`.
+
+    All backends give the same numbers. 'auto' takes 'flex' for what it serves on CUDA, else 'sdpa'.
+
+    Raises ValueError where 'flex' would have to train on another device.
     """
+    if backend == 'auto':
+        # the kernel's products want 16 channels, and no float64
+        serves = q.is_cuda and q.shape[-1] >= 16 and q.dtype != torch.float64
+        backend = 'flex' if serves else 'sdpa'
+    if backend == 'flex':
+        return attend_window_flex(q, k, v, window)
+    if backend == 'local-attention':
+        return attend_window_local(q, k, v, window)
+    return attend_window_sdpa(q, k, v, window)
+
+
+def attend_window_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Queries in blocks no smaller than the window: each finds all its keys in itself and in the block before."""
     b, h, n, d = q.shape
     past = k.shape[-2] - n
     block = max(window, MIN_BLOCK)
@@ -52,6 +78,38 @@ def attend_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     return out.reshape(b, h, blocks * block, d)[:, :, :n]
 
 
+def attend_window_flex(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """FlexAttention: Dong et al. 2024, arXiv 2412.05496."""
+    n, past = q.shape[-2], k.shape[-2] - q.shape[-2]
+    if not q.is_cuda and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise ValueError(f"attn_backend = 'flex' trains on CUDA alone, got a model on {q.device.type}")
+    mask = window_mask(n, past, window, q.device)
+    # a compiled model has it compiled along
+    attend = compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    return attend(q, k, v, block_mask=mask)
+
+
+@lru_cache(maxsize=64)
+def window_mask(n: int, past: int, window: int, device: torch.device) -> BlockMask:
+    def band(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        distance = i + past - j
+        return (distance >= 0) & (distance <= window)
+
+    return create_block_mask(band, None, None, n, past + n, device=str(device))
+
+
+@lru_cache(maxsize=1)
+def compiled_flex() -> Any:
+    return torch.compile(flex_attention)
+
+
+def attend_window_local(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """The local-attention library, which knows no past: queries are made up for it, and left out after."""
+    past = k.shape[-2] - q.shape[-2]
+    attend = LocalAttention(window_size=window, causal=True, exact_windowsize=True, autopad=True)
+    return attend(F.pad(q, (0, 0, past, 0)), k, v)[:, :, past:]
+
+
 class Attention(nn.Module):
     """Multi-head causal attention with its pre-norm. `(batch, seq, dim)` to `(batch, seq, dim)`.
 
@@ -65,9 +123,12 @@ class Attention(nn.Module):
     token `r` stands in slot `r % (reach + 1)`. With a state, full attention too reaches back `reach` tokens.
     """
 
-    def __init__(self, *, dim: int, dim_head: int = 64, heads: int = 8, window: int | None = None) -> None:
+    def __init__(
+        self, *, dim: int, dim_head: int = 64, heads: int = 8, window: int | None = None, backend: Backend = 'auto'
+    ) -> None:
         super().__init__()
         self.heads = heads
+        self.backend = backend
         self.window = window
 
         inner = dim_head * heads
@@ -86,14 +147,40 @@ class Attention(nn.Module):
         if cache is not None:
             q, k = self.rotary_emb.relative_to_block(qkv[:2], start)
             out, cache = self.attend_cached(q, k, v, cache, start)
+        elif self.window is None and x.shape[1] > self.rotary_emb.reach(qkv.dtype):
+            out = self.attend_far(qkv)
         else:
             q, k = self.rotary_emb(qkv[:2])
             if self.window is None:
                 out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             else:
-                out = attend_window(q, k, v, self.window)
+                out = attend_window(q, k, v, self.window, self.backend)
 
         return self.to_out(out.transpose(1, 2).flatten(2)), cache
+
+    def attend_far(self, qkv: Tensor) -> Tensor:
+        """Full attention `(3, batch, heads, seq, dim_head)` over more tokens than xPos' factors reach at once.
+
+        Each block of queries is an origin of its own, and meets keys as they are seen from there: the decay of those
+        too far away comes out as zero, as it should. Blocks are computed again in the backward pass, so that memory
+        is a block's.
+        """
+
+        def block(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            first, end = keys.shape[-2] - queries.shape[-2], keys.shape[-2]
+            rotary = self.rotary_emb
+            q = rotary.turn(queries, *(part[0] for part in rotary.factors(queries, first, end - first, origin=first)))
+            k = rotary.turn(keys, *(part[1] for part in rotary.factors(keys, 0, end, origin=first)))
+            seen = torch.arange(end, device=k.device) <= torch.arange(first, end, device=k.device)[:, None]
+            return F.scaled_dot_product_attention(q, k, values, attn_mask=seen)
+
+        q, k, v = qkv
+        outs = []
+        for first in range(0, q.shape[-2], FAR_BLOCK):
+            end = min(first + FAR_BLOCK, q.shape[-2])
+            parts = q[:, :, first:end], k[:, :, :end], v[:, :, :end]
+            outs.append(checkpoint(block, *parts, use_reentrant=False, preserve_rng_state=False))
+        return torch.cat(outs, dim=2)
 
     def attend_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: Cache, start: int) -> tuple[Tensor, Cache]:
         n, slots = k.shape[-2], cache[0].shape[-2]
@@ -116,7 +203,7 @@ class Attention(nn.Module):
         all_keys, all_values = (
             torch.cat((kept.index_select(2, old), fresh), dim=2) for kept, fresh in ((keys, k), (values, v))
         )
-        out = attend_window(q, all_keys, all_values, slots - 1)
+        out = attend_window(q, all_keys, all_values, slots - 1, self.backend)
 
         # only the newest can still be reached by what comes
         new = torch.arange(max(start, start + n - slots), start + n, device=k.device) % slots

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -42,6 +43,12 @@ class Rotary(nn.Module):
         n = qk.shape[-2]
         # the middle as the origin of xPos keeps its two factors small
         return self.turn(qk, *self.factors(qk, start, n, origin=start + n // 2))
+
+    def reach(self, dtype: torch.dtype) -> float:
+        """How many positions one origin serves: xPos' factors and their inverses then stay within e^5 or e^40."""
+        if not self.xpos:
+            return math.inf
+        return XPOS_SCALE_BASE * (8 if dtype == torch.float16 else 64)
 
     def relative_to_block(self, qk: Tensor, start: int) -> Tensor:
         """Like `forward`, with the block's beginning in which the chunk ends as the origin, for a cache to rely on."""

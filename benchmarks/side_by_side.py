@@ -1,0 +1,61 @@
+"""Two packages measured in turns, each in a process of its own, by what the benchmarks share."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def timed(fn: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = fn()
+    return time.perf_counter() - start, result
+
+
+def machine() -> str:
+    """What the figures were measured with, for the line above a table."""
+    return (
+        f'{time.strftime("%Y-%m-%d")}, {platform.machine()}, {torch.get_num_threads()} threads, '
+        f'torch {torch.__version__}, float32, no GPU'
+    )
+
+
+def serve(handle: Callable[..., Any]) -> None:
+    """Answers each line of standard input, JSON of the arguments of `handle`, with a line of JSON."""
+    for line in sys.stdin:
+        print(json.dumps(dict(answer=handle(**json.loads(line)))), flush=True)
+
+
+class Worker:
+    """A script under another interpreter, that runs `serve`. With our own, it finds this checkout."""
+
+    def __init__(self, python: str, script: str, *args: str) -> None:
+        env = {**os.environ, 'PYTHONPATH': str(ROOT) if python == sys.executable else ''}
+        self.process = subprocess.Popen(
+            [python, script, *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+        )
+
+    def ask(self, **asked: Any) -> Any:
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(json.dumps(asked) + '\n')
+        self.process.stdin.flush()
+        while not (line := self.process.stdout.readline()).startswith('{"answer"'):
+            if not line:
+                raise RuntimeError('a worker ended before it answered')
+        return json.loads(line)['answer']
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
