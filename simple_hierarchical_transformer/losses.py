@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .levels import check_number, check_sequence
+from .linear import linear
 
 # how many logits are in memory at a time; few enough rows would leave the matmul short of work
 CHUNK = 1 << 22
@@ -58,14 +59,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for begin in range(0, rows, chunk):
                 at = slice(begin, begin + chunk)
                 target, scale = targets[at, k, None], row_weights[at, k, None]
-                logits = inputs[at] @ matrix.t()
+                logits = linear(inputs[at], matrix)
                 log_probs = logits.to(row_weights.dtype).log_softmax(dim=-1)
                 total = total - (log_probs.gather(1, target) * scale).sum()
                 if grad_x is None or grad_weight is None:
                     continue
                 # softmax minus one-hot; the weight of a row goes to the smaller factor
                 grad = log_probs.exp_().scatter_add_(1, target, -torch.ones_like(scale)).to(dtype)
-                grad_x[at] += (grad @ matrix) * scale
+                grad_x[at] += linear(grad, matrix.t()) * scale
                 scaled = (inputs[at] * scale).to(dtype)
                 if begin == 0:
                     grad_weight[part] = grad.t() @ scaled

@@ -140,17 +140,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cache: Cache | None = None, start: int = 0) -> tuple[Tensor, Cache | None]:
         """x: `(batch, seq, dim)`, tokens `start` to `start + seq` of the sequence."""
-        # (3, batch, heads, seq, dim_head)
-        qkv = self.to_qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        v = qkv[2]
+        # (2, batch, heads, seq, dim_head) and one of it; split has a gradient of one copy, where slices have one each
+        qkv = self.to_qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1))
+        qk, v = (part.permute(2, 0, 3, 1, 4) for part in qkv.split((2, 1), dim=-3))
+        v = v[0]
 
         if cache is not None:
-            q, k = self.rotary_emb.relative_to_block(qkv[:2], start)
+            q, k = self.rotary_emb.relative_to_block(qk, start)
             out, cache = self.attend_cached(q, k, v, cache, start)
-        elif self.window is None and x.shape[1] > self.rotary_emb.reach(qkv.dtype):
-            out = self.attend_far(qkv)
+        elif self.window is None and x.shape[1] > self.rotary_emb.reach(v.dtype):
+            out = self.attend_far(qk[0], qk[1], v)
         else:
-            q, k = self.rotary_emb(qkv[:2])
+            q, k = self.rotary_emb(qk)
             if self.window is None:
                 out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             else:
@@ -158,8 +159,10 @@ class Attention(nn.Module):
 
         return self.to_out(out.transpose(1, 2).flatten(2)), cache
 
-    def attend_far(self, qkv: Tensor) -> Tensor:
-        """Full attention `(3, batch, heads, seq, dim_head)` over more tokens than xPos' factors reach at once.
+    def attend_far(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Full attention over more tokens than xPos' factors reach at once.
+
+        q, k: `(batch, heads, seq, dim_head)`, not yet turned; v likewise.
 
         Each block of queries is an origin of its own, and meets keys as they are seen from there: the decay of those
         too far away comes out as zero, as it should. Blocks are computed again in the backward pass, so that memory
@@ -174,7 +177,6 @@ class Attention(nn.Module):
             seen = torch.arange(end, device=k.device) <= torch.arange(first, end, device=k.device)[:, None]
             return F.scaled_dot_product_attention(q, k, values, attn_mask=seen)
 
-        q, k, v = qkv
         outs = []
         for first in range(0, q.shape[-2], FAR_BLOCK):
             end = min(first + FAR_BLOCK, q.shape[-2])

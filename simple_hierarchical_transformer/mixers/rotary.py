@@ -102,7 +102,9 @@ class Rotary(nn.Module):
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         axis, split = (-1, (-1, 2)) if self.pairs == 'interleaved' else (-2, (2, -1))
         first, second = x.to(cos.dtype).unflatten(-1, split).unbind(axis)
-        turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=axis)
+        turned = torch.stack(
+            (torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)), dim=axis
+        )
         return turned.flatten(-2).to(x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
