@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .levels import Level
-from .linear import Linear
+from .linear import Chain, Linear
 from .mixers import Attention
 from .mixers.attention import Backend
 from .norm import RMSNorm
@@ -41,7 +41,7 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, mult: float) -> None:
         super().__init__()
         inner = int(dim * mult)
-        self.net = nn.Sequential(
+        self.net = Chain(
             RMSNorm(dim),
             Linear(dim, inner, bias=False),
             nn.GELU(),

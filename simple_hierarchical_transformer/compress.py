@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .levels import Level
-from .linear import Linear, linear
+from .linear import Linear, Part, linear
 from .state import keep
 
 
@@ -37,8 +39,8 @@ class WindowConv(nn.Module):
         super().__init__()
         self.conv = nn.Conv1d(dim_in, dim_out, kernel)
 
-    def forward(self, windows: Tensor) -> Tensor:
-        return linear(windows, self.conv.weight.flatten(1), self.conv.bias)
+    def forward(self, x: Tensor, after: Part | None = None) -> Tensor:
+        return linear(x, self.conv.weight.flatten(1), self.conv.bias, after)
 
 
 class Compressor(nn.Module):
@@ -78,13 +80,11 @@ class Compressor(nn.Module):
         if not isinstance(self.compress_fn, nn.Sequential):
             return self.compress_fn(embeds), None
 
-        windows, *rest = self.compress_fn
+        windows, to_inner, act, to_dim = self.compress_fn
         before = self.compression - 1
         x = F.pad(embeds, (0, 0, before, 0)) if state is None else torch.cat((state, embeds), dim=1)
 
-        tokens = windows(x, -position % self.stride)
-        for part in rest:
-            tokens = part(tokens)
+        tokens = to_dim(to_inner(x, after=partial(windows, offset=-position % self.stride)), after=act)
         return tokens, None if state is None else keep(state, x[:, -before:])
 
 
@@ -94,5 +94,5 @@ class Pointwise(nn.Conv1d):
     def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__(dim_in, dim_out, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight.squeeze(-1), self.bias)
+    def forward(self, x: Tensor, after: Part | None = None) -> Tensor:
+        return linear(x, self.weight.squeeze(-1), self.bias, after)

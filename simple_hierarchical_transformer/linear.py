@@ -1,7 +1,8 @@
-"""Linear maps, by the faster of two kernels."""
+"""Linear maps, by the faster of two kernels, that keep little for the backward pass."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,73 +12,162 @@ from torch import Tensor, nn
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
 # below this size of a weight the call costs more than the product
 MIN_WEIGHT = 1 << 15
-# below this size of a weight the BLAS is faster at its gradient
-MIN_WEIGHT_GRAD = 1 << 19
+# below this size of a weight that widens, the BLAS is faster at its gradient
+MIN_WIDENING = 1 << 19
 # into how many slices a weight is cut: enough for the threads of a desktop, and a divisor of most widths
 SLICES = 32
 FEW_ROWS = (1, 2)
 
+Part = Callable[[Tensor], Tensor]
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`, by faster kernels where they serve: float32 on a CPU, on its own (not compiled, not in autocast).
 
-    A step of generation multiplies each weight by a vector or a few, and is over when the weights have been read. The
-    BLAS behind `F.linear` reads them at half the memory's pace or less. A batched product, whose batches are slices
-    of the weight, keeps the memory's pace for a row or two, oneDNN's kernel for more. That one is also faster than
-    the BLAS for many rows, in training too (benchmarks/linear.py).
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, after: Part | None = None) -> Tensor:
+    """`F.linear(after(x), weight, bias)`, and `after` is a cheap part: a norm, an activation, a gathering of windows.
+
+    For the backward pass only `x` is kept, and `after(x)` formed again: of a feed-forward that is half, and the
+    product is not computed twice, as it would be by a checkpoint around both.
+
+    float32 on a CPU runs on faster kernels than `F.linear` has. A step of generation multiplies each weight by a
+    vector or a few, and is over when the weights have been read. The BLAS reads them at half the memory's pace or
+    less. A batched product, whose batches are slices of the weight, keeps the memory's pace for a row or two, oneDNN's
+    kernel for more. That one is also faster than the BLAS for many rows (benchmarks/linear.py).
     """
-    fast = (
+    params = tuple(after.parameters()) if isinstance(after, nn.Module) else ()
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, *params))
+    # the transforms of torch.func and the compiler see through plain operations better
+    plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if trains and not plain and (after is not None or is_served(x, weight)):
+        return RecomputingLinear.apply(after, autocast_dtype(x, weight), weight, bias, x, *params)
+    x = x if after is None else after(x)
+    return F.linear(x, weight, bias) if trains else product(x, weight, bias)
+
+
+def is_served(x: Tensor, weight: Tensor) -> bool:
+    """Whether the faster kernels are for these: float32 on a CPU, on its own (not compiled, not in autocast)."""
+    return (
         x.dtype == weight.dtype == torch.float32
         and weight.numel() >= MIN_WEIGHT
         and x.device.type == 'cpu'
         and not torch.is_autocast_enabled('cpu')
         and not torch.compiler.is_compiling()
     )
-    if not fast:
+
+
+def autocast_dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """What autocast, if it is on, has these multiplied in."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or weight.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` by the kernel that is fastest for these, without gradients where it is not `F.linear` itself."""
+    if not is_served(x, weight):
         return F.linear(x, weight, bias)
 
     dim_out, dim_in = weight.shape
     rows = x.numel() // dim_in
-    trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if rows in FEW_ROWS and dim_out % SLICES == 0 and not trains and weight.is_contiguous():
+    if rows in FEW_ROWS and dim_out % SLICES == 0 and weight.is_contiguous():
         columns = x.reshape(rows, dim_in).t().expand(SLICES, -1, -1)
         out = torch.bmm(weight.view(SLICES, -1, dim_in), columns).view(dim_out, rows).t().reshape(*x.shape[:-1], -1)
         return out if bias is None else out + bias
     if HAS_ONEDNN:
-        return OneDNNLinear.apply(x, weight, bias)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
     return F.linear(x, weight, bias)
 
 
-class OneDNNLinear(torch.autograd.Function):
-    """`x @ weight.T + bias` and its gradients through oneDNN's kernel, float32 on a CPU."""
+class RecomputingLinear(torch.autograd.Function):
+    """`product(after(x), weight, bias)`, of which `x` is kept and not `after(x)`. `params` are those of `after`.
 
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
+    Chen et al. 2016, arXiv 1604.06174, section 4.1: what is cheap to compute is dropped, what is dear is kept.
+    """
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
+    def forward(
+        ctx: Any,
+        after: Part | None,
+        dtype: torch.dtype | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        x: Tensor,
+        *params: Tensor,
+    ) -> Tensor:
+        ctx.after, ctx.dtype = after, dtype
+        ctx.save_for_backward(weight, bias, x, *params)
+
+        x = x if after is None else after(x)
+        if dtype is None:
+            return product(x, weight, bias)
+        # by hand: what autocast casts itself it would keep, without its gradient, for whoever uses the weight next
+        with torch.autocast(x.device.type, enabled=False):
+            return product(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = linear(grad, weight.t())
-        if ctx.needs_input_grad[1]:
-            rows, columns = grad.reshape(-1, grad.shape[-1]).t(), x.reshape(-1, x.shape[-1])
-            serves = weight.numel() >= MIN_WEIGHT_GRAD
-            grad_weight = linear(rows, columns.t()) if serves else rows @ columns
+        weight, bias, *inputs = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        create_graph = torch.is_grad_enabled()
+        if not create_graph:
+            inputs = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
+        device = grad.device.type
+        with torch.enable_grad(), torch.autocast(device, dtype=ctx.dtype, enabled=ctx.dtype is not None):
+            x = functional(ctx.after)(*inputs)
+
+        grad_weight = grad_bias = None
         if ctx.needs_input_grad[2]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return grad_x, grad_weight, grad_bias
+            grad_weight = weight_gradient(rows, x.reshape(-1, x.shape[-1]).to(grad.dtype)).to(weight.dtype)
+        if ctx.needs_input_grad[3]:
+            grad_bias = rows.sum(0).to(bias.dtype)
+        grads: list[Tensor | None] = [None] * len(inputs)
+        if x.requires_grad:
+            grad_x = linear(grad, weight.t().to(grad.dtype)).to(x.dtype)
+            wanted = [i for i, t in enumerate(inputs) if t.requires_grad]
+            found = (
+                torch.autograd.grad(x, [inputs[i] for i in wanted], grad_x, create_graph=create_graph)
+                if ctx.after
+                else [grad_x]
+            )
+            for i, each in zip(wanted, found, strict=True):
+                grads[i] = each
+        return None, None, grad_weight, grad_bias, *grads
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """`grad.T @ x`, of `(rows, dim_out)` and `(rows, dim_in)`."""
+    if x.shape[1] >= grad.shape[1]:
+        return linear(grad.t(), x.t())
+    # oneDNN copies its first factor's transpose: let it be the narrow one
+    if x.shape[1] * grad.shape[1] >= MIN_WIDENING:
+        return linear(x.t(), grad.t()).t()
+    return grad.t() @ x
+
+
+def functional(part: Part | None) -> Callable[..., Tensor]:
+    """A part as a function of its input and its parameters."""
+    if not isinstance(part, nn.Module):
+        return part or (lambda x: x)
+    names = [name for name, _ in part.named_parameters()]
+    if not names:
+        return part
+    return lambda x, *params: torch.func.functional_call(part, dict(zip(names, params, strict=True)), (x,))
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` on `linear`."""
+    """`nn.Linear` on `linear`: `layer(x, after=norm)` is `layer(norm(x))`."""
+
+    def forward(self, x: Tensor, after: Part | None = None) -> Tensor:
+        return linear(x, self.weight, self.bias, after)
+
+
+class Chain(nn.Sequential):
+    """`nn.Sequential`, where what stands between two linear maps is not kept for the backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        between: nn.Module | None = None
+        for part in self:
+            if isinstance(part, Linear):
+                x, between = part(x, between), None
+            else:
+                x, between = x if between is None else between(x), part
+        return x if between is None else between(x)

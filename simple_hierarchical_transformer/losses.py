@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .levels import check_number, check_sequence
-from .linear import linear
+from .linear import Chain, Linear, linear
 
 # how many logits are in memory at a time; few enough rows would leave the matmul short of work
 CHUNK = 1 << 22
@@ -232,11 +232,11 @@ class LatentDynamics(nn.Module):
         for i, (dim_in, dim_out) in enumerate(pairwise(widths)):
             if i:
                 net.append(nn.GELU())
-            net.append(nn.Linear(dim_in, dim_out))
+            net.append(Linear(dim_in, dim_out))
         last = net[-1]
         for parameter in last.parameters():
             nn.init.zeros_(parameter)
-        self.net = nn.Sequential(*net)
+        self.net = Chain(*net)
 
     def forward(self, h: Tensor, summary: Tensor) -> Tensor:
         return h + self.net(torch.cat((h, summary), dim=-1))

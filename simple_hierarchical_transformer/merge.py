@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .levels import Level
-from .linear import Linear
+from .linear import Chain, Linear
 from .norm import RMSNorm
 from .state import keep
 
@@ -54,7 +54,7 @@ class HierarchicalMerge(nn.Module):
 
         dim_out = sum(self.dims)
         dim_in = sum(level.dim for level in levels)
-        self.net = nn.Sequential(
+        self.net = Chain(
             RMSNorm(dim_in),
             Linear(dim_in, 2 * dim_out),
             nn.SiLU(),

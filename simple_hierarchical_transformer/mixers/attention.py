@@ -141,7 +141,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cache: Cache | None = None, start: int = 0) -> tuple[Tensor, Cache | None]:
         """x: `(batch, seq, dim)`, tokens `start` to `start + seq` of the sequence."""
         # (2, batch, heads, seq, dim_head) and one of it; split has a gradient of one copy, where slices have one each
-        qkv = self.to_qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1))
+        qkv = self.to_qkv(x, after=self.norm).unflatten(-1, (3, self.heads, -1))
         qk, v = (part.permute(2, 0, 3, 1, 4) for part in qkv.split((2, 1), dim=-3))
         v = v[0]
 

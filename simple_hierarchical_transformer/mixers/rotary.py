@@ -96,16 +96,21 @@ class Rotary(nn.Module):
             return keys
         distance = torch.full((1,), blocks * BLOCK, device=keys.device, dtype=torch.float32)
         factor = self.decay(distance)[0]
-        factor = factor.repeat_interleave(2) if self.pairs == 'interleaved' else factor.repeat(2)
+        factor = factor.repeat_interleave(2)
         return keys * factor.to(keys.dtype) if torch.is_grad_enabled() else keys.mul_(factor)
 
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        axis, split = (-1, (-1, 2)) if self.pairs == 'interleaved' else (-2, (2, -1))
-        first, second = x.to(cos.dtype).unflatten(-1, split).unbind(axis)
-        turned = torch.stack(
-            (torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)), dim=axis
-        )
-        return turned.flatten(-2).to(x.dtype)
+        """Channels come out as neighbouring pairs, whichever they were: scores are the same in any common order."""
+        dtype, x = x.dtype, x.to(cos.dtype)
+        if torch.compiler.is_compiling():
+            # real products are what a compiler can fuse
+            first, second = x.unflatten(-1, (-1, 2)).unbind(-1) if self.pairs == 'interleaved' else x.chunk(2, dim=-1)
+            turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        else:
+            pairs = x.unflatten(-1, (-1, 2)) if self.pairs == 'interleaved' else None
+            numbers = torch.complex(*x.chunk(2, dim=-1)) if pairs is None else torch.view_as_complex(pairs)
+            turned = torch.view_as_real(numbers * torch.complex(cos, sin))
+        return turned.flatten(-2).to(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # a half-precision model keeps exact frequencies: rounding them would turn far positions to other angles
