@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -110,8 +111,8 @@ class RecomputingLinear(torch.autograd.Function):
         create_graph = torch.is_grad_enabled()
         if not create_graph:
             inputs = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
-        device = grad.device.type
-        with torch.enable_grad(), torch.autocast(device, dtype=ctx.dtype, enabled=ctx.dtype is not None):
+        autocast = nullcontext() if ctx.dtype is None else torch.autocast(grad.device.type, dtype=ctx.dtype)
+        with torch.enable_grad(), autocast:
             x = functional(ctx.after)(*inputs)
 
         grad_weight = grad_bias = None

@@ -22,7 +22,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # under autocast the norm stays in the dtype of its weight
         x = x.to(self.gamma.dtype)
-        if torch.is_grad_enabled() and x.device.type == 'cpu' and not torch.compiler.is_compiling():
+        served = x.device.type == 'cpu' and x.dtype in (torch.float32, torch.float64)
+        if served and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return RootMeanSquare.apply(x, self.gamma)
         return F.rms_norm(x, self.gamma.shape, self.gamma, eps=EPS)
 
@@ -48,7 +49,7 @@ class RootMeanSquare(torch.autograd.Function):
         along = grad * x
         shrink = (along @ gamma)[..., None] * inverse**3 / x.shape[-1]
         grad_x = torch.addcmul((grad * gamma) * inverse, x, shrink, value=-1)
-        return grad_x, along.flatten(0, -2).t() @ inverse.flatten()
+        return grad_x, along.reshape(-1, x.shape[-1]).t() @ inverse.reshape(-1)
 
 
 def inverse_rms(x: Tensor) -> Tensor:

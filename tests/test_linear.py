@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from simple_hierarchical_transformer import linear as module
-from simple_hierarchical_transformer.linear import HAS_ONEDNN, MIN_WEIGHT, Linear, linear
+from simple_hierarchical_transformer.compress import Windows
+from simple_hierarchical_transformer.linear import HAS_ONEDNN, MIN_WEIGHT, Chain, Linear, linear
+from simple_hierarchical_transformer.norm import EPS, RMSNorm
 
 
 @pytest.mark.parametrize('shape', [(512,), (1, 512), (2, 1, 512), (7, 512), (2, 3, 512), (2, 0, 512)])
@@ -64,3 +70,101 @@ def test_serves_large_float32_weights_alone(monkeypatch: pytest.MonkeyPatch) -> 
     assert falls_back(size=256)
     with torch.autocast('cpu', dtype=torch.bfloat16):
         assert falls_back()
+
+
+def parts(dim: int) -> list[Callable[[Tensor], Tensor]]:
+    norms: list[nn.Module] = [RMSNorm(dim), nn.LayerNorm(dim)]
+    for norm in norms:
+        for parameter in norm.parameters():
+            nn.init.uniform_(parameter, 0.5, 2)
+    return [*norms, nn.GELU(), nn.SiLU(), partial(Windows(4, 2), offset=1)]
+
+
+@pytest.mark.parametrize('kind', range(5))
+@pytest.mark.parametrize('dim', [6, 160])  # small weights run on F.linear, large ones on oneDNN
+@pytest.mark.parametrize('trained', ['all', 'weight', 'input'])
+def test_a_part_formed_again_has_the_same_gradients(kind: int, dim: int, trained: str) -> None:
+    torch.manual_seed(0)
+    after = parts(dim)[kind]
+    x = torch.randn(2, 9, dim, requires_grad=trained != 'weight')
+    layer = Linear(after(x).shape[-1], 224).requires_grad_(trained != 'input')
+    own = list(after.parameters()) if isinstance(after, nn.Module) and trained == 'all' else []
+    inputs = [t for t in (x, *layer.parameters(), *own) if t.requires_grad]
+
+    ours, expected = layer(x, after=after), F.linear(after(x), layer.weight, layer.bias)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    weights = torch.randn_like(expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, inputs, weights), torch.autograd.grad(expected, inputs, weights),
+        rtol=1e-4, atol=1e-4,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize('kind', range(5))
+def test_gradients_of_gradients_through_a_part(kind: int) -> None:
+    torch.manual_seed(0)
+    after = parts(6)[kind]
+    if isinstance(after, nn.Module):
+        after.double()
+    x = torch.randn(1, 7, 6, dtype=torch.double, requires_grad=True)
+    layer = Linear(after(x).shape[-1], 3, dtype=torch.double)
+    assert torch.autograd.gradgradcheck(
+        lambda x, weight, bias: linear(x, weight, bias, after), (x, *layer.parameters())
+    )
+
+
+def test_per_sample_gradients_through_a_chain() -> None:
+    net = Chain(RMSNorm(6), Linear(6, 9), nn.GELU(), Linear(9, 2))
+    params, rows = dict(net.named_parameters()), torch.randn(3, 6)
+
+    def loss(params: dict[str, Tensor], row: Tensor) -> Tensor:
+        return torch.func.functional_call(net, params, (row,)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(params, rows)
+    for i, row in enumerate(rows):
+        found = torch.autograd.grad(loss(params, row), list(params.values()))
+        for name, grad in zip(params, found, strict=True):
+            torch.testing.assert_close(each[name][i], grad)
+
+
+def test_swapped_parameters_get_the_gradients() -> None:
+    """The backward pass forms the norm again with the parameters that the forward pass had, not the module's own."""
+    net, x = Chain(RMSNorm(6), Linear(6, 9)), torch.randn(4, 6)
+    swapped = {name: torch.rand_like(p).requires_grad_() for name, p in net.named_parameters()}
+    found = torch.autograd.grad(torch.func.functional_call(net, swapped, (x,)).square().sum(), list(swapped.values()))
+    for (_, parameter), new in zip(net.named_parameters(), swapped.values(), strict=True):
+        parameter.data.copy_(new)
+    expected = torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
+    torch.testing.assert_close(found, expected)
+
+
+def test_autocast_keeps_the_gradient_of_a_weight_used_twice() -> None:
+    layer, norm, x = Linear(16, 16, bias=False), RMSNorm(16), torch.randn(3, 16)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        out = F.linear(layer(x, after=norm), layer.weight)
+        expected = F.linear(F.linear(norm(x), layer.weight), layer.weight)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        torch.autograd.grad(out.float().square().sum(), layer.weight),
+        torch.autograd.grad(expected.float().square().sum(), layer.weight),
+        rtol=0.05, atol=0.5,
+    )  # fmt: skip
+
+
+def test_keeps_what_goes_into_a_part_alone() -> None:
+    net, x = Chain(nn.GELU(), Linear(64, 8), nn.SiLU(), Linear(8, 8)), torch.randn(100, 64, requires_grad=True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        net(x)
+    shapes = [tuple(t.shape) for t in kept if not isinstance(t, nn.Parameter)]
+    assert sorted(shapes) == [(100, 8), (100, 64)]
+
+
+def test_rms_norm_is_the_one_of_torch() -> None:
+    norm = RMSNorm(6).double()
+    nn.init.uniform_(norm.gamma, 0.5, 2)
+    x = torch.randn(2, 3, 6, dtype=torch.double, requires_grad=True)
+    torch.testing.assert_close(norm(x), F.rms_norm(x, (6,), norm.gamma, eps=EPS), rtol=0, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda x, gamma: norm(x), (x, norm.gamma))
+    assert torch.autograd.gradgradcheck(lambda x, gamma: norm(x), (x, norm.gamma))
+    assert norm(torch.zeros(1, 6, dtype=torch.double)).isfinite().all()
