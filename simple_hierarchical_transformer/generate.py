@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,8 @@ class Sampler:
 
         values, ids = logits.float().topk(kept, dim=-1)
         # from the likeliest down, so that no temperature above 0 is too small
-        probs = ((values - values[:, :1]).double() / self.temperature).softmax(dim=-1)
+        exact = torch.float32 if logits.device.type == 'mps' else torch.float64
+        probs = ((values - values[:, :1]).to(exact) / self.temperature).softmax(dim=-1)
         if self.top_p is not None:
             probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= self.top_p, 0)
         if self.min_p is not None:
@@ -90,7 +91,7 @@ class Reader:
 
 def stream(
     reader: Reader, prompts: Sequence[Tensor], seq_len: int, *, sampler: Sampler, stop_ids: Sequence[int] = ()
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     """Draws ids after prompts, one int64 `(n,)` a row, until each row has `seq_len` or has met one of `stop_ids`.
 
     Rows begin together, and while a longer prompt lasts, its ids are read in place of what is drawn: so each row
@@ -116,6 +117,34 @@ def stream(
         if stop_ids and bool((stopped | (at >= lengths + seq_len - 1)).all()):
             return
         ids = drawn[:, None]
+
+
+class Stream:
+    """An iterator over the ids of `stream`, for prompts of equal length, that can tell its state."""
+
+    def __init__(self, reader: Reader, prompts: Sequence[Tensor], seq_len: int, **settings: Any) -> None:
+        self.reader = reader
+        self.unread: Tensor | None = torch.stack(list(prompts))
+        self.steps = stream(reader, prompts, seq_len, **settings)
+
+    def __iter__(self) -> Stream:
+        return self
+
+    @torch.no_grad()
+    def __next__(self) -> Tensor:
+        drawn = next(self.steps)
+        self.unread = drawn[:, None]
+        return drawn
+
+    @property
+    @torch.no_grad()
+    def state(self) -> Any:
+        """The state after the prompt and all ids that came. It ends the stream: what reads on from it is another."""
+        self.steps.close()
+        if self.unread is not None:
+            self.reader.read(self.unread)
+            self.unread = None
+        return self.reader.state
 
 
 def generate(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .block import HierarchicalBlock
 from .compress import Compressor
-from .generate import Reader, Sampler, generate, stream
+from .generate import Reader, Sampler, Stream, generate
 from .levels import Level, build_levels, check_int, check_number, check_sequence, is_int
 from .linear import Linear
 from .losses import (
@@ -338,6 +339,9 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
             self.check_state(state, ids)
             if not return_state:
                 raise ValueError('state is consumed: return_state = True hands it back, and was not given')
+            if not torch.is_grad_enabled() and not state.written and state.requires_grad:
+                # what is written over must not be taken for what a graph computed
+                state = state.clone().detach()
         elif return_state:
             state = self.initial_state(ids.shape[0])
         elif ids.shape[1] > self.seq_len:
@@ -350,7 +354,10 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
             return token_embeds
         final, predict_from, state = self.run_layers(token_embeds, state, position, ablate_hierarchical_merge)
         if state is not None:
-            state = replace(state, position=position + ids.shape[1])
+            in_place = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            state = replace(state, position=position + ids.shape[1], written=state.written if in_place else [])
+            if in_place:
+                state.written[:] = [state.position]
 
         output: tuple[Any, ...]
         if return_hierarchical_token_embeds:
@@ -485,6 +492,11 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
             raise ValueError(f'state must be what return_state gave, got {type(state).__name__}')
         if state.spec != self._state_spec:
             raise ValueError('state is of another model: its levels, depth, seq_len or predicting levels differ')
+        if not torch.compiler.is_compiling() and state.consumed:
+            raise ValueError(
+                f'state at position {state.position} was consumed by a chunk that came after it: '
+                'state.clone() keeps one'
+            )
         like = self.token_emb.weight
         for name, got, expected in (
             ('batch size', state.batch_size, ids.shape[0]),
@@ -525,7 +537,11 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
                 continue
             offset = -position % level.stride
             summarizer = self.chunk_summarizers[str(i)]
-            summaries = summarizer(embeds, offset) if isinstance(summarizer, ChunkSummarizer) else summarizer(embeds)
+            if isinstance(summarizer, ChunkSummarizer):
+                summaries = summarizer(embeds, offset)
+            else:
+                # a module from outside knows no offset, so its chunk begins with the first token of its level
+                summaries = summarizer(embeds[:, offset:]) if x.shape[1] else x
             if not isinstance(summaries, Tensor) or summaries.shape != x.shape:
                 got = tuple(summaries.shape) if isinstance(summaries, Tensor) else type(summaries).__name__
                 raise ValueError(
@@ -608,17 +624,22 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
         reader.read(new[:, -1:] if seq_len else torch.stack(prompts))
         return new, reader.state
 
-    @torch.no_grad()
-    def stream(self, prompt: Tensor | Sequence[Tensor], seq_len: int, **settings: Any) -> Iterator[Tensor]:
-        """Yields the ids of `generate` as they come, `(batch,)` each, and takes its settings but `return_state`.
+    def stream(self, prompt: Tensor | Sequence[Tensor], seq_len: int, **settings: Any) -> Stream:
+        """The ids of `generate` as they come, `(batch,)` each. Takes its settings but `return_state`.
+
+        What it returns is iterated over; its `state` is, at any time, the state after the prompt and what came.
 
         Raises:
-            ValueError: as `generate`, when the first id is asked for; or prompts of unequal length.
+            ValueError: as `generate`; or prompts of unequal length.
         """
+        if unknown := set(settings) - set(signature(self.generate).parameters) | set(settings) & {'return_state'}:
+            raise ValueError(
+                f'stream takes the settings of generate but return_state, got {", ".join(sorted(unknown))}'
+            )
         reader, prompts, sampler, stops = self._prepare_generation(prompt, seq_len, **settings)
         if len({len(row) for row in prompts}) > 1:
             raise ValueError('prompt must have rows of equal length: stream yields their ids together')
-        yield from stream(reader, prompts, seq_len, sampler=sampler, stop_ids=stops)
+        return Stream(reader, prompts, seq_len, sampler=sampler, stop_ids=stops)
 
     def _prepare_generation(
         self,
@@ -688,7 +709,8 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
             picked = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
             picked = picked.gather(-1, targets[..., None])[..., 0]
             counted = targets != self.ignore_index
-            total -= (picked * counted).double().sum().item()
+            # added up on the CPU: not every device has float64
+            total -= (picked * counted).cpu().double().sum().item()
             count += int(counted.sum())
             if return_log_probs:
                 log_probs.append(picked)

@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if not (args.checkpoint / CONFIG_FILE).is_file():
             raise ValueError(f'{args.checkpoint} is no saved model: there is no {CONFIG_FILE} in it')
-        model = HierarchicalTransformer.from_pretrained(args.checkpoint)
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device('cpu')
+        model = HierarchicalTransformer.from_pretrained(args.checkpoint, map_location=str(device))
         if model.num_tokens > 256:
             raise ValueError(f'{args.checkpoint} has {model.num_tokens} tokens: more than there are bytes')
 
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
             if args.prompt_file
             else os.fsencode('\n' if args.prompt is None else args.prompt)
         )
-        ids = torch.tensor([list(text)], dtype=torch.long)
+        ids = torch.tensor([list(text)], dtype=torch.long, device=device)
         stream = model.stream(
             ids,
             args.length,
@@ -55,23 +56,29 @@ def main(argv: list[str] | None = None) -> None:
             top_k=args.top_k,
             top_p=args.top_p,
             min_p=args.min_p,
-            generator=None if args.seed is None else torch.Generator().manual_seed(args.seed),
+            generator=None if args.seed is None else torch.Generator(device).manual_seed(args.seed),
         )
 
         # a character may arrive in pieces; bytes that make none are shown as such
         decoder = codecs.getincrementaldecoder('utf-8')(errors='backslashreplace')
         sys.stdout.write(decoder.decode(text))
-        start, count = time.perf_counter(), 0
+        start, count, first = time.perf_counter(), 0, 0.0
         try:
             for new in stream:
                 sys.stdout.write(decoder.decode(bytes(new.tolist())))
                 sys.stdout.flush()
                 count += 1
+                first = first or time.perf_counter() - start
         except KeyboardInterrupt:
             pass
+        spent = time.perf_counter() - start - first
         sys.stdout.write(decoder.decode(b'', final=True) + '\n')
         sys.stdout.flush()
-        sys.stderr.write(f'{count} bytes, {count / (time.perf_counter() - start):.0f} a second\n')
+        # the first byte waits for the prompt to be read
+        rate = f', {(count - 1) / spent:.0f} a second' if count > 1 else ''
+        sys.stderr.write(f'{count} bytes{rate}, the first after {first:.2f} s\n')
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f'error: {error}')
 

@@ -6,8 +6,9 @@ classes here hold tensors and a position, nothing else. All rows of a batch stan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,7 +22,10 @@ def keep(old: Tensor | None, new: Tensor) -> Tensor | None:
     """
     if old is None:
         return None
-    return new.clone() if torch.is_grad_enabled() else old.copy_(new)
+    if not torch.is_grad_enabled():
+        return old.copy_(new)
+    # a copy, in the dtype that a state has under autocast too
+    return new.to(old.dtype, copy=True)
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,13 @@ class State:
     coarse: tuple[tuple[Tensor | None, ...], ...]
     """For each layer and for the logits, each strided level's last token `(batch, 1, dim)`, which stands for all
     positions up to its next."""
+    written: list[int] = field(default_factory=list, compare=False, repr=False)
+    """The position that its tensors were written for last, shared by all states that share them; empty at first."""
+
+    @property
+    def consumed(self) -> bool:
+        """Whether its tensors have been overwritten by a chunk that came after."""
+        return bool(self.written) and self.written[0] != self.position
 
     @property
     def _any(self) -> Tensor:
@@ -108,21 +119,24 @@ class State:
         return self._any.dtype
 
     @property
+    def requires_grad(self) -> bool:
+        """Whether it carries a graph."""
+        return any(tensor.requires_grad for tensor in self.tensors())
+
+    @property
     def device(self) -> torch.device:
         return self._any.device
 
     @property
     def nbytes(self) -> int:
         """The memory that its tensors take, in bytes."""
-        total = 0
+        return sum(tensor.nbytes for tensor in self.tensors())
 
-        def count(tensor: Tensor) -> Tensor:
-            nonlocal total
-            total += tensor.nbytes
-            return tensor
-
-        self.map(count, count)
-        return total
+    def tensors(self) -> Iterator[Tensor]:
+        """All that it holds."""
+        blocks = (block for layer in self.blocks for block in layer)
+        held = (getattr(block, each.name) for block in blocks for each in fields(block))
+        yield from (tensor for tensor in (*self.embeds, *held, *chain(*self.coarse)) if tensor is not None)
 
     def map(self, fn: Callable[[Tensor], Tensor], by_phase: Callable[[Tensor], Tensor]) -> State:
         """`fn` of every tensor that the batch leads, `by_phase` of every tensor that phases lead."""
@@ -132,18 +146,20 @@ class State:
 
         return replace(
             self,
+            written=[],
             embeds=of(self.embeds),
             blocks=tuple(tuple(block.map(by_phase) for block in layer) for layer in self.blocks),
             coarse=tuple(map(of, self.coarse)),
         )
 
     def to(self, *args: Any, **kwargs: Any) -> State:
-        """On another device, or of another dtype: takes what `Tensor.to` takes."""
-        return self.map(*[lambda tensor: tensor.to(*args, **kwargs)] * 2)
+        """On another device, or of another dtype: takes what `Tensor.to` takes, and copies only where it would."""
+        moved = self.map(*[lambda tensor: tensor.to(*args, **kwargs)] * 2)
+        return self if moved._any is self._any else moved
 
     def detach(self) -> State:
-        """Without the graph that made it: gradients stop here, context does not."""
-        return self.map(Tensor.detach, Tensor.detach)
+        """Without the graph that made it: gradients stop here, context does not. The memory stays the same."""
+        return replace(self.map(Tensor.detach, Tensor.detach), written=self.written)
 
     def clone(self) -> State:
         """A copy to branch from."""

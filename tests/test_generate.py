@@ -176,3 +176,25 @@ def test_a_conversation_goes_on_with_the_state() -> None:
     none, state = net.generate(first, 0, return_state=True)
     assert none.shape == (2, 0)
     assert state.position == 7
+
+
+@pytest.mark.parametrize('count', [0, 1, 5])
+def test_a_stream_tells_its_state(count: int) -> None:
+    net, prompt = model(), torch.randint(0, 11, (2, 7))
+    stream = net.stream(prompt, 9, temperature=0)
+    for _ in range(count):
+        next(stream)
+    state = stream.state
+    assert state.position == 7 + count
+    assert list(stream) == []
+    whole = net.generate(prompt, 9, temperature=0)
+    expected, _ = net(torch.cat((prompt, whole[:, : count + 1]), dim=1), return_state=True)
+    with torch.no_grad():
+        logits, _ = net(whole[:, count : count + 1], state=state, return_state=True)
+    torch.testing.assert_close(logits[:, -1], expected[:, -1])
+
+
+def test_stream_refuses_unknown_settings() -> None:
+    for name in ('return_state', 'top_q'):
+        with pytest.raises(ValueError, match=f'stream takes the settings of generate but return_state, got {name}'):
+            model().stream(torch.ones(1, 3, dtype=torch.long), 4, **{name: True})

@@ -114,6 +114,29 @@ def test_xpos_moves_on_with_the_text(step: int) -> None:
             torch.testing.assert_close(far[:, -5:], near[:, -5:], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize('splits', [[BLOCK - 40, 100], [BLOCK - 1, 1, 1, 90], [BLOCK + 110], [700]])
+@pytest.mark.parametrize('grad', [False, True])
+def test_chunks_equal_one_pass_across_blocks_of_xpos(splits: list[int], grad: bool) -> None:
+    model = build(dict(SMALL, depth=1, dim=4, seq_len=3000))
+    ids = torch.randint(0, 11, (1, BLOCK + 110))
+    with torch.set_grad_enabled(grad):
+        chunked, _ = in_chunks(model, ids, splits)
+        torch.testing.assert_close(chunked, model(ids), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize('dtype, n', [(torch.float16, 7000), (torch.float32, 40_000)])
+def test_a_long_chunk_stays_finite(dtype: torch.dtype, n: int) -> None:
+    attn = Attention(dim=16, dim_head=16, heads=1).to(dtype)
+    cache = (torch.zeros(1, 1, 65, 16, dtype=dtype), torch.zeros(1, 1, 65, 16, dtype=dtype))
+    x = torch.randn(1, n, 16, dtype=dtype)
+    with torch.no_grad():
+        whole, _ = attn(x, tuple(t.clone() for t in cache))
+        _, cache = attn(x[:, :-50], cache)
+        last, _ = attn(x[:, -50:], cache, n - 50)
+    assert whole.isfinite().all()
+    torch.testing.assert_close(whole[:, -50:], last, rtol=2e-2, atol=2e-3)
+
+
 def test_rotary_stays_right_in_relation_at_a_million_positions() -> None:
     qk = torch.randn(2, 1, 1, 20, 64)
     rotary = Rotary(64, pairs='interleaved', xpos=True)
@@ -273,6 +296,71 @@ def test_embeddings_in_chunks() -> None:
             second, _ = model(ids[:, 13:], return_state=True, state=state, **{name: True})
             for x, y, z in zip(whole, first, second, strict=True):
                 torch.testing.assert_close(torch.cat((y, z), dim=1), x)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('grad', [False, True])
+def test_autocast_reads_with_a_state(dtype: torch.dtype, grad: bool) -> None:
+    model, ids = HierarchicalTransformer(**THREE), torch.randint(0, 11, (2, 30))
+    exact = model(ids)
+    with torch.autocast('cpu', dtype=dtype), torch.set_grad_enabled(grad):
+        chunked, state = in_chunks(model, ids, [9, 1, 4])
+        assert model.score(ids) > 0
+        assert model.generate(ids, 3).shape == (2, 3)
+    torch.testing.assert_close(chunked.float(), exact, rtol=0.1, atol=0.1)
+    assert {tensor.dtype for tensor in state.tensors()} == {torch.float32}
+
+
+@given(config=configs(), first=st.integers(1, 20), rows=st.lists(st.integers(0, 2), min_size=1, max_size=4))
+def test_any_state_can_be_cloned_selected_and_refuses_to_be_read_twice(
+    config: dict[str, Any], first: int, rows: list[int]
+) -> None:
+    model, ids = build(config), torch.randint(0, 11, (3, 30))
+    with torch.no_grad():
+        whole, _ = model(ids, return_state=True)
+        _, state = model(ids[:, :first], return_state=True)
+        kept, chosen, alias = state.clone(), state.select(rows), state.detach()
+        assert chosen.nbytes * 3 == state.nbytes * len(rows)
+        _, after = model(ids[:, first:], state=state, return_state=True)
+        assert after.nbytes == state.nbytes
+        for consumed in (state, alias, state.to(torch.float64)):
+            with pytest.raises(ValueError, match=f'state at position {first} was consumed'):
+                model(ids[:, first:], state=consumed, return_state=True)
+        for other, order in ((kept, [0, 1, 2]), (chosen, rows)):
+            out, _ = model(ids[order, first:], state=other, return_state=True)
+            torch.testing.assert_close(out, whole[order, first:], rtol=0, atol=1e-10)
+
+
+def test_a_state_of_a_graph_is_not_written_over() -> None:
+    model, ids = build(THREE), torch.randint(0, 11, (2, 30))
+    first, state = model(ids[:, :9], return_state=True)
+    with torch.no_grad():
+        _, after = model(ids[:, 9:20], state=state, return_state=True)
+    assert not any(tensor.requires_grad for tensor in after.tensors())
+    second, _ = model(ids[:, 9:], state=state, return_state=True)
+    torch.testing.assert_close(torch.cat((first, second), dim=1), model(ids), rtol=0, atol=1e-10)
+    loss, _, _ = model(ids[:, 20:], state=after, return_loss=True, return_state=True)
+    loss.backward()
+
+
+class Last(torch.nn.Module):
+    """A summarizer from outside: the embedding that a level token ends with."""
+
+    def forward(self, embeds: Tensor) -> Tensor:
+        return embeds[:, ::4]
+
+
+def test_summarizers_from_outside_meet_their_tokens_in_any_chunk() -> None:
+    model = build(dict(STRIDED, chunk_summarizers=(None, Last()), detach_summaries=False, ignore_index=-1))
+    ids, seen = torch.randint(0, 11, (1, 24)), []
+    model.chunk_summarizers['1'].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    expected = model.token_emb(ids)[:, ::4]
+    state = None
+    for at in range(0, 24, 3):
+        _, _, state = model(
+            ids[:, at : at + 3], labels=ids[:, at : at + 3], return_loss=True, return_state=True, state=state
+        )
+    torch.testing.assert_close(torch.cat(seen, dim=1), expected)
 
 
 # score

@@ -146,8 +146,7 @@ class Attention(nn.Module):
         v = v[0]
 
         if cache is not None:
-            q, k = self.rotary_emb.relative_to_block(qk, start)
-            out, cache = self.attend_cached(q, k, v, cache, start)
+            out, cache = self.attend_with_cache(qk, v, cache, start)
         elif self.window is None and x.shape[1] > self.rotary_emb.reach(v.dtype):
             out = self.attend_far(qk[0], qk[1], v)
         else:
@@ -184,30 +183,45 @@ class Attention(nn.Module):
             outs.append(checkpoint(block, *parts, use_reentrant=False, preserve_rng_state=False))
         return torch.cat(outs, dim=2)
 
-    def attend_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: Cache, start: int) -> tuple[Tensor, Cache]:
+    def attend_with_cache(self, qk: Tensor, v: Tensor, cache: Cache, start: int) -> tuple[Tensor, Cache]:
+        outs = []
+        lengths = self.rotary_emb.pieces(start, v.shape[-2])
+        for piece, values in zip(qk.split(lengths, dim=-2), v.split(lengths, dim=-2), strict=True):
+            q, k = self.rotary_emb.relative_to_block(piece, start)
+            out, cache = self.attend_piece(q, k, values, cache, start)
+            outs.append(out)
+            start += values.shape[-2]
+        return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=-2)), cache
+
+    def attend_piece(self, q: Tensor, k: Tensor, v: Tensor, cache: Cache, start: int) -> tuple[Tensor, Cache]:
         n, slots = k.shape[-2], cache[0].shape[-2]
-        keys, values = self.rotary_emb.next_block(cache[0], start, n), cache[1]
+        keys, values = self.rotary_emb.next_block(cache[0], start), cache[1]
         in_place = not torch.is_grad_enabled()
+        # under autocast a state stays in the dtype of the weights, and what is computed does not
+        held = keys.dtype
 
         if n == 1 and in_place and torch.compiler.is_compiling():
             # one graph for every position: nothing but the contents of tensors hangs on `start`
             slot = torch.full((1,), start % slots, device=k.device)
-            keys, values = keys.index_copy_(2, slot, k), values.index_copy_(2, slot, v)
+            keys, values = keys.index_copy_(2, slot, k.to(held)), values.index_copy_(2, slot, v.to(held))
             filled = torch.arange(slots, device=k.device) <= start
-            return F.scaled_dot_product_attention(q, keys, values, attn_mask=filled[None]), (keys, values)
+            out = F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype), attn_mask=filled[None])
+            return out, (keys, values)
 
         if n == 1 and in_place:
             keys[:, :, start % slots], values[:, :, start % slots] = k[:, :, 0], v[:, :, 0]
             seen = min(start + 1, slots)
-            return F.scaled_dot_product_attention(q, keys[:, :, :seen], values[:, :, :seen]), (keys, values)
+            out = F.scaled_dot_product_attention(q, keys[:, :, :seen].to(q.dtype), values[:, :, :seen].to(q.dtype))
+            return out, (keys, values)
 
         old = torch.arange(max(0, start - slots + 1), start, device=k.device) % slots
         all_keys, all_values = (
-            torch.cat((kept.index_select(2, old), fresh), dim=2) for kept, fresh in ((keys, k), (values, v))
+            torch.cat((kept.index_select(2, old).to(q.dtype), fresh), dim=2) for kept, fresh in ((keys, k), (values, v))
         )
         out = attend_window(q, all_keys, all_values, slots - 1, self.backend)
 
         # only the newest can still be reached by what comes
         new = torch.arange(max(start, start + n - slots), start + n, device=k.device) % slots
         put = Tensor.index_copy_ if in_place else Tensor.index_copy
-        return out, (put(keys, 2, new, k[:, :, -len(new) :]), put(values, 2, new, v[:, :, -len(new) :]))
+        k, v = (t[:, :, -len(new) :].to(held) for t in (k, v))
+        return out, (put(keys, 2, new, k), put(values, 2, new, v))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -51,10 +52,12 @@ class Rotary(nn.Module):
         return XPOS_SCALE_BASE * (8 if dtype == torch.float16 else 64)
 
     def relative_to_block(self, qk: Tensor, start: int) -> Tensor:
-        """Like `forward`, with the block's beginning in which the chunk ends as the origin, for a cache to rely on."""
+        """Like `forward`, with the beginning of their block as the origin, for a cache to rely on.
+
+        With xPos, they are of one block: see `pieces`.
+        """
         n = qk.shape[-2]
-        last = start + n - 1
-        origin = last // BLOCK * BLOCK
+        origin = start // BLOCK * BLOCK
         if n > 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.turn(qk, *self.factors(qk, start, n, origin))
 
@@ -89,12 +92,18 @@ class Rotary(nn.Module):
         base = (channel + 0.4 * self.dim) / (1.4 * self.dim)
         return base ** (distance / XPOS_SCALE_BASE)[:, None]
 
-    def next_block(self, keys: Tensor, start: int, n: int) -> Tensor:
-        """Cached keys `(batch, heads, slots, dim)` of tokens before `start`, for queries of a chunk of `n` to meet."""
-        blocks = (start + n - 1) // BLOCK - max(start - 1, 0) // BLOCK
-        if not self.xpos or not blocks:
+    def pieces(self, start: int, n: int) -> list[int]:
+        """Lengths into which a chunk falls, so that each piece has one origin from which its factors are small."""
+        if not self.xpos or n == 1:
+            return [n]
+        ends = [*range(start - start % BLOCK + BLOCK, start + n, BLOCK), start + n]
+        return [end - begin for begin, end in pairwise([start, *ends])]
+
+    def next_block(self, keys: Tensor, start: int) -> Tensor:
+        """Cached keys `(batch, heads, slots, dim)` of tokens before `start`, for queries from `start` on to meet."""
+        if not self.xpos or start % BLOCK or not start:
             return keys
-        distance = torch.full((1,), blocks * BLOCK, device=keys.device, dtype=torch.float32)
+        distance = torch.full((1,), BLOCK, device=keys.device, dtype=torch.promote_types(keys.dtype, torch.float32))
         factor = self.decay(distance)[0]
         factor = factor.repeat_interleave(2)
         return keys * factor.to(keys.dtype) if torch.is_grad_enabled() else keys.mul_(factor)
