@@ -168,7 +168,8 @@ def bits_per_byte(model: torch.nn.Module, batches: Iterable[tuple[Tensor, Tensor
 
 
 def streaming_texts(data: Tensor, span: range, size: int) -> Tensor:
-    """Texts spread over the span, `size` bytes in all, to be scored side by side: `(STREAMS, size / STREAMS)`, or fewer."""
+    """Texts spread over the span, `size` bytes in all, to be scored side by side: `(STREAMS, size / STREAMS)`."""
+    # no more than have two bytes each
     streams = max(min(STREAMS, len(span) // 2), 1)
     length = min(size, len(span)) // streams
     starts = torch.tensor([span.start + i * (len(span) // streams) for i in range(streams)])

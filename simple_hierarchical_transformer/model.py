@@ -632,7 +632,7 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
         Raises:
             ValueError: as `generate`; or prompts of unequal length.
         """
-        if unknown := set(settings) - set(signature(self.generate).parameters) | set(settings) & {'return_state'}:
+        if unknown := sorted(set(settings) - (set(signature(self.generate).parameters) - {'return_state'})):
             raise ValueError(
                 f'stream takes the settings of generate but return_state, got {", ".join(sorted(unknown))}'
             )

@@ -124,7 +124,7 @@ def test_chunks_equal_one_pass_across_blocks_of_xpos(splits: list[int], grad: bo
         torch.testing.assert_close(chunked, model(ids), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize('dtype, n', [(torch.float16, 7000), (torch.float32, 40_000)])
+@pytest.mark.parametrize(('dtype', 'n'), [(torch.float16, 7000), (torch.float32, 40_000)])
 def test_a_long_chunk_stays_finite(dtype: torch.dtype, n: int) -> None:
     attn = Attention(dim=16, dim_head=16, heads=1).to(dtype)
     cache = (torch.zeros(1, 1, 65, 16, dtype=dtype), torch.zeros(1, 1, 65, 16, dtype=dtype))
