@@ -40,8 +40,8 @@ def serve(handle: Callable[..., Any]) -> None:
 class Worker:
     """A script under another interpreter, that runs `serve`. With our own, it finds this checkout."""
 
-    def __init__(self, python: str, script: str, *args: str) -> None:
-        env = {**os.environ, 'PYTHONPATH': str(ROOT) if python == sys.executable else ''}
+    def __init__(self, python: str, script: str, *args: str, **extra: str) -> None:
+        env = {**os.environ, 'PYTHONPATH': str(ROOT) if python == sys.executable else '', **extra}
         self.process = subprocess.Popen(
             [python, script, *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
         )

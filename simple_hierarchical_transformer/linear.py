@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .norm import RMSNorm, rms_norm
+
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
 # below this size of a weight the call costs more than the product
 MIN_WEIGHT = 1 << 15
@@ -33,12 +35,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, after: Part | 
     less. A batched product, whose batches are slices of the weight, keeps the memory's pace for a row or two, oneDNN's
     kernel for more. That one is also faster than the BLAS for many rows (benchmarks/linear.py).
     """
-    params = tuple(after.parameters()) if isinstance(after, nn.Module) else ()
+    fn, params = (None, ()) if after is None else as_function(after)
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, *params))
     # the transforms of torch.func and the compiler see through plain operations better
     plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if trains and not plain and (after is not None or is_served(x, weight)):
-        return RecomputingLinear.apply(after, autocast_dtype(x, weight), weight, bias, x, *params)
+        dtype = None if weight.dtype == torch.float64 else autocast_dtype(x.device)
+        return RecomputingLinear.apply(fn, dtype, weight, bias, x, *params)
     x = x if after is None else after(x)
     return F.linear(x, weight, bias) if trains else product(x, weight, bias)
 
@@ -49,17 +52,16 @@ def is_served(x: Tensor, weight: Tensor) -> bool:
         x.dtype == weight.dtype == torch.float32
         and weight.numel() >= MIN_WEIGHT
         and x.device.type == 'cpu'
-        and not torch.is_autocast_enabled('cpu')
+        and autocast_dtype(x.device) is None
         and not torch.compiler.is_compiling()
     )
 
 
-def autocast_dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
-    """What autocast, if it is on, has these multiplied in."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or weight.dtype == torch.float64:
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast, if it is on, has matrices multiplied in. Not every device knows it: 'meta' does not."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return None
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(device.type)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -79,7 +81,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class RecomputingLinear(torch.autograd.Function):
-    """`product(after(x), weight, bias)`, of which `x` is kept and not `after(x)`. `params` are those of `after`.
+    """`product(fn(x, *params), weight, bias)`, of which `x` is kept and not what `fn` makes of it.
 
     Chen et al. 2016, arXiv 1604.06174, section 4.1: what is cheap to compute is dropped, what is dear is kept.
     """
@@ -87,17 +89,17 @@ class RecomputingLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        after: Part | None,
+        fn: Callable[..., Tensor] | None,
         dtype: torch.dtype | None,
         weight: Tensor,
         bias: Tensor | None,
         x: Tensor,
         *params: Tensor,
     ) -> Tensor:
-        ctx.after, ctx.dtype = after, dtype
+        ctx.fn, ctx.dtype = fn, dtype
         ctx.save_for_backward(weight, bias, x, *params)
 
-        x = x if after is None else after(x)
+        x = x if fn is None else fn(x, *params)
         if dtype is None:
             return product(x, weight, bias)
         # by hand: what autocast casts itself it would keep, without its gradient, for whoever uses the weight next
@@ -108,12 +110,12 @@ class RecomputingLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, bias, *inputs = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
+        # gradients end at the inputs, which in a graph of gradients have a history of their own
         create_graph = torch.is_grad_enabled()
-        if not create_graph:
-            inputs = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
+        inputs = [t.view_as(t) if create_graph else t.detach().requires_grad_(t.requires_grad) for t in inputs]
         autocast = nullcontext() if ctx.dtype is None else torch.autocast(grad.device.type, dtype=ctx.dtype)
         with torch.enable_grad(), autocast:
-            x = functional(ctx.after)(*inputs)
+            x = inputs[0] if ctx.fn is None else ctx.fn(*inputs)
 
         grad_weight = grad_bias = None
         if ctx.needs_input_grad[2]:
@@ -126,7 +128,7 @@ class RecomputingLinear(torch.autograd.Function):
             wanted = [i for i, t in enumerate(inputs) if t.requires_grad]
             found = (
                 torch.autograd.grad(x, [inputs[i] for i in wanted], grad_x, create_graph=create_graph)
-                if ctx.after
+                if ctx.fn
                 else [grad_x]
             )
             for i, each in zip(wanted, found, strict=True):
@@ -144,14 +146,14 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     return grad.t() @ x
 
 
-def functional(part: Part | None) -> Callable[..., Tensor]:
-    """A part as a function of its input and its parameters."""
-    if not isinstance(part, nn.Module):
-        return part or (lambda x: x)
-    names = [name for name, _ in part.named_parameters()]
-    if not names:
-        return part
-    return lambda x, *params: torch.func.functional_call(part, dict(zip(names, params, strict=True)), (x,))
+def as_function(part: Part) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """A part as a function of its input and of the tensors it has, whatever a wrapper has put in their place."""
+    if isinstance(part, RMSNorm):
+        return rms_norm, (part.gamma,)
+    if isinstance(part, nn.LayerNorm):
+        eps = part.eps
+        return lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias, eps), (part.weight, part.bias)
+    return part, ()
 
 
 class Linear(nn.Linear):
@@ -162,7 +164,10 @@ class Linear(nn.Linear):
 
 
 class Chain(nn.Sequential):
-    """`nn.Sequential`, where what stands between two linear maps is not kept for the backward pass."""
+    """`nn.Sequential`, where what stands between two linear maps is not kept for the backward pass.
+
+    It is formed again there, so it has to give the same again: an activation, a norm, no dropout.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         between: nn.Module | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .levels import check_number, check_sequence
-from .linear import Chain, Linear, linear
+from .linear import Chain, Linear, autocast_dtype, linear
 
 # how many logits are in memory at a time; few enough rows would leave the matmul short of work
 CHUNK = 1 << 22
@@ -48,6 +49,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         size = len(weight) // sets
         chunk = max(CHUNK // size, MIN_CHUNK_ROWS)
 
+        # gradients are formed without what all rows are divided by, which is too small for half precision
+        top = row_weights.amax().clamp(min=torch.finfo(row_weights.dtype).tiny) if rows else row_weights.new_ones(())
+        row_weights = row_weights / top
         total = row_weights.new_zeros(())
         grad_x = torch.zeros_like(x, dtype=row_weights.dtype) if train else None
         grad_weight = (torch.empty_like if rows else torch.zeros_like)(weight) if train else None
@@ -76,28 +80,42 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight[part] += grad.t() @ scaled
 
         if grad_x is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_x.to(x.dtype), grad_weight)
-        return total
+            ctx.save_for_backward(grad_x, grad_weight, top)
+            ctx.dtype = x.dtype
+        return total * top
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad.to(grad_x.dtype), grad_weight * grad.to(grad_weight.dtype), None, None, None, None
+        grad_x, grad_weight, top = ctx.saved_tensors
+        grad = grad * top
+        # a large vocabulary's gradient is the largest tensor there is: copied only where it may be asked for again
+        again = graph_is_kept() or grad_weight.dtype != grad.dtype
+        grad_weight = (grad_weight * grad).to(grad_weight.dtype) if again else grad_weight.mul_(grad)
+        return (grad_x * grad).to(ctx.dtype), grad_weight, None, None, None, None
+
+
+def graph_is_kept() -> bool:
+    """Whether the backward pass that runs may run again (`retain_graph`)."""
+    ask = getattr(torch._C._autograd, '_get_current_graph_task_keep_graph', None)
+    return torch.compiler.is_compiling() or ask is None or ask()
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor) -> Tensor:
     """The weighted sum of the cross entropies of `x @ weight.T`, of which no more than a chunk is ever in memory.
 
     x: `(rows, dim)`; weight: `(sets * num_tokens, dim)`, a matrix for each of the sets; targets and row_weights:
-    `(rows, sets)`. Logits are formed in autocast's dtype, if it is on; softmax and sums in float32 at least.
+    `(rows, sets)`. Logits are formed in autocast's dtype, if it is on; softmax and sums in float32 at least. It can be
+    differentiated once; under the transforms of torch.func its logits are formed whole.
     """
-    device, dtype = x.device.type, torch.promote_types(x.dtype, weight.dtype)
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(x.device) or torch.promote_types(x.dtype, weight.dtype)
     train = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     row_weights = row_weights.to(torch.promote_types(x.dtype, torch.float32))
-    with torch.autocast(device, enabled=False):
+    if torch._C._are_functorch_transforms_active():
+        # the transforms of torch.func see through plain operations alone
+        log_probs = F.linear(x, weight).unflatten(-1, (targets.shape[1], -1)).to(row_weights.dtype).log_softmax(-1)
+        return -(log_probs.gather(-1, targets[..., None])[..., 0] * row_weights).sum()
+    with torch.autocast(x.device.type, enabled=False) if x.device.type != 'meta' else nullcontext():
         return _LinearCrossEntropy.apply(x, weight, targets, row_weights, dtype, train)
 
 

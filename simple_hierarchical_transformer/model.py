@@ -92,8 +92,8 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
             training; its expectation stays the same.
         use_flash_attn: accepted for the published package's sake. Attention always runs PyTorch's fused kernels.
         attn_backend: what windowed attention runs on: 'sdpa', blocks through PyTorch's fused attention; 'flex',
-            PyTorch's compiled FlexAttention; 'local-attention', that library. 'auto' takes 'flex' on CUDA, where
-            attention is not compiled already, and 'sdpa' elsewhere. The numbers are the same.
+            PyTorch's compiled FlexAttention; 'local-attention', that library. 'auto' takes 'flex' on CUDA and 'sdpa'
+            elsewhere. The numbers are the same.
         gradient_checkpointing: compute each layer again in the backward pass instead of keeping what it computed:
             less memory, a third more time.
 
@@ -380,7 +380,8 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
         tokens, kept = [], []
         for i, (compress, norm) in enumerate(zip(self.compressors, self.post_token_emb_norms, strict=True)):
             x, before = compress(embeds, state and state.embeds[i], state.position if state else 0)
-            tokens.append(norm(x))
+            # the stream stays in the dtype of the weights, also where autocast has it multiplied in another
+            tokens.append(norm(x.to(norm.weight.dtype)))
             kept.append(before)
         return tokens, state and replace(state, embeds=tuple(kept))
 

@@ -20,28 +20,30 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        # under autocast the norm stays in the dtype of its weight
-        x = x.to(self.gamma.dtype)
-        served = x.device.type == 'cpu' and x.dtype in (torch.float32, torch.float64)
-        if served and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return RootMeanSquare.apply(x, self.gamma)
-        return F.rms_norm(x, self.gamma.shape, self.gamma, eps=EPS)
+        return rms_norm(x, self.gamma)
+
+
+def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
+    # under autocast the norm stays in the dtype of its weight
+    x = x.to(gamma.dtype)
+    # the transforms of torch.func and the compiler see through plain operations better
+    plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    served = x.device.type == 'cpu' and x.dtype in (torch.float32, torch.float64)
+    if served and torch.is_grad_enabled() and not plain:
+        return RootMeanSquare.apply(x, gamma)
+    return F.rms_norm(x, gamma.shape, gamma, eps=EPS)
 
 
 class RootMeanSquare(torch.autograd.Function):
     """`F.rms_norm`, which PyTorch has no kernel for on a CPU, in half of the passes over memory that it takes there."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor, gamma: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gamma: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gamma)
         return (x * inverse_rms(x)).mul_(gamma)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
+    @torch.autocast('cpu', enabled=False)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         # with r = 1 / rms(x):  dx = r * (gamma * dy) - x * r^3 / dim * <x, gamma * dy>
         x, gamma = ctx.saved_tensors

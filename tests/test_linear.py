@@ -138,6 +138,38 @@ def test_swapped_parameters_get_the_gradients() -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_a_graph_of_gradients_counts_each_path_once() -> None:
+    """A chain applied to its own output: its parameters have a history of their own in the second application."""
+    net, x = Chain(RMSNorm(6), Linear(6, 6), nn.GELU(), Linear(6, 6)).double(), torch.randn(4, 6, dtype=torch.double)
+    params = list(net.parameters())
+    once, kept = (
+        torch.autograd.grad(net(net(x)).square().sum(), params, create_graph=create) for create in (False, True)
+    )
+    torch.testing.assert_close(kept, once)
+
+
+def test_parameters_replaced_by_tensors_get_gradients() -> None:
+    """As wrappers do that shard or replicate a module."""
+    net, x = Chain(RMSNorm(6), Linear(6, 6), nn.LayerNorm(6), Linear(6, 2)), torch.randn(4, 6)
+    expected = torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
+    leaves = [p.detach().requires_grad_() for p in net.parameters()]
+    for (name, _), leaf in zip(list(net.named_parameters()), leaves, strict=True):
+        owner, _, own = name.rpartition('.')
+        module = net.get_submodule(owner)
+        del module._parameters[own]
+        setattr(module, own, leaf * 1)
+    found = torch.autograd.grad(net(x).square().sum(), leaves)
+    torch.testing.assert_close(found, expected)
+
+
+def test_backward_inside_autocast_keeps_norms_in_float32() -> None:
+    norm, x = RMSNorm(16), torch.randn(5, 16, requires_grad=True)
+    expected = torch.autograd.grad(norm(x).square().sum(), (x, norm.gamma))
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        found = torch.autograd.grad(norm(x).square().sum(), (x, norm.gamma))
+    torch.testing.assert_close(found, expected)
+
+
 def test_autocast_keeps_the_gradient_of_a_weight_used_twice() -> None:
     layer, norm, x = Linear(16, 16, bias=False), RMSNorm(16), torch.randn(3, 16)
     with torch.autocast('cpu', dtype=torch.bfloat16):

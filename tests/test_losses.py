@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from simple_hierarchical_transformer import losses
+from simple_hierarchical_transformer import HierarchicalTransformer, losses
 from simple_hierarchical_transformer.losses import cross_entropy, linear_cross_entropy, reconstruction_loss
 
 
@@ -88,3 +89,55 @@ def test_a_large_vocabulary_takes_no_memory_for_its_logits() -> None:
     """
     result = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, check=True)
     assert int(result.stdout) < 300e6
+
+
+def test_half_precision_keeps_gradients_that_an_average_makes_small() -> None:
+    """Over many rows each one's share is below what float16 holds, before any scaler could raise it."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(30_000, 8), torch.randn(50, 8, requires_grad=True)
+    targets = torch.randint(0, 50, (1, 30_000))
+    (exact,) = torch.autograd.grad(cross_entropy(x[None], weight, targets, -1), weight)
+    with torch.autocast('cpu', dtype=torch.float16):
+        loss = cross_entropy(x[None], weight, targets, -1)
+    (found,) = torch.autograd.grad(loss * 2.0**16, weight)
+    torch.testing.assert_close(found / 2.0**16, exact, rtol=0.02, atol=2e-4 * exact.abs().max().item())
+
+
+def test_gradients_can_be_asked_for_twice() -> None:
+    x, weight = torch.randn(1, 20, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    loss = cross_entropy(x, weight, torch.randint(0, 50, (1, 20)), -1)
+    first = torch.autograd.grad(loss * 3, (x, weight), retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss * 3, (x, weight)), first)
+
+
+def test_a_loss_goes_through_function_transforms() -> None:
+    targets = torch.randint(0, 50, (3, 1, 20))
+    x, weight = torch.randn(3, 1, 20, 8), torch.randn(50, 8)
+
+    def loss(weight: Tensor, x: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(x, weight, targets, -1)
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(weight, x, targets)
+    leaf = weight.clone().requires_grad_()
+    for i in range(3):
+        (expected,) = torch.autograd.grad(loss(leaf, x[i], targets[i]), leaf)
+        torch.testing.assert_close(each[i], expected)
+
+
+def test_a_training_step_counts_on_the_meta_device() -> None:
+    with torch.device('meta'):
+        model = HierarchicalTransformer(num_tokens=256, dim=64, depth=1, hierarchies=(1, 4), window_sizes=(8, None))
+        loss, _ = model(torch.zeros(1, 64, dtype=torch.long), return_loss=True)
+    loss.backward()
+    assert model.to_logits.weight.grad.device.type == 'meta'
+
+
+def test_the_model_samples_its_reconstruction(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = HierarchicalTransformer(num_tokens=11, dim=8, depth=1, hierarchies=(1, 4), window_sizes=4, recon_sample=0.5)
+    ids, rows = torch.randint(1, 11, (2, 41)), []
+    real = losses.linear_cross_entropy
+    monkeypatch.setattr(losses, 'linear_cross_entropy', lambda x, *args: rows.append(len(x)) or real(x, *args))
+    model(ids, return_loss=True)
+    with torch.no_grad():
+        model(ids, return_loss=True)
+    assert rows == [80, 40, 80, 80]

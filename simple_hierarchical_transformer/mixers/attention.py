@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from local_attention import LocalAttention
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from ..linear import Linear
@@ -18,6 +18,8 @@ from .rotary import Rotary
 
 # a block of fewer queries than this spends its time on overhead
 MIN_BLOCK = 64
+# FlexAttention's own
+FLEX_BLOCK = 128
 # queries at a time, where full attention goes by blocks
 FAR_BLOCK = 1024
 
@@ -91,11 +93,24 @@ def attend_window_flex(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 @lru_cache(maxsize=64)
 def window_mask(n: int, past: int, window: int, device: torch.device) -> BlockMask:
+    """The band, block by block: never `n` by `n`."""
+
     def band(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         distance = i + past - j
         return (distance >= 0) & (distance <= window)
 
-    return create_block_mask(band, None, None, n, past + n, device=str(device))
+    # one that inference made could not be saved for a backward pass
+    with torch.inference_mode(False):
+        rows, columns = -(-n // FLEX_BLOCK), -(-(past + n) // FLEX_BLOCK)
+        begin = torch.arange(rows, device=device, dtype=torch.int32) * FLEX_BLOCK + past
+        first = (begin - window).clamp(min=0) // FLEX_BLOCK
+        last = (begin + FLEX_BLOCK - 1).clamp(max=past + n - 1) // FLEX_BLOCK
+        # of each row's columns the first `last - first + 1` count
+        indices = (first[:, None] + torch.arange(columns, device=device, dtype=torch.int32)) % columns
+        return BlockMask.from_kv_blocks(
+            (last - first + 1)[None, None], indices[None, None],
+            BLOCK_SIZE=FLEX_BLOCK, mask_mod=band, seq_lengths=(n, past + n),
+        )  # fmt: skip
 
 
 @lru_cache(maxsize=1)
