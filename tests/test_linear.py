@@ -28,6 +28,7 @@ def test_all_kernels_agree(shape: tuple[int, ...], dim_out: int, bias: bool, str
     with torch.set_grad_enabled(train):
         ours, expected = layer(x), F.linear(x, layer.weight, layer.bias)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    assert ours.is_contiguous()
     if train:
         inputs, weights = (x, *layer.parameters()), torch.randn_like(expected)
         torch.testing.assert_close(
