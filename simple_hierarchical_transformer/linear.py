@@ -73,13 +73,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = x.numel() // dim_in
     if rows in FEW_ROWS and dim_out % SLICES == 0 and weight.is_contiguous():
         columns = x.reshape(rows, dim_in).t().expand(SLICES, -1, -1)
-        out = (
-            torch.bmm(weight.view(SLICES, -1, dim_in), columns)
-            .view(dim_out, rows)
-            .t()
-            .contiguous()
-            .view(*x.shape[:-1], -1)
-        )
+        out = torch.bmm(weight.view(SLICES, -1, dim_in), columns).view(dim_out, rows)
+        out = out.t().contiguous().view(*x.shape[:-1], -1)
         return out if bias is None else out + bias
     if HAS_ONEDNN:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
