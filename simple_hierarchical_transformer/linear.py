@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .norm import RMSNorm, rms_norm
+from .norm import RMSNorm, is_traced, rms_norm
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
 # below this size of a weight the call costs more than the product
@@ -37,9 +37,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, after: Part | 
     """
     fn, params = (None, ()) if after is None else as_function(after)
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, *params))
-    # the transforms of torch.func and the compiler see through plain operations better
-    plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if trains and not plain and (after is not None or is_served(x, weight)):
+    if trains and not is_traced() and (after is not None or is_served(x, weight)):
         dtype = None if weight.dtype == torch.float64 else autocast_dtype(x.device)
         return RecomputingLinear.apply(fn, dtype, weight, bias, x, *params)
     x = x if after is None else after(x)

@@ -115,7 +115,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, row_weights
         # the transforms of torch.func see through plain operations alone
         log_probs = F.linear(x, weight).unflatten(-1, (targets.shape[1], -1)).to(row_weights.dtype).log_softmax(-1)
         return -(log_probs.gather(-1, targets[..., None])[..., 0] * row_weights).sum()
-    with torch.autocast(x.device.type, enabled=False) if x.device.type != 'meta' else nullcontext():
+    with nullcontext() if autocast_dtype(x.device) is None else torch.autocast(x.device.type, enabled=False):
         return _LinearCrossEntropy.apply(x, weight, targets, row_weights, dtype, train)
 
 

@@ -628,15 +628,13 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
     def stream(self, prompt: Tensor | Sequence[Tensor], seq_len: int, **settings: Any) -> Stream:
         """The ids of `generate` as they come, `(batch,)` each. Takes its settings but `return_state`.
 
-        What it returns is iterated over; its `state` is, at any time, the state after the prompt and what came.
+        What it returns is iterated over; its `state` is the state after the prompt and what came, and ends the stream.
 
         Raises:
             ValueError: as `generate`; or prompts of unequal length.
         """
         if unknown := sorted(set(settings) - (set(signature(self.generate).parameters) - {'return_state'})):
-            raise ValueError(
-                f'stream takes the settings of generate but return_state, got {", ".join(sorted(unknown))}'
-            )
+            raise ValueError(f'stream takes the settings of generate but return_state, got {", ".join(unknown)}')
         reader, prompts, sampler, stops = self._prepare_generation(prompt, seq_len, **settings)
         if len({len(row) for row in prompts}) > 1:
             raise ValueError('prompt must have rows of equal length: stream yields their ids together')

@@ -23,13 +23,16 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.gamma)
 
 
+def is_traced() -> bool:
+    """Whether the compiler or a transform of torch.func looks on, which see through plain operations better."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
     # under autocast the norm stays in the dtype of its weight
     x = x.to(gamma.dtype)
-    # the transforms of torch.func and the compiler see through plain operations better
-    plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     served = x.device.type == 'cpu' and x.dtype in (torch.float32, torch.float64)
-    if served and torch.is_grad_enabled() and not plain:
+    if served and torch.is_grad_enabled() and not is_traced():
         return RootMeanSquare.apply(x, gamma)
     return F.rms_norm(x, gamma.shape, gamma, eps=EPS)
 

@@ -104,8 +104,7 @@ class Rotary(nn.Module):
         if not self.xpos or start % BLOCK or not start:
             return keys
         distance = torch.full((1,), BLOCK, device=keys.device, dtype=torch.promote_types(keys.dtype, torch.float32))
-        factor = self.decay(distance)[0]
-        factor = factor.repeat_interleave(2)
+        factor = self.decay(distance)[0].repeat_interleave(2)
         return keys * factor.to(keys.dtype) if torch.is_grad_enabled() else keys.mul_(factor)
 
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -116,8 +115,8 @@ class Rotary(nn.Module):
             first, second = x.unflatten(-1, (-1, 2)).unbind(-1) if self.pairs == 'interleaved' else x.chunk(2, dim=-1)
             turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
         else:
-            pairs = x.unflatten(-1, (-1, 2)) if self.pairs == 'interleaved' else None
-            numbers = torch.complex(*x.chunk(2, dim=-1)) if pairs is None else torch.view_as_complex(pairs)
+            neighbours = self.pairs == 'interleaved'
+            numbers = torch.view_as_complex(x.unflatten(-1, (-1, 2))) if neighbours else torch.complex(*x.chunk(2, -1))
             turned = torch.view_as_real(numbers * torch.complex(cos, sin))
         return turned.flatten(-2).to(dtype)
 
