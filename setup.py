@@ -1,12 +1,16 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
+VERSION = (HERE / 'simple_hierarchical_transformer' / 'version.py').read_text(encoding='utf-8')
+
 setup(
     name='simple-hierarchical-transformer',
-    version='0.5.0',
+    version=re.findall("'(.+)'", VERSION)[0],
     description='A language model that reads a sequence at several resolutions at once',
-    long_description=(Path(__file__).parent / 'README.md').read_text(encoding='utf-8'),
+    long_description=(HERE / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='MIT',
     license_files=['LICENSE'],

@@ -2,3 +2,4 @@
 
 from .losses import LossParts as LossParts
 from .model import HierarchicalTransformer as HierarchicalTransformer
+from .version import __version__ as __version__

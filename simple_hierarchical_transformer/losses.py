@@ -35,6 +35,16 @@ class LossParts(NamedTuple):
     """Each level's next-latent loss before its weight, zero for a level that has none."""
 
 
+class LossCounts(NamedTuple):
+    """What the parts are divided by where that is not their own number of targets."""
+
+    ce: Tensor | None
+    recon: Sequence[Tensor] | None
+    """One for each level with the loss."""
+    next_latent: Sequence[Sequence[Tensor]] | None
+    """Likewise, one for each step of the rollout."""
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """`linear_cross_entropy` with each chunk's gradients formed while its logits are at hand.
 
@@ -119,17 +129,21 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, row_weights
         return _LinearCrossEntropy.apply(x, weight, targets, row_weights, dtype, train)
 
 
-def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+def cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, *, count: Tensor | None = None
+) -> Tensor:
     """Mean over the targets that are not ignored; zero, and not nan, where all of them are.
 
-    x: `(batch, seq, dim)`, weight: `(num_tokens, dim)`, targets: `(batch, seq)`.
+    x: `(batch, seq, dim)`, weight: `(num_tokens, dim)`, targets: `(batch, seq)`. With `count`, the sum divided by that.
     """
-    return _mean_cross_entropy(x.flatten(0, 1), weight, targets.flatten()[:, None], ignore_index)
+    return _mean_cross_entropy(x.flatten(0, 1), weight, targets.flatten()[:, None], ignore_index, count)
 
 
-def _mean_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, sample: float = 1.0) -> Tensor:
+def _mean_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, count: Tensor | None, sample: float = 1.0
+) -> Tensor:
     counted = targets != ignore_index
-    scale = 1 / counted.sum().clamp(min=1)
+    scale = 1 / (counted.sum() if count is None else count).clamp(min=1)
     # an ignored target may be no id at all
     targets = targets.masked_fill(~counted, 0)
 
@@ -153,17 +167,29 @@ def reconstruction_loss(
     ignore_index: int,
     offset: int = 0,
     sample: float = 1.0,
+    count: Tensor | None = None,
 ) -> Tensor:
     """Cross entropy of the ids that each level token's compressor saw, those before the first of `ids` left out.
 
     x: level tokens `(batch, ceil((seq - offset) / stride), dim)`, of which the first ends at `offset` of ids
     `(batch, seq)`; weight: `(compression * num_tokens, dim)`. With `sample` below 1, that share of the level tokens is
-    drawn at random, and the expectation is the loss over all.
+    drawn at random, and the expectation is the loss over all. With `count`, the sum over targets divided by that.
     """
     if not x.shape[1]:
         return x.sum()
-    seen = F.pad(ids, (compression - 1, 0), value=ignore_index)[:, offset:].unfold(1, compression, stride)
-    return _mean_cross_entropy(x.flatten(0, 1), weight, seen.flatten(0, 1), ignore_index, sample)
+    seen = seen_ids(ids, compression=compression, stride=stride, ignore_index=ignore_index, offset=offset)
+    return _mean_cross_entropy(x.flatten(0, 1), weight, seen.flatten(0, 1), ignore_index, count, sample)
+
+
+def seen_ids(ids: Tensor, *, compression: int, stride: int, ignore_index: int, offset: int = 0) -> Tensor:
+    """The ids that each level token's compressor saw, `(batch, ceil((seq - offset) / stride), compression)`.
+
+    Before the first of ids `(batch, seq)` stands `ignore_index`.
+    """
+    padded = F.pad(ids, (compression - 1, 0), value=ignore_index)[:, offset:]
+    if padded.shape[1] < compression:
+        return ids.new_empty(len(ids), 0, compression)
+    return padded.unfold(1, compression, stride)
 
 
 def mse(pred: Tensor, target: Tensor) -> Tensor:
@@ -277,24 +303,27 @@ def next_latent_loss(
     loss_fn: LatentLoss,
     rollout_weights: Sequence[float],
     decay: float | None,
+    counts: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """How well `dynamics` rolls a level's latents forward, a step for each of `rollout_weights`.
 
     latents, summaries: `(batch, seq, dim)`; valid: `(batch, seq)`, which tokens count as targets. Every step starts
     from the same first `seq - steps` latents, so a sequence no longer than the rollout adds zero. Targets are
     detached. With `decay`, each token's step is further scaled by exp(-decay * its summed loss of the steps before):
-    a rollout that has gone astray is not worth following.
+    a rollout that has gone astray is not worth following. With `counts`, each step's sum is divided by its own of them
+    instead of by how many targets count.
 
     Next-latent prediction: Teoh et al. 2025, arXiv 2511.05963.
     """
     steps = len(rollout_weights)
     starts = max(latents.shape[1] - steps, 0)
+    counts = rollout_counts(valid, steps) if counts is None else counts
     targets = latents.detach()
 
     pred = latents[:, :starts]
     total, so_far = latents.new_zeros(()), latents.new_zeros(())
 
-    for step, weight in enumerate(rollout_weights, 1):
+    for step, (weight, count) in enumerate(zip(rollout_weights, counts, strict=True), 1):
         reached = slice(step, step + starts)
         pred = dynamics(pred, summaries[:, reached])
         loss = per_token(loss_fn(pred, targets[:, reached]), pred)
@@ -302,7 +331,12 @@ def next_latent_loss(
         weighted = loss * weight if decay is None else loss * weight * (-decay * so_far).exp()
         so_far = so_far + loss.detach()
 
-        mask = valid[:, reached]
-        total = total + (weighted * mask).sum() / mask.sum().clamp(min=1)
+        total = total + (weighted * valid[:, reached]).sum() / count.clamp(min=1)
 
     return total
+
+
+def rollout_counts(valid: Tensor, steps: int) -> list[Tensor]:
+    """How many targets each step of a rollout has; valid: `(batch, seq)`, which tokens count as such."""
+    starts = max(valid.shape[1] - steps, 0)
+    return [valid[:, step : step + starts].sum() for step in range(1, steps + 1)]

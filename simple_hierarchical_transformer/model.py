@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from inspect import signature
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import ModelHubMixin, hf_hub_download
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,19 +21,20 @@ from .linear import Linear
 from .losses import (
     ChunkSummarizer,
     LatentDynamics,
+    LossCounts,
     LossParts,
     cross_entropy,
     find_latent_loss,
     next_latent_loss,
     normalise_rollout_weights,
     reconstruction_loss,
+    rollout_counts,
+    seen_ids,
 )
 from .merge import Coarse, HierarchicalMerge, concat_levels
 from .mixers.attention import BACKENDS
+from .pretrained import Pretrained
 from .state import BlockState, State
-
-CONFIG_FILE = 'config.json'
-WEIGHTS_FILE = 'model.safetensors'
 
 # what the published package's windowed attention calls its rotary frequencies
 WINDOWED_FREQS = re.compile(r'(layers\.\d+\.\d+\.attn\.)attn_fn\.rel_pos\.inv_freq')
@@ -46,7 +42,14 @@ WINDOWED_FREQS = re.compile(r'(layers\.\d+\.\d+\.attn\.)attn_fn\.rel_pos\.inv_fr
 OPTIONAL_KEYS = re.compile(r'(latent_dynamics\.\d+|chunk_summarizers\.\d+|compressors\.\d+\.to_recon)\.')
 
 
-class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hierarchical-transformer', license='mit'):
+class HierarchicalTransformer(
+    nn.Module,
+    Pretrained,
+    library_name='simple-hierarchical-transformer',
+    license='mit',
+    pipeline_tag='text-generation',
+    tags=['byte-level', 'hierarchical-transformer'],
+):
     """A causal language model that reads a sequence at several resolutions at once.
 
     Each hierarchy level compresses the token embeddings by its factor and runs its own transformer blocks. After
@@ -226,13 +229,6 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
         self.recon_sample = recon_sample
         self.gradient_checkpointing = gradient_checkpointing
 
-        # what config.json cannot hold, for save_pretrained to refuse
-        self._not_in_config = []
-        if not isinstance(next_latent_loss_type, str):
-            self._not_in_config.append('next_latent_loss_type')
-        if any(summarizer is not None for summarizer in chunk_summarizers):
-            self._not_in_config.append('chunk_summarizers')
-
         # parts, in the order in which a sequence passes through them
 
         dim_embed = max(level.dim for level in levels)
@@ -286,6 +282,7 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
         ablate_hierarchical_merge: bool = False,
         *,
         labels: Tensor | None = None,
+        counts: Tensor | None = None,
         state: State | None = None,
         return_state: bool = False,
     ) -> Any:
@@ -306,6 +303,8 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
             ablate_hierarchical_merge: leave the merges out, to see what they are worth.
             labels: with `return_loss`, the targets `(batch, n)` of all of `ids`, instead of `ids` shifted by one.
                 Those equal to `ignore_index` are left out.
+            counts: with `return_loss`, what the parts of the loss are divided by, as `count_targets` counts it. With
+                the sum over several batches, each batch's loss is its share of the loss of all of them as one.
             state: what was read before, as `return_state` gave it. Without gradients it is consumed: written in
                 place and handed back. Auxiliary losses see the chunk alone.
             return_state: return the state after these ids, too. A state is not read without being returned.
@@ -322,18 +321,14 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
         }
         if sum(map(bool, wanted.values())) > 1:
             raise ValueError(f'forward returns one thing, got {", ".join(name for name in wanted if wanted[name])}')
-        if labels is not None and not return_loss:
-            raise ValueError('labels are for return_loss = True, which was not given')
+        for name, given in (('labels', labels), ('counts', counts)):
+            if given is not None and not return_loss:
+                raise ValueError(f'{name} are for return_loss = True, which was not given')
 
-        ids = check_ids('ids', ids, self.num_tokens)
-        if return_loss and labels is None:
-            if ids.shape[1] < 2:
-                raise ValueError(f'ids must have at least 2 tokens to predict one from another, got {ids.shape[1]}')
-            ids, labels = ids[:, :-1], ids[:, 1:]
-        elif labels is not None:
-            labels = check_ids('labels', labels, self.num_tokens, also=self.ignore_index)
-            if labels.shape != ids.shape:
-                raise ValueError(f'labels must have the shape of ids {tuple(ids.shape)}, got {tuple(labels.shape)}')
+        if return_loss:
+            ids, labels = self.check_labels(ids, labels)
+        else:
+            ids = check_ids('ids', ids, self.num_tokens)
 
         if state is not None:
             self.check_state(state, ids)
@@ -369,7 +364,7 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
         elif labels is None:
             output = (self.to_logits(predict_from),)
         else:
-            output = self.losses(predict_from, final, embeds, ids, labels, position)
+            output = self.losses(predict_from, final, embeds, ids, labels, position, counts)
 
         if return_state:
             output = (*output, state)
@@ -435,15 +430,61 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
         ids: Tensor,
         labels: Tensor,
         position: int,
+        counts: Tensor | None,
     ) -> tuple[Tensor, LossParts]:
         """The loss and its parts. What the levels' tokens stand for is sought in `ids`, which begin at `position`."""
-        ce = cross_entropy(predict_from, self.to_logits.weight, labels, self.ignore_index)
-        recon = self.reconstruction_loss(tokens, ids, position)
-        per_level = self.next_latent_losses(tokens, embeds, ids, position)
+        own = LossCounts(*[None] * 3) if counts is None else self.split_counts(counts)
+        ce = cross_entropy(predict_from, self.to_logits.weight, labels, self.ignore_index, count=own.ce)
+        recon = self.reconstruction_loss(tokens, ids, position, own.recon)
+        per_level = self.next_latent_losses(tokens, embeds, ids, position, own.next_latent)
         weights = [level.next_latent_loss_weight for level in self.levels]
         next_latent = torch.stack([weight * loss for weight, loss in zip(weights, per_level, strict=True)]).sum()
         loss = ce + next_latent + self.recon_loss_weight * recon
         return loss, LossParts(ce, next_latent, recon, per_level)
+
+    def count_targets(self, ids: Tensor, labels: Tensor | None = None, *, position: int = 0) -> Tensor:
+        """How many targets each part of the loss of these ids `(batch, n)` averages over: `(parts,)`, int64.
+
+        ids and labels are those of `forward`, `position` that of the state they would be read with. Batches that are
+        learnt from together, on several devices or one after the other, are given the sum over all of them as
+        `counts`: then their losses sum to the loss of one large batch, however unevenly targets are ignored.
+        """
+        ids, labels = self.check_labels(ids, labels)
+        counts = [(labels != self.ignore_index).sum()]
+        for level, compressor in zip(self.levels, self.compressors, strict=True):
+            if compressor.to_recon is not None:
+                seen = seen_ids(ids, **self.recon_windows(level, position))
+                counts.append((seen != self.recon_ignore_index).sum())
+        for i in self.latent_dynamics:
+            counts += rollout_counts(self.latent_targets(self.levels[int(i)], ids, position), len(self.rollout_weights))
+        return torch.stack(counts)
+
+    def split_counts(self, counts: Tensor) -> LossCounts:
+        """The counts of each part, for each level that has it."""
+        with_recon = sum(compressor.to_recon is not None for compressor in self.compressors)
+        steps = len(self.rollout_weights)
+        expected = 1 + with_recon + steps * len(self.latent_dynamics)
+        if not isinstance(counts, Tensor) or counts.shape != (expected,):
+            got = tuple(counts.shape) if isinstance(counts, Tensor) else type(counts).__name__
+            raise ValueError(f'counts must be what count_targets returns, of shape ({expected},), got {got}')
+        each = counts.unbind()
+        rollouts = each[1 + with_recon :]
+        return LossCounts(
+            each[0], each[1 : 1 + with_recon], [rollouts[i : i + steps] for i in range(0, len(rollouts), steps)]
+        )
+
+    def recon_windows(self, level: Level, position: int) -> dict[str, int]:
+        """Where a level's compressor looks in ids that begin at `position`."""
+        return dict(
+            compression=level.compression,
+            stride=level.stride,
+            offset=-position % level.stride,
+            ignore_index=self.recon_ignore_index,
+        )
+
+    def latent_targets(self, level: Level, ids: Tensor, position: int) -> Tensor:
+        """Which of a level's tokens count as targets, `(batch, ceil(n / stride))`."""
+        return ids[:, -position % level.stride :: level.stride] != self.ignore_index
 
     def initial_state(self, batch_size: int) -> State:
         """The state of a model that has read nothing, in the dtype and on the device of its weights.
@@ -507,31 +548,50 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
             if got != expected:
                 raise ValueError(f'state must have {name} {expected}, got {got}')
 
-    def reconstruction_loss(self, tokens: Sequence[Tensor], ids: Tensor, position: int = 0) -> Tensor:
+    def check_labels(self, ids: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The ids to read and the targets, of the same shape: without labels, ids shifted by one."""
+        ids = check_ids('ids', ids, self.num_tokens)
+        if labels is None:
+            if ids.shape[1] < 2:
+                raise ValueError(f'ids must have at least 2 tokens to predict one from another, got {ids.shape[1]}')
+            return ids[:, :-1], ids[:, 1:]
+        labels = check_ids('labels', labels, self.num_tokens, also=self.ignore_index)
+        if labels.shape != ids.shape:
+            raise ValueError(f'labels must have the shape of ids {tuple(ids.shape)}, got {tuple(labels.shape)}')
+        return ids, labels
+
+    def reconstruction_loss(
+        self, tokens: Sequence[Tensor], ids: Tensor, position: int = 0, counts: Sequence[Tensor] | None = None
+    ) -> Tensor:
         """The sum over compressed levels of how well their final tokens give back the ids they were made of."""
         loss = tokens[0].new_zeros(())
+        given = iter(counts or ())
         for x, level, compressor in zip(tokens, self.levels, self.compressors, strict=True):
             if compressor.to_recon is not None:
                 loss = loss + reconstruction_loss(
                     x,
                     compressor.to_recon.weight,  # type: ignore[arg-type, union-attr]
                     ids,
-                    compression=level.compression,
-                    stride=level.stride,
-                    offset=-position % level.stride,
-                    ignore_index=self.recon_ignore_index,
+                    **self.recon_windows(level, position),
                     sample=self.recon_sample if torch.is_grad_enabled() else 1.0,
+                    count=next(given, None),
                 )
         return loss
 
     def next_latent_losses(
-        self, tokens: Sequence[Tensor], embeds: Tensor, ids: Tensor, position: int = 0
+        self,
+        tokens: Sequence[Tensor],
+        embeds: Tensor,
+        ids: Tensor,
+        position: int = 0,
+        counts: Sequence[Sequence[Tensor]] | None = None,
     ) -> tuple[Tensor, ...]:
         """Each level's next-latent loss before its weight, zero where the weight is."""
         if self.detach_summaries:
             embeds = embeds.detach()
 
         losses = []
+        given = iter(counts or ())
         for i, (x, level) in enumerate(zip(tokens, self.levels, strict=True)):
             if str(i) not in self.latent_dynamics:
                 losses.append(x.new_zeros(()))
@@ -551,11 +611,12 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
             loss = next_latent_loss(
                 x,
                 summaries,
-                ids[:, offset :: level.stride] != self.ignore_index,
+                self.latent_targets(level, ids, position),
                 dynamics=self.latent_dynamics[str(i)],
                 loss_fn=self.latent_loss_fn,
                 rollout_weights=self.rollout_weights,
                 decay=self.rollout_decay,
+                counts=next(given, None),
             )
             losses.append(loss)
         return tuple(losses)
@@ -721,56 +782,6 @@ class HierarchicalTransformer(nn.Module, ModelHubMixin, library_name='simple-hie
             return bits
         joined = torch.cat(log_probs, dim=1)
         return bits, joined[0] if single else joined
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        if self._not_in_config:
-            raise ValueError(
-                f'{" and ".join(self._not_in_config)} cannot be written to {CONFIG_FILE}, so the folder could not be '
-                'loaded again: save the state dict instead'
-            )
-        partial = save_directory / f'{WEIGHTS_FILE}.partial'
-        save_model(self, str(partial))
-        # safetensors leaves it to its owner alone
-        partial.chmod(0o644)
-        os.replace(partial, save_directory / WEIGHTS_FILE)
-
-    @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        map_location: str = 'cpu',
-        config: Mapping[str, Any] | None = None,
-        **model_kwargs: Any,
-    ) -> HierarchicalTransformer:
-        unknown = set(config or ()) - set(cls._hub_mixin_init_parameters)
-        if unknown:
-            raise ValueError(f'{CONFIG_FILE} of {model_id} has settings unknown here: {", ".join(sorted(unknown))}')
-
-        if os.path.isdir(model_id):
-            weights = os.path.join(model_id, WEIGHTS_FILE)
-        else:
-            weights = hf_hub_download(
-                repo_id=model_id,
-                filename=WEIGHTS_FILE,
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                token=token,
-                local_files_only=local_files_only,
-            )
-
-        model = cls(**model_kwargs)
-        try:
-            load_model(model, weights, device=map_location)
-        except SafetensorError as error:
-            raise ValueError(f'{weights} is torn, or no safetensors file: {error}') from error
-        return model.to(map_location).eval()
 
 
 def check_ids(name: str, ids: Any, num_tokens: int, also: int | None = None) -> Tensor:

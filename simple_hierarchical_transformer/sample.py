@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from .model import CONFIG_FILE, HierarchicalTransformer
+from .model import HierarchicalTransformer
+from .pretrained import CONFIG_FILE
 
 
 def main(argv: list[str] | None = None) -> None:

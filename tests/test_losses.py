@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from conftest import build, configs
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -141,3 +143,44 @@ def test_the_model_samples_its_reconstruction(monkeypatch: pytest.MonkeyPatch) -
     with torch.no_grad():
         model(ids, return_loss=True)
     assert rows == [80, 40, 80, 80]
+
+
+@given(config=configs(), chunked=st.booleans(), shifted=st.booleans())
+@settings(max_examples=25)
+def test_shares_of_a_batch_sum_to_its_loss(config: dict[str, Any], chunked: bool, shifted: bool) -> None:
+    """Rows learnt from apart, each with its own number of targets, train as they would together."""
+    config = {**config, 'ignore_index': 0, 'recon_ignore_index': 0}
+    model = build(config)
+    ids = torch.randint(1, 11, (3, 20))
+    # a row with few targets, and one with none
+    ids[0, 7:] = 0
+    ids[1] = 0
+    labels = None if shifted else torch.randint(0, 11, ids.shape)
+
+    state = None
+    if chunked:
+        with torch.no_grad():
+            _, state = model(torch.randint(0, 11, (3, 5)), return_state=True)
+    position = 5 if chunked else 0
+
+    def loss_of(rows: slice, counts: Tensor) -> Tensor:
+        of = None if state is None else state.select(list(range(*rows.indices(3))))
+        its = None if labels is None else labels[rows]
+        got = model(
+            ids[rows], return_loss=True, labels=its, counts=counts, state=of, return_state=of is not None
+        )  # fmt: skip
+        return got[0]
+
+    def counts_of(rows: slice) -> Tensor:
+        return model.count_targets(ids[rows], None if labels is None else labels[rows], position=position)
+
+    whole = model(ids, return_loss=True, labels=labels, state=state and state.clone(), return_state=chunked)[0]
+    parts = [slice(0, 1), slice(1, 2), slice(2, 3)]
+    counts = torch.stack([counts_of(rows) for rows in parts]).sum(0)
+    assert torch.equal(counts, counts_of(slice(0, 3)))
+    shares = sum(loss_of(rows, counts) for rows in parts)
+    torch.testing.assert_close(shares, whole, rtol=1e-9, atol=1e-9)
+
+    weights = [p for p in model.parameters() if p.requires_grad]
+    for ours, theirs in zip(torch.autograd.grad(shares, weights), torch.autograd.grad(whole, weights), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
