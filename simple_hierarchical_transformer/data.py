@@ -1,21 +1,25 @@
-"""Byte corpora: find, fetch, verify, split, sample.
+"""Byte corpora: find, fetch, verify, read.
 
-A corpus is a memory-mapped uint8 tensor, a split a range of its positions.
+A corpus lies on disk and is memory-mapped, so it may be larger than memory.
 """
 
 from __future__ import annotations
 
+import array
 import bz2
 import glob
 import gzip
 import hashlib
 import http.client
 import lzma
+import mmap
 import os
 import shutil
 import sysconfig
+import tempfile
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +32,8 @@ from torch import Tensor
 
 CHUNK = 1 << 20
 OPENERS = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open}
-SPLITS = ('train', 'valid', 'test')
+# rows of text, read through the datasets package
+TABLES = {'.jsonl': 'json', '.jsonl.gz': 'json', '.parquet': 'parquet'}
 
 
 @dataclass(frozen=True)
@@ -38,16 +43,29 @@ class Download:
     url: str
     size: int
     sha256: str
+    content: str = ''
+    """The digest of what is in it, `algorithm:hexadecimal digits`."""
+    content_size: int = 0
 
 
-ENWIK8_BYTES = 100_000_000
-
-# the first 10^8 bytes of the English Wikipedia dump of 2006-03-03
-ENWIK8 = Download(
-    url='http://mattmahoney.net/dc/enwik8.zip',
-    size=36_445_475,
-    sha256='547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc',
-)
+DOWNLOADS = {
+    # the first 10^8 bytes of the English Wikipedia dump of 2006-03-03
+    'enwik8': Download(
+        url='http://mattmahoney.net/dc/enwik8.zip',
+        size=36_445_475,
+        sha256='547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc',
+        content='sha256:2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8',
+        content_size=100_000_000,
+    ),
+    # 10^8 letters and spaces of the same dump, without markup
+    'text8': Download(
+        url='http://mattmahoney.net/dc/text8.zip',
+        size=31_344_016,
+        sha256='a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232',
+        content='sha1:0dc3edebc970dcc96137e7deda4d9995af9d93de',
+        content_size=100_000_000,
+    ),
+}
 
 
 # find
@@ -150,8 +168,8 @@ def transfer(
                     progress(len(piece))
 
 
-def file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
+def file_digest(path: Path, algorithm: str = 'sha256') -> str:
+    digest = hashlib.new(algorithm)
     with open(path, 'rb') as file:
         while piece := file.read(CHUNK):
             digest.update(piece)
@@ -188,111 +206,137 @@ def copy_bytes(path: Path, to: IO[bytes]) -> None:
         raise
 
 
-def load_bytes(files: Sequence[Path], cache_dir: Path) -> Tensor:
-    """The bytes of all files, one after the other, as a memory-mapped uint8 tensor `(bytes,)`.
+def table_kind(path: Path) -> str | None:
+    """How the datasets package calls a file of rows, or None where it is none."""
+    return next((kind for suffix, kind in TABLES.items() if path.name.lower().endswith(suffix)), None)
 
-    A single plain file is mapped where it lies. Others are unpacked into one file in `cache_dir`, under a name
-    that changes with them.
+
+def table_texts(path: Path, text_key: str) -> Iterator[bytes]:
+    """The texts of a table's rows, in order; rows without one are left out.
+
+    Raises ValueError where the datasets package is missing, the file broken, or the column not there.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError(f'data: {path} is read through the datasets package: pip install datasets') from error
+    try:
+        # streamed: no second copy in that package's own cache
+        for row in load_dataset(table_kind(path), data_files=str(path), split='train', streaming=True):
+            if text_key not in row:
+                raise KeyError(f'there is no column {text_key!r}, only {", ".join(row)}')
+            text = row[text_key]
+            if text is not None and not isinstance(text, (str, bytes)):
+                raise TypeError(f'column {text_key!r} holds {type(text).__name__}, not text')
+            if text:
+                yield text if isinstance(text, bytes) else text.encode('utf-8', 'surrogatepass')
+    except Exception as error:
+        # whatever that package and those below it raise for broken files
+        raise ValueError(f'data: {path} cannot be read: {error}') from error
+
+
+def map_file(path: Path, dtype: torch.dtype) -> Tensor:
+    """A file as a tensor that pages of it are read into as they are needed. Writing to it ends the process."""
+    with open(path, 'rb') as file:
+        # not torch.from_file: a map that could be written to needs as much memory as the file is long
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='The given buffer is not writable')
+        return torch.frombuffer(mapped, dtype=dtype)
+
+
+class Corpus:
+    """The bytes of one or several files, memory-mapped, and where the texts in them end.
+
+    Pickled, for the workers of a data loader, it is its path alone.
+    """
+
+    def __init__(self, name: str, path: Path, ends_path: Path | None = None) -> None:
+        self.name, self.path, self.ends_path = name, path, ends_path
+        self.data = map_file(path, torch.uint8)
+        """`(bytes,)`, uint8, to be read only."""
+        self.ends = torch.tensor([len(self.data)]) if ends_path is None else map_file(ends_path, torch.int64)
+        """`(texts,)`, int64, rising: the position after the last byte of each text."""
+
+    def __reduce__(self) -> Any:
+        return Corpus, (self.name, self.path, self.ends_path)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def read(self, start: Tensor, stop: Tensor, length: int, *, pad: int) -> Tensor:
+        """What stands in `length` bytes from each start `(rows,)` on: int64 `(rows, length)`, `pad` from stop on."""
+        index = start[:, None] + torch.arange(length)
+        outside = index >= stop[:, None]
+        return self.data[index.clamp(max=len(self) - 1)].long().masked_fill(outside, pad)
+
+    def fingerprint(self) -> str:
+        """What tells it from another corpus: its size, and a digest of some of its bytes all over it."""
+        blocks, size = 64, 1 << 14
+        step = max((len(self) - size) // blocks, size)
+        digest = hashlib.sha256()
+        for begin in range(0, len(self), step):
+            digest.update(bytes(self.data[begin : begin + size].tolist()))
+        return f'{len(self)}:{digest.hexdigest()[:32]}'
+
+
+def load_corpus(name: str, files: Sequence[Path], cache_dir: Path, *, text_key: str = 'text') -> Corpus:
+    """The texts of all files, one after the other.
+
+    A single plain file is mapped where it lies. Others are unpacked into one file in `cache_dir`, under a name that
+    changes with them. A text is a file, or a row's column `text_key` in a .jsonl or .parquet.
 
     Raises ValueError where they are torn or hold no byte.
     """
-    path = files[0]
-    if path.name == 'enwik8' and len(files) == 1 and path.stat().st_size != ENWIK8_BYTES:
-        raise ValueError(f'data: {path} has {path.stat().st_size:,} bytes; enwik8 has {ENWIK8_BYTES:,}, so it is torn')
-
-    if len(files) > 1 or path.suffix.lower() in (*OPENERS, '.zip'):
+    path, ends_path = files[0], None
+    if len(files) > 1 or path.suffix.lower() in (*OPENERS, '.zip') or table_kind(path):
         stats = [(str(file.resolve()), file.stat()) for file in files]
-        key = hashlib.sha256(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]).encode())
-        path = cache_dir / f'{key.hexdigest()[:16]}.bytes'
-
+        facts = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+        key = hashlib.sha256(repr((facts, text_key if any(map(table_kind, files)) else None)).encode()).hexdigest()
+        path, ends_path = cache_dir / f'{key[:16]}.bytes', cache_dir / f'{key[:16]}.ends'
         if not path.exists():
-            cache_dir.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f'.{os.getpid()}.part')
-            try:
-                with open(partial, 'wb') as file:
-                    for source in files:
-                        copy_bytes(source, file)
-                os.replace(partial, path)
-            except BaseException:
-                partial.unlink(missing_ok=True)
-                raise
+            unpack(files, path, ends_path, text_key)
 
-    size = path.stat().st_size
-    if size == 0:
+    if path.stat().st_size == 0:
         raise ValueError(f'data: {files[0]}{" and the files beside it" * (len(files) > 1)} hold no byte')
-    return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    return Corpus(name, path, ends_path)
 
 
-# split and sample
+def unpack(files: Sequence[Path], path: Path, ends_path: Path, text_key: str) -> None:
+    """Writes the bytes of all texts to `path`, which appears last and whole, and their ends to `ends_path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        ends = array.array('q')
+        with open(Path(folder, 'bytes'), 'wb') as file:
+            for source in files:
+                if table_kind(source):
+                    for text in table_texts(source, text_key):
+                        file.write(text)
+                        ends.append(file.tell())
+                else:
+                    copy_bytes(source, file)
+                    ends.append(file.tell())
+        Path(folder, 'ends').write_bytes(ends)
+        os.replace(Path(folder, 'ends'), ends_path)
+        os.replace(Path(folder, 'bytes'), path)
 
 
-def split_bytes(size: int, *, seq_len: int) -> dict[str, range]:
-    """The first 90 %, the next 5 % and the last 5 % of a corpus, as is the custom for enwik8.
+def load_download(
+    name: str, folder: Path, cache_dir: Path, *, progress: Callable[[int], object] | None = None
+) -> Corpus:
+    """One of `DOWNLOADS`, from `folder` where it lies there as it is or as .zip or .gz, else fetched into it.
 
-    Raises ValueError where one of them is too short for a sequence of `seq_len` and the byte after it.
+    Raises OSError where it cannot be had, ValueError where what lies there is another file.
     """
-    valid, test = size * 90 // 100, size * 95 // 100
-    spans = dict(zip(SPLITS, (range(valid), range(valid, test), range(test, size)), strict=True))
-    shortest = min(map(len, spans.values()))
-    if shortest <= seq_len:
-        raise ValueError(
-            f'data has {size:,} bytes, of which the shortest split has {shortest:,}: '
-            f'too few for one sequence of seq_len {seq_len:,} and the byte after it'
-        )
-    return spans
+    download = DOWNLOADS[name]
+    places = [folder / f'{name}{suffix}' for suffix in ('', '.zip', '.gz')]
+    path = next((place for place in places if place.is_file()), None)
+    path = path or fetch(download, folder / f'{name}.zip', progress=progress)
+    corpus = load_corpus(name, [path], cache_dir)
 
-
-def sample_batch(
-    data: Tensor, span: range, *, batch_size: int, seq_len: int, generator: torch.Generator | None = None
-) -> Tensor:
-    """Sequences that begin anywhere in `span`: ids `(batch, seq_len + 1)`, int64."""
-    start = torch.randint(span.start, span.stop - seq_len, (batch_size, 1), generator=generator)
-    return data[start + torch.arange(seq_len + 1)].long()
-
-
-def segment_batches(
-    data: Tensor,
-    span: range,
-    *,
-    batch_size: int,
-    seq_len: int,
-    segments: int,
-    generator: torch.Generator | None = None,
-) -> Iterator[tuple[Tensor, bool]]:
-    """Reads stretches of `span` segment by segment, for a model that carries its state along, endlessly.
-
-    Ids `(batch, seq_len + 1)`, int64, and whether they begin a stretch. A stretch begins anywhere and has `segments`
-    segments, or as many as the span has room for; the last id of one is the first of the next.
-
-    Raises ValueError where the span has no room for a segment.
-    """
-    segments = min(segments, (len(span) - 1) // seq_len)
-    if segments < 1:
-        raise ValueError(f'data has {len(span):,} bytes to draw from, too few for segments of {seq_len:,}')
-    while True:
-        stretch = sample_batch(data, span, batch_size=batch_size, seq_len=segments * seq_len, generator=generator)
-        for i in range(segments):
-            yield stretch[:, i * seq_len : (i + 1) * seq_len + 1], i == 0
-
-
-def evaluation_batches(
-    data: Tensor, span: range, *, seq_len: int, batch_size: int, max_bytes: int | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Goes through `span` in windows that do not overlap: ids and labels, each `(batch, up to seq_len)`, int64.
-
-    Every byte of the span is a label once: the first of a window is predicted from the byte before it alone.
-    Only the very first byte of the corpus has none before it. With `max_bytes`, that many bytes are taken, in whole
-    windows spread evenly, the same ones each time.
-    """
-    first = max(span.start, 1)
-    starts = list(range(first, span.stop, seq_len))
-    if max_bytes is not None and (count := max(max_bytes // seq_len, 1)) < len(starts):
-        starts = [starts[i * len(starts) // count] for i in range(count)]
-
-    whole = [start for start in starts if start + seq_len <= span.stop]
-    batches = [whole[i : i + batch_size] for i in range(0, len(whole), batch_size)]
-    for batch in batches + [[start] for start in starts[len(whole) :]]:
-        stop = min(seq_len, span.stop - batch[-1])
-        window = torch.tensor(batch)[:, None] - 1 + torch.arange(stop + 1)
-        ids = data[window].long()
-        yield ids[:, :-1], ids[:, 1:]
+    algorithm, _, expected = download.content.partition(':')
+    if len(corpus) != download.content_size:
+        raise ValueError(f'data: {path} has {len(corpus):,} bytes; {name} has {download.content_size:,}, so it is torn')
+    if (digest := file_digest(corpus.path, algorithm)) != expected:
+        raise ValueError(f'data: {path} is not {name}: its {algorithm} is {digest}, not {expected}')
+    return corpus

@@ -1,4 +1,4 @@
-"""Corpora: found, fetched, verified, read, split and sampled, and what happens where they are broken."""
+"""Corpora: found, fetched, verified and read, and what happens where they are broken."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import bz2
 import gzip
 import hashlib
 import http.server
+import json
 import lzma
+import pickle
 import re
+import sys
 import threading
 import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from simple_hierarchical_transformer import data
@@ -27,6 +31,10 @@ TEXT = bytes(range(256)) * 40
 
 def as_bytes(tensor: torch.Tensor) -> bytes:
     return bytes(tensor.tolist())
+
+
+def load(*files: Path, cache: Path) -> data.Corpus:
+    return data.load_corpus('corpus', list(files), cache)
 
 
 # read
@@ -44,7 +52,7 @@ def test_reads_plain_and_packed_files(tmp_path: Path, suffix: str) -> None:
         path.write_bytes(pack(TEXT))
 
     for _ in range(2):
-        assert as_bytes(data.load_bytes(data.find_files(path), tmp_path / 'cache')) == TEXT
+        assert as_bytes(load(*data.find_files(path), cache=tmp_path / 'cache').data) == TEXT
     assert (tmp_path / 'cache').exists() == bool(suffix)
 
 
@@ -57,7 +65,7 @@ def test_reads_folders_and_globs_in_order(tmp_path: Path) -> None:
     (tmp_path / 'texts' / 'deep' / 'c.md').write_bytes(b'third')
 
     def read(source: str | Path) -> bytes:
-        return as_bytes(data.load_bytes(data.find_files(source), tmp_path / 'cache'))
+        return as_bytes(load(*data.find_files(source), cache=tmp_path / 'cache').data)
 
     assert read(tmp_path / 'texts') == b'first second third'
     assert read(str(tmp_path / 'texts' / '*.txt')) == b'first second '
@@ -68,7 +76,7 @@ def test_a_changed_file_is_unpacked_anew(tmp_path: Path) -> None:
     path = tmp_path / 'text.gz'
     for text in (b'one', b'another'):
         path.write_bytes(gzip.compress(text))
-        assert as_bytes(data.load_bytes([path], tmp_path / 'cache')) == text
+        assert as_bytes(load(path, cache=tmp_path / 'cache').data) == text
 
 
 @pytest.mark.parametrize('suffix', ['.gz', '.bz2', '.xz', '.zip'])
@@ -84,7 +92,7 @@ def test_broken_archives_are_named_and_leave_nothing(tmp_path: Path, suffix: str
     path.write_bytes(packed[: len(packed) // 2] if damage == 'torn' else b'this is no archive')
 
     with pytest.raises(ValueError, match=re.escape(f'data: {path} is torn, or not a {suffix} file')):
-        data.load_bytes([path], tmp_path / 'cache')
+        load(path, cache=tmp_path / 'cache')
     assert list((tmp_path / 'cache').iterdir()) == []
 
 
@@ -98,7 +106,7 @@ def test_a_locked_archive_is_named(tmp_path: Path) -> None:
     packed[packed.index(b'PK\x01\x02') + 8] |= 1
     path.write_bytes(packed)
     with pytest.raises(ValueError, match=r'locked\.zip cannot be unpacked: .*encrypted'):
-        data.load_bytes([path], tmp_path / 'cache')
+        load(path, cache=tmp_path / 'cache')
 
 
 def test_missing_and_empty_corpora_are_refused(tmp_path: Path) -> None:
@@ -108,7 +116,7 @@ def test_missing_and_empty_corpora_are_refused(tmp_path: Path) -> None:
         data.find_files(tmp_path)
     (tmp_path / 'empty').touch()
     with pytest.raises(ValueError, match='hold no byte'):
-        data.load_bytes(data.find_files(tmp_path), tmp_path / 'cache')
+        load(*data.find_files(tmp_path), cache=tmp_path / 'cache')
 
 
 def test_standard_library_is_at_hand() -> None:
@@ -117,94 +125,88 @@ def test_standard_library_is_at_hand() -> None:
     assert not any('site-packages' in file.parts for file in files)
 
 
-# split and sample
+# rows of tables, and downloads
 
 
-def test_splits_are_90_5_5() -> None:
-    assert data.split_bytes(100_000_000, seq_len=1024) == {
-        'train': range(90_000_000),
-        'valid': range(90_000_000, 95_000_000),
-        'test': range(95_000_000, 100_000_000),
-    }
+def test_rows_of_tables_are_texts(tmp_path: Path) -> None:
+    rows = [{'text': 'caf\u00e9', 'n': 1}, {'text': None, 'n': 2}, {'text': '', 'n': 3}, {'text': 'b', 'n': 4}]
+    (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    datasets.Dataset.from_list([{'text': 'last'}]).to_parquet(tmp_path / 'b.parquet')
+    (tmp_path / 'c.txt').write_text('plain')
+    corpus = load(*data.find_files(tmp_path), cache=tmp_path / 'cache')
+    assert as_bytes(corpus.data) == 'caf\u00e9blastplain'.encode()
+    assert corpus.ends.tolist() == [5, 6, 10, 15]
+
+    for name, key, message in (
+        ('a.jsonl', 'body', "there is no column 'body', only text, n"),
+        ('a.jsonl', 'n', "column 'n' holds int, not text"),
+        ('torn.jsonl', 'text', 'cannot be read'),
+        ('torn.parquet', 'text', 'cannot be read'),
+    ):
+        (tmp_path / name).exists() or (tmp_path / name).write_text('{"text": "a"}\n{"te')
+        with pytest.raises(ValueError, match=re.escape(message)):
+            data.load_corpus('x', [tmp_path / name], tmp_path / 'other', text_key=key)
+    assert list((tmp_path / 'other').iterdir()) == []
 
 
-def test_a_corpus_shorter_than_a_sequence_is_refused() -> None:
-    data.split_bytes(2040, seq_len=101)
-    with pytest.raises(ValueError, match='data has 2,040 bytes, of which the shortest split has 102'):
-        data.split_bytes(2040, seq_len=102)
+def test_tables_without_the_package_that_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / 'a.jsonl').write_text('{"text": "a"}')
+    monkeypatch.setitem(sys.modules, 'datasets', None)
+    with pytest.raises(ValueError, match=r'a\.jsonl is read through the datasets package: pip install datasets'):
+        load(tmp_path / 'a.jsonl', cache=tmp_path / 'cache')
 
 
-@given(st.integers(30, 200), st.integers(1, 12), st.integers(0, 9))
-def test_samples_are_runs_of_the_split(size: int, seq_len: int, seed: int) -> None:
-    corpus, span = torch.arange(size).to(torch.uint8), range(size // 4, size // 2 + 8)
-    seq_len = min(seq_len, len(span) - 1)
-    batch = data.sample_batch(
-        corpus, span, batch_size=50, seq_len=seq_len, generator=torch.Generator().manual_seed(seed)
+def test_a_corpus_reaches_workers_by_its_path(tmp_path: Path) -> None:
+    (tmp_path / 'a').write_bytes(TEXT)
+    (tmp_path / 'b').write_bytes(TEXT)
+    corpus = load(tmp_path / 'a', tmp_path / 'b', cache=tmp_path / 'cache')
+    again = pickle.loads(packed := pickle.dumps(corpus))
+    assert len(packed) < 1000
+    assert again.ends.tolist() == [len(TEXT), 2 * len(TEXT)]
+    assert torch.equal(again.data, corpus.data)
+
+
+@given(st.integers(1, 3_000_000), st.data())
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_fingerprints_tell_corpora_apart(tmp_path: Path, size: int, draw: st.DataObject) -> None:
+    path = tmp_path / 'corpus'
+    path.write_bytes(bytes(size))
+    before = load(path, cache=tmp_path).fingerprint()
+    assert before == load(path, cache=tmp_path).fingerprint()
+    changed = bytearray(size)
+    # small corpora are read whole, of large ones the first block is
+    changed[draw.draw(st.integers(0, min(size, 1 << 14) - 1))] = 1
+    path.write_bytes(changed)
+    assert load(path, cache=tmp_path).fingerprint() != before
+    path.write_bytes(bytes(size + 1))
+    assert load(path, cache=tmp_path).fingerprint() != before
+
+
+def test_named_corpora_are_found_fetched_and_checked(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = TEXT
+    with zipfile.ZipFile(tmp_path / 'packed.zip', 'w') as archive:
+        archive.writestr('text', content)
+    server.body = (tmp_path / 'packed.zip').read_bytes()
+    download = Download(
+        url=f'http://127.0.0.1:{server.server_address[1]}/',
+        size=len(server.body),
+        sha256=hashlib.sha256(server.body).hexdigest(),
+        content=f'sha1:{hashlib.sha1(content).hexdigest()}',
+        content_size=len(content),
     )
-    assert batch.shape == (50, seq_len + 1)
-    assert batch.dtype == torch.int64
-    assert (batch.diff() == 1).all()
-    assert span.start <= batch.min()
-    assert batch.max() < span.stop
+    monkeypatch.setitem(data.DOWNLOADS, 'text8', download)
+    folder, cache = tmp_path / 'data', tmp_path / 'cache'
+    assert as_bytes(data.load_download('text8', folder, cache).data) == content
+    assert (folder / 'text8.zip').is_file()
 
-
-def test_samples_reach_both_ends_of_the_split() -> None:
-    batch = data.sample_batch(torch.arange(30).to(torch.uint8), range(10, 20), batch_size=500, seq_len=4)
-    assert batch.min() == 10
-    assert batch.max() == 19
-
-
-@given(st.integers(2, 300), st.integers(0, 200), st.integers(1, 20), st.integers(1, 5))
-def test_evaluation_counts_every_byte_once(size: int, start: int, seq_len: int, batch_size: int) -> None:
-    corpus = torch.arange(size)
-    span = range(min(start, size - 2), size)
-    labels = []
-    for ids, targets in data.evaluation_batches(corpus, span, seq_len=seq_len, batch_size=batch_size):
-        assert ids.shape == targets.shape
-        assert ids.shape[0] <= batch_size
-        assert ids.shape[1] <= seq_len
-        assert torch.equal(ids + 1, targets)
-        labels += targets.flatten().tolist()
-    assert sorted(labels) == list(range(max(span.start, 1), span.stop))
-
-
-@given(st.integers(12, 300), st.integers(1, 3), st.integers(1, 6), st.integers(1, 4))
-def test_segments_read_each_stretch_in_order(size: int, batch_size: int, seq_len: int, segments: int) -> None:
-    span = range(10, size)
-    batches = data.segment_batches(
-        torch.arange(size), span, batch_size=batch_size, seq_len=seq_len, segments=segments,
-        generator=torch.Generator().manual_seed(size),
-    )  # fmt: skip
-    if len(span) <= seq_len:
-        with pytest.raises(ValueError, match='too few for segments'):
-            next(batches)
-        return
-
-    in_stretch, last = min(segments, (len(span) - 1) // seq_len), torch.empty(0)
-    for turn in range(3 * in_stretch):
-        ids, begins = next(batches)
-        assert ids.shape == (batch_size, seq_len + 1)
-        assert begins == (turn % in_stretch == 0)
-        assert begins or torch.equal(ids[:, 0], last)
-        assert (ids.diff() == 1).all()
-        assert ids.min() >= span.start
-        assert ids.max() < span.stop
-        last = ids[:, -1]
-
-
-def test_evaluation_of_a_part_is_fixed_and_spread() -> None:
-    def labels(max_bytes: int) -> list[int]:
-        batches = data.evaluation_batches(
-            torch.arange(1000), range(500, 1000), seq_len=10, batch_size=3, max_bytes=max_bytes
-        )
-        return [label for _, targets in batches for label in targets.flatten().tolist()]
-
-    part = labels(100)
-    assert len(part) == len(set(part)) == 100
-    assert part == labels(100)
-    assert min(part) < 520
-    assert max(part) > 940
-    assert len(labels(5000)) == 500
+    (folder / 'text8').write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=r'has 10,239 bytes; text8 has 10,240, so it is torn'):
+        data.load_download('text8', folder, cache)
+    (folder / 'text8').write_bytes(bytes(len(content)))
+    with pytest.raises(ValueError, match=r'is not text8: its sha1 is [0-9a-f]{40}, not'):
+        data.load_download('text8', folder, cache)
 
 
 # fetch

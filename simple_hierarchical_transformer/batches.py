@@ -1,0 +1,185 @@
+"""What a model learns from and is scored on: sequences of corpora, each a function of its number alone.
+
+Nothing is remembered from one batch to the next. So a run goes on where it stopped, and any number of processes and
+workers see together what one would.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .data import Corpus
+
+SPLITS = ('train', 'valid', 'test')
+PAD = 256  # stands where a text has ended: no byte
+IGNORED = -1
+
+
+def split_bytes(size: int, *, seq_len: int) -> dict[str, range]:
+    """The first 90 %, the next 5 % and the last 5 % of a corpus, as is the custom for enwik8 and text8.
+
+    Raises ValueError where one of them is too short for a sequence of `seq_len` and the byte after it.
+    """
+    valid, test = size * 90 // 100, size * 95 // 100
+    spans = dict(zip(SPLITS, (range(valid), range(valid, test), range(test, size)), strict=True))
+    shortest = min(map(len, spans.values()))
+    if shortest <= seq_len:
+        raise ValueError(
+            f'data has {size:,} bytes, of which the shortest split has {shortest:,}: '
+            f'too few for one sequence of seq_len {seq_len:,} and the byte after it'
+        )
+    return spans
+
+
+def seed_of(*parts: int) -> int:
+    """A seed for every combination of numbers, as unlike each other as those of neighbours."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], 'little', signed=True)
+
+
+class Batches(Dataset):
+    """The sequences of each step of a run: `batches[step]` is int64 `(rows, seq_len + 1)`.
+
+    Sequences begin anywhere in the spans. With `segments` above 1, a stretch of that many times seq_len is read in as
+    many steps, for a model that carries its state along: the last id of one step is the first of the next.
+
+    Args:
+        corpora: what to read from.
+        spans: of each corpus, the positions to read from.
+        weights: of each corpus, how often to read from it; by default as its span is long.
+        rows: how many sequences a step has, over all processes.
+        seq_len: how many bytes of each are predicted.
+        segments: how many steps a stretch lasts. Made fewer where the shortest span has no room for them.
+        documents: no sequence crosses from one text into the next: `PAD` follows the end. Longer texts are drawn more
+            often, in proportion.
+        seed: another seed, other sequences.
+        part: `(i, n)`, the i-th of n equal parts of the rows, that of one process.
+
+    Raises:
+        ValueError: a span has no room for a sequence; rows do not divide; weights do not fit.
+    """
+
+    def __init__(
+        self,
+        corpora: Sequence[Corpus],
+        spans: Sequence[range],
+        *,
+        rows: int,
+        seq_len: int,
+        weights: Sequence[float] | None = None,
+        segments: int = 1,
+        documents: bool = False,
+        seed: int = 0,
+        part: tuple[int, int] = (0, 1),
+    ) -> None:
+        shortest = min(map(len, spans))
+        if shortest <= seq_len:
+            raise ValueError(f'data has {shortest:,} bytes to draw from, too few for sequences of {seq_len:,}')
+        if rows % part[1]:
+            raise ValueError(f'rows must divide by the {part[1]} processes, got {rows}')
+        if weights is not None and (len(weights) != len(corpora) or min(weights) <= 0):
+            raise ValueError(f'weights must be above 0, one for each of {len(corpora)} corpora, got {list(weights)}')
+        self.corpora, self.spans = corpora, spans
+        self.weights = torch.tensor(weights or [len(span) for span in spans], dtype=torch.float64)
+        self.rows, self.seq_len = rows, seq_len
+        self.segments = min(segments, (shortest - 1) // seq_len)
+        self.documents, self.seed, self.part = documents, seed, part
+
+    def begins(self, step: int) -> bool:
+        """Whether the sequences of that step are the first of their stretch."""
+        return step % self.segments == 0
+
+    def __getitem__(self, step: int) -> Tensor:
+        stretch, segment = divmod(step, self.segments)
+        generator = torch.Generator().manual_seed(seed_of(self.seed, stretch))
+        # every process draws for all, so that how many there are changes nothing
+        which = torch.multinomial(self.weights, self.rows, replacement=True, generator=generator)
+        place = torch.rand(self.rows, 2, dtype=torch.float64, generator=generator)
+
+        index, count = self.part
+        mine = slice(self.rows // count * index, self.rows // count * (index + 1))
+        which, place = which[mine], place[mine]
+        ids = torch.empty(len(which), self.seq_len + 1, dtype=torch.int64)
+        for i, (corpus, span) in enumerate(zip(self.corpora, self.spans, strict=True)):
+            rows = which == i
+            start, stop = self.find(corpus, span, place[rows])
+            ids[rows] = corpus.read(start + segment * self.seq_len, stop, self.seq_len + 1, pad=PAD)
+        return ids
+
+    def find(self, corpus: Corpus, span: range, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Where each stretch begins and ends, `(rows,)` both, from two numbers in [0, 1) `(rows, 2)`."""
+        length = self.segments * self.seq_len
+        if not self.documents:
+            start = span.start + (place[:, 0] * (len(span) - length)).long()
+            return start, start + length + 1
+        position = span.start + (place[:, 0] * len(span)).long()
+        text = torch.searchsorted(corpus.ends, position, right=True)
+        begin = torch.where(text > 0, corpus.ends[text - 1], 0).clamp(min=span.start)
+        end = corpus.ends[text].clamp(max=span.stop)
+        return begin + (place[:, 1] * ((end - begin - length - 1).clamp(min=0) + 1)).long(), end
+
+
+def find_windows(corpus: Corpus, span: range, seq_len: int, documents: bool) -> tuple[Tensor, Tensor]:
+    """Runs of up to `seq_len` bytes to predict, that together are the span: where they begin and end, `(windows,)`."""
+    if not documents:
+        # only the very first byte of a corpus has none before it
+        start = torch.arange(max(span.start, 1), span.stop, seq_len)
+        return start, (start + seq_len).clamp(max=span.stop)
+    first, last = torch.searchsorted(corpus.ends, torch.tensor([span.start, span.stop - 1]), right=True)
+    inner = corpus.ends[first:last]
+    begin = torch.cat((torch.tensor([span.start]), inner)) + 1
+    end = torch.cat((inner, torch.tensor([span.stop])))
+    count = (end - begin + seq_len - 1).clamp(min=0) // seq_len
+    text = torch.repeat_interleave(count)
+    start = begin[text] + (torch.arange(len(text)) - (count.cumsum(0) - count)[text]) * seq_len
+    return start, torch.minimum(start + seq_len, end[text])
+
+
+def evaluation_batches(
+    corpus: Corpus,
+    span: range,
+    *,
+    seq_len: int,
+    batch_size: int,
+    max_bytes: int | None = None,
+    documents: bool = False,
+    part: tuple[int, int] = (0, 1),
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Goes through `span` in windows that do not overlap: ids and labels, int64 `(batch, up to seq_len)` each.
+
+    Every byte of the span is a label once: the first of a window is predicted from the byte before it alone. Where a
+    window has ended, the id is 0 and the label `IGNORED`. With `max_bytes`, that many bytes are taken, in whole windows
+    spread evenly, the same ones each time. With `documents`, windows end with their text, whose first byte, which
+    nothing announces, is not predicted. `part` `(i, n)` is the i-th of n parts, all of as many batches.
+    """
+    start, stop = find_windows(corpus, span, seq_len, documents)
+    if max_bytes is not None and (count := max(max_bytes // seq_len, 1)) < len(start):
+        taken = torch.arange(count) * len(start) // count
+        start, stop = start[taken], stop[taken]
+
+    index, parts = part
+    for begin in range(0, len(start), batch_size * parts):
+        row = torch.arange(begin + index, begin + batch_size * parts, parts)
+        # beyond the last window, a window of nothing
+        beyond = row >= len(start)
+        row = row[~beyond] if not beyond.all() else row[:1].clamp(max=len(start) - 1)
+        first, last = start[row], stop[row]
+        if beyond.all():
+            last = first
+        length = max(int((last - first).max()), 1)
+        ids = corpus.read(first - 1, last, length + 1, pad=0)
+        outside = torch.arange(length) >= (last - first)[:, None]
+        yield ids[:, :-1], ids[:, 1:].masked_fill(outside, IGNORED)
+
+
+def streaming_rows(corpus: Corpus, span: range, *, rows: int, size: int) -> Tensor:
+    """Texts spread over the span, `size` bytes in all, to be read side by side: int64 `(rows, size / rows)`."""
+    # none without two bytes, one to predict from the other
+    rows = max(min(rows, len(span) // 2), 1)
+    length = min(size, len(span)) // rows
+    start = torch.tensor([span.start + i * (len(span) // rows) for i in range(rows)])
+    return corpus.read(start, start + length, length, pad=0)
