@@ -2,220 +2,73 @@
 
 python train.py                                       enwik8, or the Python standard library where it cannot be had
 python train.py --data notes.txt --minutes 30         any file, folder or glob, plain or packed
+python train.py --data a.txt=0.7 b.jsonl=0.3          several, with weights
 python train.py --segment-length 128                  short segments that remember the ones before
+python train.py --resume                              go on with the run that stopped last
+python train.py --dry-run                             what a run would cost
 python train.py --eval runs/x/final --split test      score a saved model
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
+import json
 import math
 import os
 import shlex
-import shutil
+import signal
 import sys
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer import data as corpora
+from simple_hierarchical_transformer.batches import (
+    PAD,
+    Batches,
+    evaluation_batches,
+    seed_of,
+    split_bytes,
+    streaming_rows,
+)
+from simple_hierarchical_transformer.pretrained import CONFIG_FILE
+from simple_hierarchical_transformer.state import State
+from simple_hierarchical_transformer.training import checkpoints, cost, report
+from simple_hierarchical_transformer.training.optim import WeightAverage, build_optimizer, learning_rate
+from simple_hierarchical_transformer.training.scores import bits_per_byte, sample_text, streaming_bits
+from simple_hierarchical_transformer.training.settings import (
+    BYTES,
+    TEXTS,
+    new_settings,
+    old_settings,
+    parse_args,
+    share_rows,
+)
+from simple_hierarchical_transformer.training.sharded import whole
+from simple_hierarchical_transformer.training.sources import load_sources
 
 ROOT = Path(__file__).resolve().parent
-DATA_DIR = ROOT / 'data'
-SAMPLE_PROMPT, SAMPLE_LENGTH = 64, 128
+DATA_DIR, RUNS = ROOT / 'data', ROOT / 'runs'
 STREAMS = 8  # texts that a streaming score on the way reads side by side
-
-
-@dataclass(frozen=True)
-class Preset:
-    model: dict[str, Any]
-    seq_len: int
-    batch_size: int
-    grad_accum: int
-    lr: float
-    steps: int | None = None
-    minutes: float | None = None
-    every: int = 200  # steps between validations, each with a sample and a row of metrics
-    checkpoint_every: int = 1000
-    valid_bytes: int = 1 << 16  # how much of the validation split is scored on the way
-
-
-# every byte counts, so the ignored id is none
-BYTES: dict[str, Any] = dict(num_tokens=256, ignore_index=-1, recon_ignore_index=-1)
-
-PRESETS = {
-    'cpu': Preset(
-        model=dict(
-            **BYTES,
-            dim=(128, 192),
-            depth=4,
-            heads=(2, 3),
-            hierarchies=(1, 4),
-            hierarchical_stride=(1, 4),
-            window_sizes=(64, None),
-            # after two minutes of training, runs without these were ahead (2.73 bits per byte against 2.76)
-            recon_loss_weight=0.0,
-            next_latent_loss_weight=0.0,
-        ),
-        seq_len=512,
-        batch_size=2,
-        grad_accum=1,
-        lr=3e-3,
-        minutes=10,
-        every=500,
-    ),
-    'gpu': Preset(
-        model=dict(**BYTES, dim=1024, depth=8, hierarchies=(1, 2), window_sizes=(32, 64)),
-        seq_len=2048,
-        batch_size=8,
-        grad_accum=2,
-        lr=3e-4,
-        steps=100_000,
-        valid_bytes=1 << 20,
-    ),
-}
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--preset', choices=('auto', *PRESETS), default='auto', help='settings to start from')
-    parser.add_argument('--data', help="file, folder or glob, plain or .gz .bz2 .xz .zip; or 'enwik8', or 'stdlib'")
-    parser.add_argument('--steps', type=positive(int), help='train for that many optimizer steps')
-    parser.add_argument('--minutes', type=positive(float), help='train for that long')
-    parser.add_argument('--seq-len', type=positive(int), help='bytes in a sequence: the context of the model')
-    parser.add_argument(
-        '--segment-length', type=positive(int), help='that many bytes a step, with the state of those before'
-    )
-    parser.add_argument('--batch-size', type=positive(int), help='sequences in a batch, on each device')
-    parser.add_argument('--grad-accum', type=positive(int), help='batches in an optimizer step')
-    parser.add_argument('--lr', type=positive(float), help='highest learning rate')
-    parser.add_argument('--seed', type=int, default=42)
-    parser.add_argument('--checkpoint-every', type=positive(int), help='steps between checkpoints')
-    parser.add_argument('--out', type=Path, help='folder of the run (default: runs/<date>-<time>)')
-    parser.add_argument('--eval', type=Path, metavar='CHECKPOINT', help='score a saved model instead of training')
-    parser.add_argument('--split', choices=('valid', 'test'), help='what --eval scores (default: valid)')
-    args = parser.parse_args(argv)
-
-    if args.steps and args.minutes:
-        parser.error('--steps and --minutes: give one of them')
-    if args.split and not args.eval:
-        parser.error('--split is for --eval, which was not given')
-    training = ('steps', 'minutes', 'segment_length', 'grad_accum', 'lr', 'checkpoint_every', 'out')
-    for name in training if args.eval else ():
-        if getattr(args, name) is not None:
-            parser.error(f'--{name.replace("_", "-")} is for training, --eval does none')
-    return args
-
-
-def positive(kind: type) -> Any:
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f'must be above 0, got {text}')
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
+MAX_SKIPPED = 5  # steps in a row without a finite loss and gradient
+MAX_SKIPPED_SCALED = 30  # likewise in float16, whose scale is found by trying
 
 
 def say(text: str) -> None:
     if os.environ.get('RANK', '0') == '0':
         tqdm.write(text)
-
-
-def load_corpus(source: str | None) -> tuple[str, Tensor]:
-    """The bytes to learn from, memory-mapped, and what to call them: what was asked for, else enwik8, else stdlib."""
-    cache = DATA_DIR / 'cache'
-    if source not in (None, 'enwik8', 'stdlib'):
-        return str(source), corpora.load_bytes(corpora.find_files(str(source)), cache)
-
-    if source != 'stdlib':
-        at_hand = [path for name in ('enwik8', 'enwik8.zip', 'enwik8.gz') if (path := DATA_DIR / name).is_file()]
-        try:
-            if not at_hand:
-                with tqdm(total=corpora.ENWIK8.size, unit='B', unit_scale=True, desc='fetching enwik8') as bar:
-                    at_hand = [corpora.fetch(corpora.ENWIK8, DATA_DIR / 'enwik8.zip', progress=bar.update)]
-            return 'enwik8', corpora.load_bytes(at_hand[:1], cache)
-        except OSError as error:
-            if source == 'enwik8':
-                raise
-            say(f'enwik8 is not in {DATA_DIR} and cannot be had: {error}')
-            say("using the source text of Python's standard library instead (--data takes any other text)")
-    return 'stdlib', corpora.load_bytes(corpora.standard_library(), cache)
-
-
-@torch.no_grad()
-def bits_per_byte(model: torch.nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> float:
-    """Mean over every label of the batches."""
-    nats, count = 0.0, 0
-    for ids, labels in batches:
-        logits = model(ids.to(device)).float()
-        nats += F.cross_entropy(logits.flatten(0, 1), labels.flatten().to(device), reduction='sum').item()
-        count += labels.numel()
-    return nats / count / math.log(2)
-
-
-def streaming_texts(data: Tensor, span: range, size: int) -> Tensor:
-    """Texts spread over the span, `size` bytes in all, to be scored side by side: `(STREAMS, size / STREAMS)`."""
-    # no more than have two bytes each
-    streams = max(min(STREAMS, len(span) // 2), 1)
-    length = min(size, len(span)) // streams
-    starts = torch.tensor([span.start + i * (len(span) // streams) for i in range(streams)])
-    return data[starts[:, None] + torch.arange(length)].long()
-
-
-def learning_rate(progress: float, highest: float) -> float:
-    """Rises over the first 3 % of the run, then falls along a cosine to a tenth."""
-    if progress < 0.03:
-        return highest * max(progress / 0.03, 0.01)
-    return highest * (0.55 + 0.45 * math.cos(math.pi * (progress - 0.03) / 0.97))
-
-
-def save_checkpoint(model: HierarchicalTransformer, folder: Path) -> None:
-    """Writes under another name first, so that a folder of this name is whole."""
-    partial = folder.with_name(f'{folder.name}.partial')
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    os.replace(partial, folder)
-
-
-def draw_curve(rows: list[dict[str, float]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout='constrained')
-    for name, label in (('train_bits_per_byte', 'training'), ('valid_bits_per_byte', 'validation')):
-        points = [(row['step'], row[name]) for row in rows if not math.isnan(row[name])]
-        axes.plot(*zip(*points, strict=True), label=label, marker='.')
-    axes.set(xlabel='step', ylabel='bits per byte')
-    axes.grid(alpha=0.3)
-    axes.legend()
-    partial = path.with_suffix('.partial.png')
-    figure.savefig(partial, dpi=120)
-    os.replace(partial, path)
-    pyplot.close(figure)
-
-
-def sample_text(model: HierarchicalTransformer, data: Tensor, span: range, device: torch.device) -> str:
-    """The first bytes of a split, and how the model goes on from them."""
-    prompt = data[span.start : span.start + SAMPLE_PROMPT].long()
-    new = model.generate(prompt[None].to(device), SAMPLE_LENGTH)[0].cpu()
-    text = [bytes(ids.tolist()).decode('utf-8', errors='replace') for ids in (prompt, new)]
-    return '\n'.join(f'    {line}' for line in '>>>'.join(text).splitlines())
 
 
 def check_processes(accelerator: Accelerator) -> None:
@@ -228,8 +81,435 @@ def check_processes(accelerator: Accelerator) -> None:
         )
 
 
+@dataclass
+class Progress:
+    """How far a run has come, as its checkpoints keep it."""
+
+    step: int = 0
+    elapsed: float = 0.0
+    """Seconds of training and scoring, over all parts of the run."""
+    skipped: int = 0
+    """Steps not taken, since their loss or gradient was not finite."""
+    in_a_row: int = 0
+    position: int = 0
+    """That of the state of segments."""
+    updates: int = 0
+    """Those of the averaged weights."""
+    nats: float = 0.0
+    """Sum of the training scores since the last row of metrics, of `scored` steps."""
+    scored: int = 0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Stop:
+    """Notes SIGTERM and Ctrl-C for the end of the step; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.before = {number: signal.signal(number, self.take) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def take(self, number: int, _: Any) -> None:
+        self.number = number
+        signal.signal(number, self.before[signal.Signals(number)])
+
+
+class Run:
+    """A run from its settings, or from where it stopped. Nothing is written before it trains."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        found = checkpoints.find(args.resume, args.out, RUNS, say) if args.resume else None
+        settings = old_settings(args, found[1], found[0]) if found else new_settings(args)
+        for tracker in settings['log_with'] or ():
+            if importlib.util.find_spec(tracker) is None:
+                raise ValueError(f'--log-with {tracker}: it is not installed (pip install {tracker})')
+        self.out = args.out or (found[0].parent if found else RUNS / time.strftime('%Y%m%d-%H%M%S'))
+        # beginning anew where a run was ended before its first checkpoint, and going on, need no empty folder
+        self.joins = args.resume == 'latest' or (found is not None and self.out.resolve() == found[0].parent.resolve())
+
+        self.accelerator = accelerator = Accelerator(
+            mixed_precision=settings['mixed_precision'], log_with=settings['log_with'], project_dir=self.out
+        )
+        check_processes(accelerator)
+        self.device, self.main, self.world = accelerator.device, accelerator.is_main_process, accelerator.num_processes
+        self.part = (accelerator.process_index, self.world)
+        if found:
+            share_rows(settings, found[1]['rows'], args, self.world)
+        self.settings, self.s = settings, SimpleNamespace(**settings)
+        self.rows = self.s.batch_size * self.s.grad_accum * self.world
+        self.length = self.s.segment_length or self.s.seq_len
+
+        self.load_data()
+        if found and found[1]['data'] != self.fingerprints:
+            raise ValueError(f'{found[0]} was made with other data than {", ".join(self.names_of_data)} now holds')
+        self.build()
+        self.progress = Progress()
+        self.states: list[State] = []
+        if found:
+            self.restore(*found)
+
+    def load_data(self) -> None:
+        # the first process of each node unpacks what the others read, on the first node before the others
+        for turn in range(3):
+            if turn == (0 if self.main else 1 if self.accelerator.is_local_main_process else 2):
+                self.sources, self.weights = load_sources(self.s.data, DATA_DIR, text_key=self.s.text_key, say=say)
+            self.accelerator.wait_for_everyone()
+        self.names_of_data = [corpus.name for corpus in self.sources]
+        self.spans = [split_bytes(len(corpus), seq_len=max(self.s.seq_len, self.length)) for corpus in self.sources]
+        self.fingerprints = [corpus.fingerprint() for corpus in self.sources]
+        self.batches = Batches(
+            self.sources,
+            [span['train'] for span in self.spans],
+            weights=self.weights,
+            rows=self.rows,
+            seq_len=self.length,
+            # a stretch fills the context; the longer it is, the more alike are the batches one after the other
+            segments=max(4, -(-self.s.seq_len // self.length)) if self.s.segment_length else 1,
+            documents=self.s.documents,
+            seed=self.s.seed,
+            part=self.part,
+        )
+
+    def build(self) -> None:
+        s = self.s
+        set_seed(s.seed)
+        alphabet = TEXTS if s.documents else BYTES
+        own = dict(seq_len=s.seq_len, gradient_checkpointing=s.gradient_checkpointing)
+        try:
+            model: Any = HierarchicalTransformer(**{**alphabet, **s.model, **own})
+        except TypeError as error:
+            raise ValueError(f'--model: {error}') from error
+        self.parameters = cost.parameters_by_level(model)
+        self.flops = cost.step_flops(model, self.length) / self.length
+        optimizer: Any = build_optimizer(model, s.optimizer, lr=s.lr, weight_decay=s.weight_decay)
+        self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.model = self.accelerator.unwrap_model(self.wrapped)
+        self.call = torch.compile(self.wrapped) if s.compile else self.wrapped
+        self.average = WeightAverage(self.model.parameters(), s.ema) if s.ema else None
+        self.parts = ['loss', 'ce', 'next_latent', 'recon']
+        self.parts += [f'next_latent/{level.compression}x' for level in self.model.levels]
+
+    def restore(self, folder: Path, record: dict[str, Any]) -> None:
+        self.progress = Progress(**record['progress'])
+        weights, tensors = checkpoints.read_tensors(folder)
+        checkpoints.restore_all(self.model, self.optimizer, self.average, weights, tensors)
+        if self.average:
+            self.average.updates = self.progress.updates
+        if self.progress.position:
+            self.states = checkpoints.restore_segments(
+                self.model, tensors, self.progress.position, count=self.s.grad_accum, part=self.part
+            )
+        say(f'going on from {folder}, step {self.progress.step:,}, after {report.duration(self.progress.elapsed)}')
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, 'sum')
+
+    def done(self) -> float:
+        return self.progress.step / self.s.steps if self.s.steps else self.progress.elapsed / (60 * self.s.minutes)
+
+    # one step
+
+    def gradients(self, ids: Tensor) -> tuple[list[float], float]:
+        """Those of a step, over all processes. Returns the loss and its parts, and the norm of the gradient."""
+        # randomness, too, is a function of the step
+        torch.manual_seed(seed_of(self.s.seed, self.progress.step, self.accelerator.process_index))
+        before: list[Any] = self.states or [None] * self.s.grad_accum
+        position = before[0].position if before[0] else 0
+        counts = self.add_up(self.model.count_targets(ids, position=position).to(self.device))
+
+        self.states, told = [], torch.zeros(len(self.parts), device=self.device)
+        for i, batch in enumerate(ids.chunk(self.s.grad_accum)):
+            with nullcontext() if i == self.s.grad_accum - 1 else self.accelerator.no_sync(self.wrapped):
+                extra: dict[str, Any] = {}
+                if self.s.segment_length:
+                    # the context of earlier segments, without their gradients
+                    extra = dict(state=before[i] and before[i].detach(), return_state=True)
+                loss, parts, *after = self.call(batch.to(self.device), return_loss=True, counts=counts, **extra)
+                self.states += after
+                # gradients are averaged over processes, and each loss is a share of the sum
+                self.accelerator.backward(loss * self.world)
+            each = (loss, parts.ce, parts.next_latent, parts.recon, *parts.next_latent_per_hierarchy)
+            told += torch.stack(each).detach()
+        norm = whole(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.s.clip))
+        return self.add_up(told).tolist(), float(norm)
+
+    def step(self, ids: Tensor) -> tuple[bool, dict[str, float]]:
+        """Learns from a step's sequences, unless loss or gradient is not finite; whether it did, and what to log."""
+        progress = self.progress
+        rate = learning_rate(self.done(), highest=self.s.lr, schedule=self.s.schedule, warmup=self.s.warmup)
+        for group in self.optimizer.param_groups:
+            group['lr'] = rate
+        if self.batches.begins(progress.step):
+            self.states = []
+
+        values, norm = self.gradients(ids)
+        finite = math.isfinite(values[0]) and math.isfinite(norm)
+        if finite or self.accelerator.scaler is not None:
+            # a scaler takes no such step either, and tries a smaller scale
+            self.optimizer.step()
+        if finite:
+            progress.nats, progress.scored, progress.in_a_row = progress.nats + values[1], progress.scored + 1, 0
+            if self.average:
+                self.average.update()
+        else:
+            self.states = []
+            progress.skipped, progress.in_a_row = progress.skipped + 1, progress.in_a_row + 1
+        self.optimizer.zero_grad()
+        progress.step += 1
+        logged = dict(zip(self.parts, values, strict=True), bits_per_byte=values[1] / math.log(2))
+        return finite, logged | dict(learning_rate=rate, gradient_norm=norm, skipped=progress.skipped)
+
+    # what is seen of it
+
+    def validate(self) -> None:
+        """A row of metrics, and a sample."""
+        s, progress, scores, streaming = self.s, self.progress, [], []
+        size = s.valid_bytes // len(self.sources)
+        with self.average.applied() if self.average else nullcontext():
+            for corpus, span in zip(self.sources, self.spans, strict=True):
+                windows = evaluation_batches(
+                    corpus, span['valid'], seq_len=s.seq_len, batch_size=8,
+                    max_bytes=size, documents=s.documents, part=self.part,
+                )  # fmt: skip
+                scores.append(bits_per_byte(self.model, windows, self.device, self.add_up))
+                texts = streaming_rows(corpus, span['valid'], rows=STREAMS, size=size)
+                streaming.append(streaming_bits(self.model, texts, self.part, self.add_up))
+            # where weights are spread over processes, all have to take part
+            if progress.step and (self.main or self.accelerator.is_fsdp2):
+                self.sample = sample_text(self.model, self.sources[0], self.spans[0]['valid'], s.seed)
+
+        shares = self.batches.weights / self.batches.weights.sum()
+        row: dict[str, Any] = dict(
+            step=progress.step,
+            minutes=round(progress.elapsed / 60, 3),
+            bytes=progress.step * self.rows * self.length,
+            skipped=progress.skipped,
+            train_bits_per_byte=progress.nats / progress.scored / math.log(2) if progress.scored else None,
+            valid_bits_per_byte=(shares @ torch.tensor(scores, dtype=shares.dtype)).item(),
+            valid_streaming_bits_per_byte=(shares @ torch.tensor(streaming, dtype=shares.dtype)).item(),
+        )
+        if len(scores) > 1:
+            row |= {f'valid_{name}_bits_per_byte': x for name, x in zip(self.names_of_data, scores, strict=True)}
+        progress.nats, progress.scored = 0.0, 0
+        progress.rows.append(row)
+        self.accelerator.log({k: v for k, v in row.items() if v is not None}, step=progress.step)
+        if self.main:
+            report.write_metrics(progress.rows, self.out / 'metrics.csv')
+            windowed, streamed = row['valid_bits_per_byte'], row['valid_streaming_bits_per_byte']
+            say(f'step {progress.step}: validation {windowed:.3f} bits per byte, {streamed:.3f} streaming')
+            if progress.step:
+                say('\n'.join(f'    {line}' for line in self.sample.splitlines()))
+                if self.draws:
+                    report.draw_curve(progress.rows, self.out / 'loss.png')
+
+    def on_main(self, write: Callable[[], object]) -> None:
+        """Writes on the main process. Where that fails, all processes end."""
+        failed: list[str | None] = [None]
+        if self.main:
+            try:
+                write()
+            except OSError as error:
+                failed = [str(error)]
+        if self.world > 1:
+            broadcast_object_list(failed)
+        if failed[0]:
+            raise OSError(failed[0])
+
+    def save(self) -> None:
+        """A checkpoint; of the older ones, the last few and the best stay."""
+        progress = self.progress
+        progress.position = self.states[0].position if self.states else 0
+        progress.updates = self.average.updates if self.average else 0
+        weights, tensors = checkpoints.gather_all(
+            self.model, self.optimizer, self.average, self.states, self.accelerator.gather
+        )
+        record = dict(settings=self.settings, rows=self.rows, data=self.fingerprints, progress=asdict(progress))
+
+        def write() -> None:
+            checkpoints.save(self.out, progress.step, lambda folder: self.save_model(folder, weights), tensors, record)
+            score = {row['step']: row['valid_bits_per_byte'] for row in progress.rows}
+            scored = [step for step in checkpoints.steps_of(self.out) if step in score]
+            checkpoints.prune(self.out, self.s.keep, min(scored, key=lambda step: score[step], default=None))
+
+        self.on_main(write)
+
+    def save_model(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        card = dict(training=report.account(self.settings, self.progress.rows, self.names_of_data, self.where))
+        self.model.save_pretrained(folder, state_dict=weights, model_card_kwargs=card)
+
+    # all of it
+
+    def train(self) -> None:
+        s, progress = self.s, self.progress
+        self.on_main(self.make_folder)
+        self.draws = importlib.util.find_spec('matplotlib') is not None
+        if not self.draws:
+            say("no loss curve will be drawn: matplotlib is missing (pip install '.[train]')")
+        size = sum(len(span['train']) for span in self.spans)
+        say(
+            f'{sum(self.parameters.values()):,} parameters on {self.device}, '
+            f'{size:,} bytes of {", ".join(self.names_of_data)} to train on, run in {self.out}'
+        )
+        self.where = report.machine(self.device, self.world)
+        self.start_trackers()
+        peak = self.measure_peak()
+
+        if not progress.rows:
+            self.validate()
+        ids = DataLoader(self.batches, batch_size=None, sampler=range(progress.step, 1 << 62), num_workers=s.workers)
+        steps = iter(ids)
+        stop, started, at_first = Stop(), time.monotonic(), progress.elapsed
+        done_at_first, busy, bytes_since = self.done(), 0.0, 0
+        bar = tqdm(
+            total=1.0, initial=done_at_first, disable=not self.main, mininterval=0.5 if sys.stderr.isatty() else 30,
+            bar_format='{percentage:3.0f}%|{bar:16}| {desc}',
+        )  # fmt: skip
+
+        while self.done() < 1 and not stop.number:
+            began = time.monotonic()
+            finite, logged = self.step(next(steps))
+            busy += time.monotonic() - began
+
+            # one clock and one end for all: processes that disagree would wait for each other forever
+            clock = at_first + time.monotonic() - started if self.main else 0.0
+            progress.elapsed, stopped = self.add_up(torch.tensor([clock, stop.number], device=self.device)).tolist()
+            stop.number = stop.number or int(stopped)
+
+            bytes_since += self.rows * self.length
+            if progress.step % s.log_every == 0:
+                speed, busy, bytes_since = bytes_since / busy, 0.0, 0
+                gone, done = progress.elapsed - at_first, self.done() - done_at_first
+                left = report.duration(max(1 - self.done(), 0) * gone / max(done, 1e-9))
+                bar.n = min(self.done(), 1.0)
+                bar.set_description_str(
+                    f'step {progress.step:,}, {logged["bits_per_byte"]:.3f} bits per byte, {speed:,.0f} bytes/s, '
+                    f'{speed * self.flops / peak:.0%} of peak, {left} left'
+                    + f', {progress.skipped} skipped'
+                    * bool(progress.skipped)
+                )
+                logged |= dict(bytes_per_second=speed, share_of_peak=speed * self.flops / peak)
+                self.accelerator.log({f'train/{name}': value for name, value in logged.items()}, step=progress.step)
+
+            limit = MAX_SKIPPED if self.accelerator.scaler is None else MAX_SKIPPED_SCALED
+            if progress.in_a_row >= limit:
+                raise ValueError(
+                    f'loss or gradient was not finite in {limit} steps in a row, the last being step {progress.step}: '
+                    f'stopped, with the checkpoints in {self.out} as they were (try a lower --lr or --clip)'
+                )
+            # never what a step may have spoilt
+            saves = self.done() >= 1 or (finite and progress.step % s.checkpoint_every == 0)
+            if saves or progress.step % s.every == 0:
+                self.validate()
+            if saves:
+                self.save()
+        bar.close()
+
+        if self.done() < 1:
+            self.save()
+            self.accelerator.end_training()
+            say(f'stopped at step {progress.step:,} and saved; go on with:')
+            say(f'  python train.py --resume {shlex.quote(str(self.out))}')
+            sys.exit(128 + stop.number)
+        self.finish()
+
+    def make_folder(self) -> None:
+        if not self.joins and self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
+            raise OSError(f'--out: {self.out} is not empty')
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    def measure_peak(self) -> float:
+        """Operations a second that all processes could reach."""
+        dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(self.s.mixed_precision, torch.float32)
+        peak = cost.matmul_peak(self.device, dtype) if self.main else 0.0
+        return self.add_up(torch.tensor(peak, device=self.device)).item() * self.world
+
+    def start_trackers(self) -> None:
+        if not self.s.log_with:
+            return
+        flat = {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in self.settings.items()}
+        again = dict(name=self.out.name, resume='allow')
+        self.accelerator.init_trackers(
+            'simple-hierarchical-transformer',
+            config=flat,
+            init_kwargs=dict(
+                # what was logged after the checkpoint is logged again
+                tensorboard=dict(purge_step=self.progress.step + 1 if self.progress.step else None),
+                wandb=dict(dir=str(self.out), id=self.out.name, **again),
+                trackio=again,
+            ),
+        )
+
+    def finish(self) -> None:
+        """The model by itself, and the run's report."""
+        if not hasattr(self, 'sample'):
+            self.sample = sample_text(self.model, self.sources[0], self.spans[0]['valid'], self.s.seed)
+        weights = checkpoints.gather_weights(self.model, self.average)
+        final, out = self.out / 'final', shlex.quote(str(self.out))
+        scoring = f'python train.py --eval {out}/final --data {shlex.join(self.names_of_data)}'
+        sampling = f'python -m simple_hierarchical_transformer.sample {out}/final --prompt "The "'
+        resuming = f'python train.py --resume {out}'
+        rows = self.progress.rows
+        count = sum(self.parameters.values())
+
+        def write() -> None:
+            checkpoints.write_folder(final, lambda folder: self.save_model(folder, weights))
+            text = report.report(
+                self.settings,
+                rows,
+                self.names_of_data,
+                where=self.where,
+                facts={'parameters': f'{count:,}', 'steps skipped': f'{self.progress.skipped:,}'},
+                commands={'Score all of it': scoring, 'Sample from it': sampling, 'Go on, had it stopped': resuming},
+                picture='loss.png' if self.draws else None,
+                sample=self.sample,
+            )
+            report.write_text(self.out / 'report.md', text)
+
+        self.on_main(write)
+        self.accelerator.end_training()
+        first, last = rows[0]['valid_bits_per_byte'], rows[-1]['valid_bits_per_byte']
+        say(f'\nvalidation went from {first:.3f} to {last:.3f} bits per byte in {self.progress.step:,} steps')
+        say(f'saved to {final}, with an account of the run in {self.out / "report.md"}')
+        say(f'score all of it:  {scoring}')
+        say(f'sample from it:   {sampling}')
+
+    def dry_run(self) -> None:
+        """What the run would cost, from a few steps of it that leave no trace."""
+        ids = self.batches[0].chunk(self.s.grad_accum)[0]
+        kept = cost.bytes_kept(self.wrapped, ids.to(self.device), return_loss=True)
+        seconds = []
+        for number in range(3):
+            cost.wait(self.device)
+            start = time.monotonic()
+            self.step(self.batches[number])
+            cost.wait(self.device)
+            seconds.append(time.monotonic() - start)
+
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        memory = {
+            'weights': weights,
+            'gradients': weights,
+            'optimizer': sum(t.nbytes for state in self.optimizer.state.values() for t in state.values()),
+            'averaged weights': weights if self.average else 0,
+            f'activations of {len(ids)} x {self.length}': kept,
+        }
+        for line in report.estimate(
+            parameters=self.parameters,
+            compressions=[level.compression for level in self.model.levels],
+            flops=self.flops,
+            memory=memory,
+            data=list(zip(self.sources, self.spans, strict=True)),
+            # the first step sets up what later ones use
+            seconds=min(seconds[1:]),
+            step_bytes=self.rows * self.length,
+            peak=self.measure_peak(),
+            steps=self.s.steps,
+            minutes=self.s.minutes,
+        ):
+            say(line)
+
+
 def evaluate(args: argparse.Namespace) -> None:
-    if not (args.eval / 'config.json').is_file():
+    if not (args.eval / CONFIG_FILE).is_file():
         raise ValueError(f'--eval: {args.eval} is no saved model (a folder with config.json and model.safetensors)')
     accelerator = Accelerator()
     check_processes(accelerator)
@@ -242,170 +522,26 @@ def evaluate(args: argparse.Namespace) -> None:
     if seq_len > model.seq_len:
         raise ValueError(f'--seq-len must be at most the {model.seq_len} of the model, got {seq_len}')
 
-    name, data = load_corpus(args.data)
-    span = corpora.split_bytes(len(data), seq_len=seq_len)[split]
-    batches = corpora.evaluation_batches(data, span, seq_len=seq_len, batch_size=batch_size)
-    count = -(-len(span) // (seq_len * batch_size))
-    score = bits_per_byte(model, tqdm(batches, total=count, desc=split), accelerator.device)
-    say(f'{split}: {score:.4f} bits per byte over {len(span):,} bytes of {name}, in windows of {seq_len:,}')
-    score = model.score(data[span.start - 1 : span.stop].long())
-    say(f'{split}: {score:.4f} bits per byte over {len(span):,} bytes of {name}, in one stream')
-
-
-def train(args: argparse.Namespace) -> None:
-    preset = PRESETS[('gpu' if torch.cuda.is_available() else 'cpu') if args.preset == 'auto' else args.preset]
-    seq_len, batch_size, grad_accum, lr, checkpoint_every = (
-        getattr(args, name) or getattr(preset, name)
-        for name in ('seq_len', 'batch_size', 'grad_accum', 'lr', 'checkpoint_every')
-    )
-    steps, minutes = (args.steps, args.minutes) if args.steps or args.minutes else (preset.steps, preset.minutes)
-    length = args.segment_length or seq_len
-
-    half = 'bf16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else 'no'
-    accelerator = Accelerator(
-        mixed_precision=os.environ.get('ACCELERATE_MIXED_PRECISION', half), gradient_accumulation_steps=grad_accum
-    )
-    check_processes(accelerator)
-    device, main = accelerator.device, accelerator.is_main_process
-    set_seed(args.seed)
-
-    # what cannot work is refused before anything is written
-
-    with accelerator.main_process_first():
-        name, data = load_corpus(args.data)
-    spans = corpora.split_bytes(len(data), seq_len=max(seq_len, length))
-    model = HierarchicalTransformer(**preset.model, seq_len=seq_len)
-    draws = importlib.util.find_spec('matplotlib') is not None
-    if not draws:
-        say("no loss curve will be drawn: matplotlib is missing (pip install '.[train]')")
-
-    out = args.out or ROOT / 'runs' / time.strftime('%Y%m%d-%H%M%S')
-    if main:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f'--out: {out} is not empty')
-        out.mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
-
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    say(f'{parameters:,} parameters on {device}, {len(spans["train"]):,} bytes of {name} to train on, run in {out}')
-
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [dict(params=matrices, weight_decay=0.1), dict(params=others, weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-
-    # every process draws its own sequences
-
-    generator = torch.Generator().manual_seed(args.seed + accelerator.process_index)
-    sizes = dict(batch_size=batch_size, seq_len=length)
-    # a stretch of segments fills the context; the longer it is, the more alike are the batches one after the other
-    sizes['segments'] = max(4, -(-seq_len // length)) if args.segment_length else 1
-    batches = corpora.segment_batches(data, spans['train'], **sizes, generator=generator)
-
-    texts = streaming_texts(data, spans['valid'], preset.valid_bytes)
-    rows: list[dict[str, float]] = []
-
-    def report(step: int, train_score: float, elapsed: float, rate: float) -> None:
-        windows = corpora.evaluation_batches(
-            data, spans['valid'], seq_len=seq_len, batch_size=8, max_bytes=preset.valid_bytes
+    for corpus in load_sources(args.data, DATA_DIR, text_key=args.text_key or 'text', say=say)[0]:
+        span = split_bytes(len(corpus), seq_len=seq_len)[split]
+        batches = evaluation_batches(
+            corpus, span, seq_len=seq_len, batch_size=batch_size, documents=model.num_tokens > PAD
         )
-        row = dict(
-            step=step,
-            minutes=round(elapsed / 60, 3),
-            bytes=step * grad_accum * batch_size * length * accelerator.num_processes,
-            lr=rate,
-            train_bits_per_byte=train_score,
-            valid_bits_per_byte=bits_per_byte(model, windows, device),
-            valid_streaming_bits_per_byte=model.score(texts),
-        )
-        rows.append(row)
-        with open(out / 'metrics.csv', 'a', newline='') as file:
-            writer = csv.DictWriter(file, fieldnames=row)
-            if len(rows) == 1:
-                writer.writeheader()
-            writer.writerow(row)
-        scores = row['valid_bits_per_byte'], row['valid_streaming_bits_per_byte']
-        say(f'step {step}: validation {scores[0]:.3f} bits per byte, {scores[1]:.3f} streaming')
-        if step:
-            say(sample_text(model, data, spans['valid'], device))
-        if step and draws:
-            draw_curve(rows, out / 'loss.png')
-
-    if main:
-        report(0, math.nan, 0.0, 0.0)
-    accelerator.wait_for_everyone()
-
-    start, step, progress, state = time.monotonic(), 0, 0.0, None
-    recent: list[Tensor] = []
-    bar = tqdm(total=steps, disable=not main, unit='step', smoothing=0.05)
-
-    try:
-        while progress < 1:
-            rate = learning_rate(progress, lr)
-            for group in optimizer.param_groups:
-                group['lr'] = rate
-
-            for _ in range(grad_accum):
-                ids, begins = next(batches)
-                with accelerator.accumulate(wrapped):
-                    if args.segment_length:
-                        # the context of earlier segments, without their gradients
-                        state = None if begins or state is None else state.detach()
-                        loss, parts, state = wrapped(ids.to(device), return_loss=True, state=state, return_state=True)
-                    else:
-                        loss, parts = wrapped(ids.to(device), return_loss=True)
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                recent.append(parts.ce.detach())
-
-            step += 1
-            elapsed = time.monotonic() - start
-            if steps:
-                progress = step / steps
-            elif minutes:
-                # one clock for all: processes that disagree about the end would wait for each other forever
-                clock = broadcast(torch.tensor(elapsed, device=device)) if accelerator.num_processes > 1 else elapsed
-                progress = float(clock) / (60 * minutes)
-
-            bar.update()
-            if step % 10 == 0:
-                bar.set_postfix_str(f'{torch.stack(recent[-100:]).mean().item() / math.log(2):.3f} bits per byte')
-
-            if main and progress >= 1:
-                save_checkpoint(model, out / 'final')
-            elif main and step % checkpoint_every == 0:
-                save_checkpoint(model, out / f'checkpoint-{step}')
-            if step % preset.every == 0 or progress >= 1:
-                train_score = accelerator.reduce(torch.stack(recent).mean(), 'mean').item() / math.log(2)
-                recent.clear()
-                if main:
-                    report(step, train_score, elapsed, rate)
-    except KeyboardInterrupt:
-        bar.close()
-        if main and step and progress < 1:
-            save_checkpoint(model, out / f'interrupted-{step}')
-            say(f'\ninterrupted: saved to {out / f"interrupted-{step}"}')
-        sys.exit(130)
-
-    bar.close()
-    if main:
-        first, last = rows[0]['valid_bits_per_byte'], rows[-1]['valid_bits_per_byte']
-        final = shlex.quote(str(out / 'final'))
-        say(f'\nvalidation went from {first:.3f} to {last:.3f} bits per byte in {step:,} steps')
-        say(f'saved to {out / "final"}')
-        say(f'score all of it:  python train.py --eval {final} --data {shlex.quote(name)}')
-        say(f'sample from it:   python -m simple_hierarchical_transformer.sample {final} --prompt "The "')
-    accelerator.end_training()
+        count = -(-len(span) // (seq_len * batch_size))
+        score = bits_per_byte(model, tqdm(batches, total=count, desc=split), accelerator.device)
+        said = f'{split}: {{:.4f}} bits per byte over {len(span):,} bytes of {corpus.name}, in '
+        say(said.format(score) + f'windows of {seq_len:,}')
+        say(said.format(model.score(corpus.data[span.start - 1 : span.stop].long())) + 'one stream')
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    args = parse_args(argv, __doc__)
     try:
-        evaluate(args) if args.eval else train(args)
+        if args.eval:
+            evaluate(args)
+        else:
+            run = Run(args)
+            run.dry_run() if args.dry_run else run.train()
     except (ValueError, OSError) as error:
         sys.exit(f'error: {error}')
 

@@ -86,34 +86,6 @@ def worker(settings: str) -> None:
     serve(step)
 
 
-def matmul_peak() -> float:
-    """Operations a second that a large matmul of float32 reaches."""
-    a, b = torch.randn(2, 2048, 2048)
-    a @ b
-    return 2 * 2048**3 / min(timed(lambda: a @ b)[0] for _ in range(5))
-
-
-def model_flops(config: dict[str, Any]) -> float:
-    """What a step has to compute: the products with weights and of attention, forward once and backward twice."""
-    from simple_hierarchical_transformer import HierarchicalTransformer
-
-    with torch.device('meta'):
-        model = HierarchicalTransformer(**config)
-    n, total = config['seq_len'] - 1, 0.0
-    for name, parameter in model.named_parameters():
-        if parameter.ndim < 2 or name.startswith('token_emb'):
-            continue
-        stride = 1
-        if name.startswith(('layers', 'compressors', 'latent_dynamics')):
-            stride = model.levels[int(name.split('.')[2 if name.startswith('layers') else 1])].stride
-        total += 2 * parameter.numel() * n / stride
-    for level in model.levels:
-        row = n / level.stride / level.phases
-        keys = row / 2 if level.window is None else min(level.window + 1, row / 2)
-        total += len(model.layers) * 4 * n / level.stride * keys * level.heads * level.dim_head
-    return 3 * total
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--published', metavar='PYTHON', help='an interpreter that has the published package 0.4.0')
@@ -124,6 +96,8 @@ def main() -> None:
     if args.worker:
         worker(args.worker)
         return
+    from simple_hierarchical_transformer import HierarchicalTransformer
+    from simple_hierarchical_transformer.training.cost import matmul_peak, step_flops
 
     command = 'python benchmarks/train_step.py' + ' --published PYTHON' * bool(args.published)
     lines = [
@@ -153,13 +127,15 @@ def main() -> None:
                 # the first step finds memory, and compiles nothing
                 if turn:
                     measured[who].append(answer)
-            peaks.append(matmul_peak())
+            peaks.append(matmul_peak(torch.device('cpu')))
         for each in workers.values():
             each.close()
 
         seconds = {who: statistics.median(step['seconds'] for step in steps) for who, steps in measured.items()}
         memory = {who: steps[-1]['peak'] / 1e9 for who, steps in measured.items()}
-        flops, peak = model_flops(config), max(peaks)
+        with torch.device('meta'):
+            flops = step_flops(HierarchicalTransformer(**config), config['seq_len'] - 1)
+        peak = max(peaks)
         rate = flops / seconds['here']
         if args.published:
             theirs, ours = f'{seconds["published"]:.2f}', f'{memory["published"]:.2f}'

@@ -115,8 +115,6 @@ class Pretrained(ModelHubMixin):
             if not (folder / CARD_FILE).exists():
                 self.generate_model_card(**(model_card_kwargs or {})).save(partial / CARD_FILE)
             for file in partial.iterdir():
-                # safetensors leaves its file to the owner alone
-                file.chmod(0o644)
                 os.replace(file, folder / file.name)
 
         if not push_to_hub:
@@ -218,6 +216,8 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
     """A safetensors file. Raises OSError where it cannot be written."""
     try:
         save_file(tensors, path, metadata)
+        # safetensors leaves it to its owner alone
+        path.chmod(0o644)
     except SafetensorError as error:
         raise OSError(f'{path} could not be written: {error}') from error
 

@@ -1,0 +1,1 @@
+"""What train.py is made of: optimizers, checkpoints, costs, reports. The model knows nothing of it."""

@@ -1,0 +1,309 @@
+"""What a run has come to, as folders `checkpoint-<step>` beside each other: written whole or not at all.
+
+Each is a saved model, as `from_pretrained` takes it, with two files more: training.safetensors, the tensors of the
+optimizer and what else changes, and training.json, the rest, with the size and SHA-256 of every other file. Nothing in
+them hangs on how many processes wrote them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ..data import file_digest
+from ..model import HierarchicalTransformer
+from ..pretrained import WEIGHTS_FILE, shared_names, write_tensors
+from ..state import State
+from .optim import WeightAverage
+from .sharded import fill, spread_like, whole
+
+RECORD_FILE = 'training.json'
+TENSORS_FILE = 'training.safetensors'
+FORMAT = 1
+
+OPTIMIZER, WEIGHTS, SEGMENTS = 'optimizer', 'weights', 'segments'
+
+
+# what changes in a run, as named tensors, whole and on the CPU; every process has to call what gathers them
+
+
+def gather_weights(model: nn.Module, average: WeightAverage | None = None) -> dict[str, Tensor]:
+    """The state dict, of a model that may be spread over processes; that of its average, where there is one."""
+    if average is None:
+        return {name: whole(tensor.detach()).cpu() for name, tensor in model.state_dict().items()}
+    with average.applied():
+        # copies, since the model's own tensors change back
+        return {name: tensor.clone() for name, tensor in gather_weights(model).items()}
+
+
+def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's tensors, under the names of the parameters that they belong to."""
+    return {
+        f'{OPTIMIZER}.{name}.{key}': whole(value).detach().cpu()
+        for name, p in model.named_parameters()
+        for key, value in optimizer.state.get(p, {}).items()
+    }
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    held: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        owner, _, key = name.rpartition('.')
+        held[owner][key] = tensor
+
+    on_device = {p for g in optimizer.param_groups if g.get('fused') or g.get('capturable') for p in g['params']}
+    for name, p in model.named_parameters():
+        for key, tensor in held[f'{OPTIMIZER}.{name}'].items():
+            if tensor.shape == p.shape:
+                optimizer.state[p][key] = spread_like(tensor, p)
+            else:
+                # a count of steps
+                optimizer.state[p][key] = tensor.to(p.device) if p in on_device else tensor
+
+
+def gather_segments(states: Sequence[State], gather: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """The rows of several states, one after the other, and of all processes, which `gather` puts in their order."""
+    rows = [rows_first(state) for state in states]
+    return {
+        f'{SEGMENTS}.{i}': gather(torch.cat(each).contiguous()).cpu() for i, each in enumerate(zip(*rows, strict=True))
+    }
+
+
+def restore_segments(
+    model: HierarchicalTransformer, tensors: dict[str, Tensor], position: int, *, count: int, part: tuple[int, int]
+) -> list[State]:
+    """`count` states out of the part `(i, n)`, one process's, of all rows."""
+    held = [tensors[f'{SEGMENTS}.{i}'] for i in range(sum(key.startswith(SEGMENTS) for key in tensors))]
+    index, parts = part
+    size = len(held[0]) // parts // count
+    states = []
+    for i in range(index * count, (index + 1) * count):
+        rows = iter([each[i * size : (i + 1) * size] for each in held])
+
+        def take(old: Tensor, rows: Any = rows) -> Tensor:
+            return next(rows).to(old.device, old.dtype, copy=True)
+
+        def take_by_phase(old: Tensor, rows: Any = rows) -> Tensor:
+            return next(rows).transpose(0, 1).to(old.device, old.dtype, copy=True).contiguous()
+
+        states.append(model.initial_state(size).map(take, take_by_phase).at(position))
+    return states
+
+
+def rows_first(state: State) -> list[Tensor]:
+    """All tensors of a state, `(batch, ...)` each, in the order in which `State.map` goes through them."""
+    return list(state.map(lambda tensor: tensor, lambda tensor: tensor.transpose(0, 1)).tensors())
+
+
+def gather_all(
+    model: HierarchicalTransformer,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None,
+    states: Sequence[State],
+    gather: Callable[[Tensor], Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights to use, averaged where there is an average, and all that a run needs besides to go on."""
+    tensors = gather_optimizer(model, optimizer)
+    if states:
+        tensors |= gather_segments(states, gather)
+    if average is not None:
+        tensors |= {f'{WEIGHTS}.{name}': tensor for name, tensor in gather_weights(model).items()}
+    return gather_weights(model, average), tensors
+
+
+def restore_all(
+    model: HierarchicalTransformer,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None,
+    weights: dict[str, Tensor],
+    tensors: dict[str, Tensor],
+) -> None:
+    """Puts back what `gather_all` returned, states aside."""
+
+    shared = shared_names(model)
+
+    def put(held: dict[str, Tensor]) -> None:
+        for name, target in model.state_dict().items():
+            # of what has several names, one was written
+            fill(target, held[shared.get(name, name)])
+
+    put(weights)
+    if average is not None:
+        # they are in the model now, where the average takes its place
+        average.swap()
+        put({key[len(WEIGHTS) + 1 :]: tensor for key, tensor in tensors.items() if key.startswith(f'{WEIGHTS}.')})
+    restore_optimizer(model, optimizer, tensors)
+
+
+# folders
+
+
+def save(
+    run: Path,
+    step: int,
+    write_model: Callable[[Path], object],
+    tensors: dict[str, Tensor],
+    record: dict[str, Any],
+) -> Path:
+    """Writes `checkpoint-<step>`; one that is there already, and whole, stays.
+
+    Raises OSError where it cannot be written. Older checkpoints are not touched.
+    """
+    folder = run / f'checkpoint-{step}'
+    if folder.exists():
+        try:
+            read_record(folder)
+            return folder
+        except ValueError:
+            os.replace(folder, run / f'.{folder.name}.torn')
+    for left in run.glob('.checkpoint-*'):
+        shutil.rmtree(left, ignore_errors=True)
+
+    def write(partial: Path) -> None:
+        write_model(partial)
+        write_tensors(tensors, partial / TENSORS_FILE)
+        files = {file.name: [file.stat().st_size, file_digest(file)] for file in sorted(partial.iterdir())}
+        text = json.dumps(dict(format=FORMAT, step=step, **record, files=files), indent=1)
+        (partial / RECORD_FILE).write_text(text + '\n')
+
+    return write_folder(folder, write)
+
+
+def write_folder(folder: Path, write: Callable[[Path], object]) -> Path:
+    """Has a folder written under another name, so that it appears whole or not at all. One that is there stays.
+
+    Raises OSError where that fails, and removes what was written.
+    """
+    partial = folder.with_name(f'.{folder.name}.partial')
+    shutil.rmtree(partial, ignore_errors=True)
+    if folder.exists():
+        return folder
+    try:
+        partial.mkdir(parents=True)
+        write(partial)
+        for file in partial.iterdir():
+            sync(file)
+        os.replace(partial, folder)
+        sync(folder.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f'{folder} could not be written: {error}') from error
+    return folder
+
+
+def sync(path: Path) -> None:
+    """Until it is on the disk, so that a power cut after this does not undo it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What stands in training.json, once every file it names is seen to be as it was written.
+
+    Raises ValueError where it is no checkpoint, a torn one, or one of a newer format.
+    """
+    try:
+        record = json.loads((folder / RECORD_FILE).read_text())
+        step, files, written = int(record['step']), dict(record['files']), record['format']
+    except FileNotFoundError as error:
+        raise ValueError(f'{folder} is no checkpoint of train.py: there is no {RECORD_FILE} in it') from error
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f'{folder} is torn, or no checkpoint of train.py: {RECORD_FILE}: {error!r}') from error
+    if not isinstance(written, int) or written > FORMAT:
+        raise ValueError(f'{folder} has format {written!r}, by a newer version; this one reads formats up to {FORMAT}')
+    for name, (size, digest) in files.items():
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f'{folder} is torn: {name} is missing')
+        if file.stat().st_size != size:
+            raise ValueError(f'{folder} is torn: {name} has {file.stat().st_size:,} bytes, not {size:,}')
+        if file_digest(file) != digest:
+            raise ValueError(f'{folder} is torn: {name} is not what was written')
+    return {**record, 'step': step}
+
+
+def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What `gather_all` returned."""
+
+    def read(name: str) -> dict[str, Tensor]:
+        with safe_open(folder / name, 'pt') as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+    return read(WEIGHTS_FILE), read(TENSORS_FILE)
+
+
+def steps_of(run: Path) -> dict[int, Path]:
+    """The checkpoints in a run's folder, whole or not, by their step."""
+    found = {}
+    for folder in run.glob('checkpoint-*'):
+        number = folder.name.partition('-')[2]
+        if number.isdigit() and folder.is_dir():
+            found[int(number)] = folder
+    return dict(sorted(found.items()))
+
+
+def newest(run: Path, warn: Callable[[str], object]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint of a run and its record; torn ones are warned of and passed over."""
+    for folder in reversed(steps_of(run).values()):
+        try:
+            return folder, read_record(folder)
+        except ValueError as error:
+            warn(f'{error}; looking for an older one')
+    return None
+
+
+def find(
+    resume: str, out: Path | None, runs_folder: Path, warn: Callable[[str], object]
+) -> tuple[Path, dict[str, Any]] | None:
+    """Where a run goes on from, and the record there; None where the run in `out` has yet to begin.
+
+    `resume` is a run's folder, one of its checkpoints, or 'latest': the run in `out`, or else the one below
+    `runs_folder` that was at work last.
+
+    Raises ValueError where nothing whole is there, or something newer.
+    """
+    if resume != 'latest':
+        folder = Path(resume)
+        if folder.name.startswith('checkpoint-') or (folder / RECORD_FILE).exists():
+            record = read_record(folder)
+            newer = newest(folder.parent, warn)
+            if newer and newer[1]['step'] > record['step'] and out in (None, folder.parent):
+                raise ValueError(
+                    f'{folder} is not the newest: --resume {folder.parent} goes on from {newer[0].name}; '
+                    'give --out for a branch of its own'
+                )
+            return folder, record
+        runs = [folder]
+    elif out:
+        if not steps_of(out):
+            return None
+        runs = [out]
+    else:
+        runs = sorted((run for run in runs_folder.glob('*') if steps_of(run)), key=lambda run: run.stat().st_mtime)
+    found = newest(runs[-1], warn) if runs else None
+    if found is None:
+        raise ValueError(f'--resume: there is no whole checkpoint in {runs[-1] if runs else runs_folder}')
+    return found
+
+
+def prune(run: Path, keep: int, best: int | None) -> None:
+    """Removes all checkpoints but the newest `keep` and the one of step `best`."""
+    folders = steps_of(run)
+    for step in list(folders)[:-keep]:
+        if step != best:
+            # renamed first, so that what is half removed is not taken for a checkpoint
+            gone = run / f'.{folders[step].name}.removed'
+            os.replace(folders[step], gone)
+            shutil.rmtree(gone, ignore_errors=True)

@@ -1,0 +1,96 @@
+"""What a model costs: parameters, operations, memory, and what the machine could do at most."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model import HierarchicalTransformer
+
+# where in a parameter's name the number of its level stands
+LEVEL_AT = {
+    'compressors': 1,
+    'post_token_emb_norms': 1,
+    'layers': 2,
+    'norms': 1,
+    'latent_dynamics': 1,
+    'chunk_summarizers': 1,
+}
+
+
+def level_of(name: str) -> int | None:
+    """Which level a parameter of that name belongs to, None where to all."""
+    parts = name.split('.')
+    return int(parts[LEVEL_AT[parts[0]]]) if parts[0] in LEVEL_AT else None
+
+
+def parameters_by_level(model: HierarchicalTransformer) -> dict[int | None, int]:
+    """How many parameters each level has; under None those of embeddings, merges and logits, which serve all."""
+    counts: Counter[int | None] = Counter(dict.fromkeys((*range(len(model.levels)), None), 0))
+    for name, parameter in model.named_parameters():
+        counts[level_of(name)] += parameter.numel()
+    return dict(counts)
+
+
+def step_flops(model: HierarchicalTransformer, length: int) -> float:
+    """Operations that a sequence of `length` takes to learn from: forward once, backward twice as many.
+
+    Products with weights and those of attention, two operations for a multiplication and an addition.
+    """
+    total = 0.0
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or name.startswith('token_emb'):
+            continue
+        level = level_of(name)
+        stride = 1 if level is None else model.levels[level].stride
+        total += 2 * parameter.numel() * length / stride
+    for each in model.levels:
+        row = length / each.stride / each.phases
+        keys = row / 2 if each.window is None else min(each.window + 1, row / 2)
+        total += len(model.layers) * 4 * length / each.stride * keys * each.heads * each.dim_head
+    return 3 * total
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """Operations a second that a large product reaches on this device, now: the best of a few."""
+    native = device.type != 'cpu' or dtype == torch.float32
+    # where a product is slow, a small one says so soon enough
+    size = (8192 if device.type != 'cpu' else 2048) if native else 512
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    best = 0.0
+    for _ in range(5):
+        wait(device)
+        start = time.perf_counter()
+        a @ b
+        wait(device)
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type != 'cpu':
+        torch.accelerator.synchronize(device)
+
+
+def bytes_kept(model: nn.Module, *args: Any, **kwargs: Any) -> int:
+    """Bytes of activations that a forward pass keeps for the backward pass, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        # held until all is counted, so that no address is used twice
+        output = model(*args, **kwargs)
+    total = sum(kept.values())
+    del output
+    return total

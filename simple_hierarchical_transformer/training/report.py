@@ -1,0 +1,176 @@
+"""What a run leaves for people to read: metrics.csv, a picture of its curve, report.md, the model card's account."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data import Corpus
+
+# step, minutes and bytes so far, and scores in bits per byte, None where there is none yet
+Row = dict[str, Any]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file whole or not at all. Raises OSError where it cannot."""
+    partial = path.with_name(f'.{path.name}.partial')
+    try:
+        partial.write_text(text, newline='')
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f'{path} could not be written: {error}') from error
+
+
+def write_metrics(rows: Sequence[Row], path: Path) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def draw_curve(rows: Sequence[Row], path: Path) -> None:
+    """Training and validation score by step. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout='constrained')
+    axes = figure.subplots()
+    for name, label in (('train_bits_per_byte', 'training'), ('valid_bits_per_byte', 'validation')):
+        points = [(row['step'], row[name]) for row in rows if row[name] is not None]
+        axes.plot(*zip(*points, strict=True), label=label, marker='.')
+    axes.set(xlabel='step', ylabel='bits per byte')
+    axes.grid(alpha=0.3)
+    axes.legend()
+    partial = path.with_name(f'.{path.name}.partial')
+    figure.savefig(partial, dpi=120, format='png')
+    os.replace(partial, path)
+
+
+def machine(device: torch.device, processes: int) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or platform.machine()
+    threads = f', {torch.get_num_threads()} threads' if device.type == 'cpu' else ''
+    return f'{processes} x {device.type} ({name}{threads}), torch {torch.__version__}'
+
+
+def duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f'{hours}:{rest // 60:02}:{rest % 60:02}'
+
+
+def fenced(text: str) -> str:
+    """Text as it is, in markdown."""
+    fence = '`' * 3
+    while fence in text:
+        fence += '`'
+    return f'{fence}text\n{text}\n{fence}'
+
+
+def account(settings: dict[str, Any], rows: Sequence[Row], data: Sequence[str], where: str) -> str:
+    """How a model was trained and how well, in markdown: the model card's part on it."""
+    first, last = rows[0], rows[-1]
+    lines = [
+        '## Training',
+        '',
+        f'{last["step"]:,} steps of {settings["optimizer"]}, {last["bytes"]:,} bytes read in '
+        f'{duration(60 * last["minutes"])} on {where}, from {", ".join(data)}.',
+        '',
+        '| bits per byte | at first | at last |',
+        '|---|---|---|',
+    ]
+    for name, value in last.items():
+        if name.endswith('bits_per_byte') and value is not None:
+            title = name.removesuffix('_bits_per_byte').replace('_', ' ', 1)
+            before = '' if first[name] is None else f'{first[name]:.3f}'
+            lines.append(f'| {title} | {before} | {value:.3f} |')
+    return '\n'.join(lines)
+
+
+def report(
+    settings: dict[str, Any],
+    rows: Sequence[Row],
+    data: Sequence[str],
+    *,
+    where: str,
+    facts: dict[str, str],
+    commands: dict[str, str],
+    picture: str | None,
+    sample: str,
+) -> str:
+    """A run's report.md: what came of it, how to go on, what was asked for."""
+    last = rows[-1]
+    best = min((row for row in rows if not math.isnan(row['valid_bits_per_byte'])), key=valid_score, default=last)
+    lines = [
+        f'# {valid_score(last):.3f} bits per byte',
+        '',
+        f'On the validation split, at step {last["step"]:,}; '
+        f'the best was {valid_score(best):.3f} at step {best["step"]:,}.',
+        '',
+        account(settings, rows, data, where),
+        '',
+        *([f'![training and validation score by step]({picture})', ''] if picture else []),
+        '| | |',
+        '|---|---|',
+        *(f'| {name} | {value} |' for name, value in facts.items()),
+        '',
+        '## Sample',
+        '',
+        'The first bytes of the validation split, and after `>>>` how the model goes on.',
+        '',
+        fenced(sample),
+        '',
+        '## Commands',
+        '',
+    ]
+    for purpose, command in commands.items():
+        lines += [f'{purpose}:', '', '```bash', command, '```', '']
+    lines += ['## Settings', '', '| | |', '|---|---|']
+    lines += [f'| {name} | `{json.dumps(value)}` |' for name, value in settings.items()]
+    return '\n'.join(lines) + '\n'
+
+
+def valid_score(row: Row) -> float:
+    return row['valid_bits_per_byte']
+
+
+def estimate(
+    *,
+    parameters: dict[int | None, int],
+    compressions: Sequence[int],
+    flops: float,
+    memory: dict[str, int],
+    data: Sequence[tuple[Corpus, dict[str, range]]],
+    seconds: float,
+    step_bytes: int,
+    peak: float,
+    steps: int | None,
+    minutes: float | None,
+) -> Iterator[str]:
+    """What a run would cost, line by line: `flops` for a byte, `memory` in bytes, `seconds` for a step."""
+    yield f'parameters: {sum(parameters.values()):,}'
+    for i, count in parameters.items():
+        of = 'embeddings, merges, logits' if i is None else f'level {compressions[i]}x'
+        yield f'  {of:30}{count:>14,}'
+    yield f'operations for a byte, forward and backward: {flops:,.0f}'
+    yield f'memory on each device, what the allocator adds left out: {sum(memory.values()) / 1e9:.3f} GB'
+    for name, size in memory.items():
+        yield f'  {name:30}{size / 1e9:>14.3f} GB'
+    yield 'data:'
+    for corpus, spans in data:
+        yield f'  {corpus.name}: {len(corpus):,} bytes in {len(corpus.ends):,} texts'
+        yield f'    {", ".join(f"{name} {len(span):,}" for name, span in spans.items())}'
+    yield f'a step: {seconds:.3f} s for {step_bytes:,} bytes, {step_bytes / seconds:,.0f} bytes a second'
+    share = step_bytes * flops / seconds / peak
+    yield f'  {share:.0%} of the {peak / 1e9:,.0f} GFLOP/s that a large product reaches'
+    total = steps * seconds if steps else 60 * (minutes or 0)
+    steps = steps or round(total / seconds)
+    yield f'the run: {steps:,} steps, {steps * step_bytes:,} bytes, {duration(total)} and the time of validation'

@@ -1,0 +1,229 @@
+"""What a run is asked to do: the command line, the presets, and the settings that a run keeps."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..batches import IGNORED, PAD
+from .optim import OPTIMIZERS, SCHEDULES
+from .sources import NAMED
+
+TRACKERS = ('tensorboard', 'wandb', 'trackio')
+
+# every byte counts, so the ignored id is none; where texts end, one beyond the bytes fills up
+BYTES: dict[str, Any] = dict(num_tokens=256, ignore_index=IGNORED, recon_ignore_index=IGNORED)
+TEXTS: dict[str, Any] = dict(num_tokens=PAD + 1, ignore_index=PAD, recon_ignore_index=PAD)
+
+DEFAULTS: dict[str, Any] = dict(
+    data=None, documents=False, text_key='text', segment_length=None, steps=None, minutes=None,
+    optimizer='adamw', weight_decay=0.1, clip=1.0, warmup=0.03, schedule='cosine', ema=None,
+    mixed_precision=None, compile=False, gradient_checkpointing=False, seed=42,
+    every=200, checkpoint_every=1000, keep=3, log_every=10, log_with=None, workers=0,
+    valid_bytes=1 << 16,  # how much of the validation split is scored on the way
+)  # fmt: skip
+# what may be otherwise when a run goes on
+FREE = ('every', 'checkpoint_every', 'keep', 'log_every', 'log_with', 'workers', 'batch_size', 'grad_accum')
+
+PRESETS: dict[str, dict[str, Any]] = {
+    'cpu': dict(
+        model=dict(
+            dim=(128, 192),
+            depth=4,
+            heads=(2, 3),
+            hierarchies=(1, 4),
+            hierarchical_stride=(1, 4),
+            window_sizes=(64, None),
+            # after two minutes of training, runs without these were ahead (2.73 bits per byte against 2.76)
+            recon_loss_weight=0.0,
+            next_latent_loss_weight=0.0,
+        ),
+        seq_len=512,
+        batch_size=2,
+        grad_accum=1,
+        lr=3e-3,
+        minutes=10.0,
+        every=500,
+    ),
+    'gpu': dict(
+        model=dict(dim=1024, depth=8, hierarchies=(1, 2), window_sizes=(32, 64)),
+        seq_len=2048,
+        batch_size=8,
+        grad_accum=2,
+        lr=3e-4,
+        steps=100_000,
+        valid_bytes=1 << 20,
+    ),
+}
+
+
+def parse_args(argv: list[str] | None, description: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def option(group: Any, name: str, **settings: Any) -> None:
+        if settings.get('type') in (int, float):
+            settings['type'] = positive(settings['type'])
+        group.add_argument(f'--{name}', **settings)
+
+    def switch(group: Any, name: str, text: str) -> None:
+        group.add_argument(f'--{name}', action=argparse.BooleanOptionalAction, default=None, help=text)
+
+    run = parser.add_argument_group('the run')
+    run.add_argument('--preset', choices=('auto', *PRESETS), help='settings to start from')
+    option(run, 'steps', type=int, help='train for that many optimizer steps')
+    option(run, 'minutes', type=float, help='train for that long')
+    run.add_argument('--seed', type=int)
+    run.add_argument('--out', type=Path, help='folder of the run (default: runs/<date>-<time>)')
+    run.add_argument(
+        '--resume', nargs='?', const='latest', metavar='FOLDER',
+        help='go on from a run or one of its checkpoints; without a name from the run in --out, if there is one yet, '
+        'or from the one that was at work last',
+    )  # fmt: skip
+    run.add_argument('--dry-run', action='store_true', help='say what the run costs, and do not begin it')
+
+    data = parser.add_argument_group('data')
+    data.add_argument(
+        '--data', nargs='+', metavar='SOURCE[=WEIGHT]',
+        help=f'files, folders or globs, plain, .gz .bz2 .xz .zip, .jsonl or .parquet; or {", ".join(NAMED)}',
+    )  # fmt: skip
+    switch(data, 'documents', 'no sequence crosses from one file, or row, into the next')
+    data.add_argument('--text-key', help='the column of .jsonl and .parquet that holds the text')
+    option(data, 'seq-len', type=int, help='bytes in a sequence: the context of the model')
+    option(data, 'segment-length', type=int, help='that many bytes a step, with the state of those before')
+    option(data, 'batch-size', type=int, help='sequences in a batch, on each device')
+    option(data, 'grad-accum', type=int, help='batches in an optimizer step')
+    data.add_argument('--workers', type=int, help='processes that read ahead')
+
+    learning = parser.add_argument_group('learning')
+    learning.add_argument('--model', nargs='+', metavar='NAME=VALUE', help='arguments of the model: dim=256 depth=2')
+    learning.add_argument('--optimizer', choices=OPTIMIZERS)
+    option(learning, 'lr', type=float, help='highest learning rate')
+    learning.add_argument('--schedule', choices=SCHEDULES, help='how the learning rate falls after its warm-up')
+    learning.add_argument('--warmup', type=share, help='share of the run over which it rises')
+    learning.add_argument('--weight-decay', type=share, help='of matrices')
+    option(learning, 'clip', type=float, help='largest norm of the gradient')
+    learning.add_argument('--ema', type=share, help='decay of averaged weights, which are scored and saved')
+    learning.add_argument('--mixed-precision', choices=('no', 'bf16', 'fp16'))
+    switch(learning, 'compile', 'torch.compile the training step')
+    switch(learning, 'gradient-checkpointing', 'less memory, a third more time')
+
+    watching = parser.add_argument_group('watching')
+    option(watching, 'every', type=int, help='steps between validations, each with a sample and a row of metrics')
+    option(watching, 'checkpoint-every', type=int, help='steps between checkpoints')
+    option(watching, 'keep', type=int, help='how many checkpoints stay, besides the best')
+    watching.add_argument('--log-with', nargs='+', choices=TRACKERS)
+    option(watching, 'log-every', type=int, help='steps between entries of a tracker')
+    option(watching, 'valid-bytes', type=int, help='bytes of the validation split to score on the way')
+
+    scoring = parser.add_argument_group('scoring')
+    scoring.add_argument('--eval', type=Path, metavar='CHECKPOINT', help='score a saved model instead of training')
+    scoring.add_argument('--split', choices=('valid', 'test'), help='what --eval scores (default: valid)')
+    args = parser.parse_args(argv)
+
+    if args.steps and args.minutes:
+        parser.error('--steps and --minutes: give one of them')
+    if args.split and not args.eval:
+        parser.error('--split is for --eval, which was not given')
+    if args.eval:
+        scores = {'eval', 'split', 'data', 'text_key', 'seq_len', 'batch_size', 'dry_run'}
+        for name, value in vars(args).items():
+            if value is not None and name not in scores:
+                parser.error(f'--{name.replace("_", "-")} is for training, --eval does none')
+    if args.model:
+        args.model = dict(parse_setting(parser, text) for text in args.model)
+    return args
+
+
+def positive(kind: type) -> Any:
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f'must be above 0, got {text}')
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f'must be at least 0 and below 1, got {text}')
+    return value
+
+
+def parse_setting(parser: argparse.ArgumentParser, text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition('=')
+    if not equals:
+        parser.error(f'--model takes NAME=VALUE, got {text}')
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def flag(name: str) -> str:
+    return f'--{name.replace("_", "-")}'
+
+
+def as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def new_settings(args: argparse.Namespace) -> dict[str, Any]:
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    name = given.get('preset', 'auto')
+    if name == 'auto':
+        name = 'gpu' if torch.cuda.is_available() else 'cpu'
+    preset = PRESETS[name]
+    settings = {**DEFAULTS, **preset, 'preset': name}
+    settings |= {key: value for key, value in given.items() if key in settings}
+    settings['model'] = {**preset['model'], **given.get('model', {})}
+    if 'steps' in given or 'minutes' in given:
+        settings |= dict(steps=given.get('steps'), minutes=given.get('minutes'))
+    if settings['mixed_precision'] is None:
+        half = 'bf16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else 'no'
+        settings['mixed_precision'] = os.environ.get('ACCELERATE_MIXED_PRECISION', half)
+    return as_json(settings)
+
+
+def old_settings(args: argparse.Namespace, record: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Those of the run that goes on. Raises ValueError where something else was asked for."""
+    settings, changed = dict(record['settings']), []
+    for name, value in as_json({k: v for k, v in vars(args).items() if v is not None and k in settings}).items():
+        if name in FREE:
+            settings[name] = value
+        elif name == 'model':
+            changed += [f'--model {k}={v!r}, not {settings["model"].get(k)!r}' for k, v in value.items()
+                        if settings['model'].get(k) != v]  # fmt: skip
+        elif value != settings[name] and (name, value) != ('preset', 'auto'):
+            changed.append(f'{flag(name)} {value}, not {settings[name]}')
+    if changed:
+        raise ValueError(
+            f'{folder} was made with other arguments: {"; ".join(changed)}. Leave them out to go on as before, '
+            'or begin another run without --resume'
+        )
+    return settings
+
+
+def share_rows(settings: dict[str, Any], rows: int, args: argparse.Namespace, processes: int) -> None:
+    """Sets batch_size so that the processes there are learn from as many sequences a step as the run did before.
+
+    Raises ValueError where they cannot.
+    """
+    accum = settings['grad_accum']
+    if args.batch_size is None:
+        settings['batch_size'] = rows // (accum * processes)
+    if settings['batch_size'] * accum * processes != rows:
+        raise ValueError(
+            f'a step of this run has {rows} sequences, and {processes} processes x --batch-size '
+            f'{settings["batch_size"]} x --grad-accum {accum} have {settings["batch_size"] * accum * processes}: '
+            'give both so that they match'
+        )
