@@ -98,6 +98,8 @@ class Progress:
     nats: float = 0.0
     """Sum of the training scores since the last row of metrics, of `scored` steps."""
     scored: int = 0
+    scaler: dict[str, Any] = field(default_factory=dict)
+    """The scale that float16's losses are multiplied by, and how it moves."""
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -144,6 +146,7 @@ class Run:
         self.build()
         self.progress = Progress()
         self.states: list[State] = []
+        self.sample = ''
         if found:
             self.restore(*found)
 
@@ -194,6 +197,8 @@ class Run:
         checkpoints.restore_all(self.model, self.optimizer, self.average, weights, tensors)
         if self.average:
             self.average.updates = self.progress.updates
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(self.progress.scaler)
         if self.progress.position:
             self.states = checkpoints.restore_segments(
                 self.model, tensors, self.progress.position, count=self.s.grad_accum, part=self.part
@@ -203,7 +208,12 @@ class Run:
     def add_up(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, 'sum')
 
+    def shown(self) -> Any:
+        """Around what scores and samples: the averaged weights in their place."""
+        return self.average.applied() if self.average else nullcontext()
+
     def done(self) -> float:
+        """The share of the run that is behind."""
         return self.progress.step / self.s.steps if self.s.steps else self.progress.elapsed / (60 * self.s.minutes)
 
     # one step
@@ -264,7 +274,7 @@ class Run:
         """A row of metrics, and a sample."""
         s, progress, scores, streaming = self.s, self.progress, [], []
         size = s.valid_bytes // len(self.sources)
-        with self.average.applied() if self.average else nullcontext():
+        with self.shown():
             for corpus, span in zip(self.sources, self.spans, strict=True):
                 windows = evaluation_batches(
                     corpus, span['valid'], seq_len=s.seq_len, batch_size=8,
@@ -319,6 +329,7 @@ class Run:
         progress = self.progress
         progress.position = self.states[0].position if self.states else 0
         progress.updates = self.average.updates if self.average else 0
+        progress.scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
         weights, tensors = checkpoints.gather_all(
             self.model, self.optimizer, self.average, self.states, self.accelerator.gather
         )
@@ -339,7 +350,7 @@ class Run:
     # all of it
 
     def train(self) -> None:
-        s, progress = self.s, self.progress
+        s, progress, stop = self.s, self.progress, Stop()
         self.on_main(self.make_folder)
         self.draws = importlib.util.find_spec('matplotlib') is not None
         if not self.draws:
@@ -357,7 +368,7 @@ class Run:
             self.validate()
         ids = DataLoader(self.batches, batch_size=None, sampler=range(progress.step, 1 << 62), num_workers=s.workers)
         steps = iter(ids)
-        stop, started, at_first = Stop(), time.monotonic(), progress.elapsed
+        started, at_first = time.monotonic(), progress.elapsed
         done_at_first, busy, bytes_since = self.done(), 0.0, 0
         bar = tqdm(
             total=1.0, initial=done_at_first, disable=not self.main, mininterval=0.5 if sys.stderr.isatty() else 30,
@@ -372,7 +383,8 @@ class Run:
             # one clock and one end for all: processes that disagree would wait for each other forever
             clock = at_first + time.monotonic() - started if self.main else 0.0
             progress.elapsed, stopped = self.add_up(torch.tensor([clock, stop.number], device=self.device)).tolist()
-            stop.number = stop.number or int(stopped)
+            if stopped and not stop.number:
+                stop.number = signal.SIGTERM
 
             bytes_since += self.rows * self.length
             if progress.step % s.log_every == 0:
@@ -405,14 +417,15 @@ class Run:
 
         if self.done() < 1:
             self.save()
-            self.accelerator.end_training()
             say(f'stopped at step {progress.step:,} and saved; go on with:')
             say(f'  python train.py --resume {shlex.quote(str(self.out))}')
             sys.exit(128 + stop.number)
         self.finish()
 
     def make_folder(self) -> None:
-        if not self.joins and self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
+        there = {path.name for path in self.out.iterdir()} if self.out.is_dir() else set()
+        begun = self.progress.step or 'metrics.csv' in there or all(name.startswith('.') for name in there)
+        if there and not (self.joins and begun):
             raise OSError(f'--out: {self.out} is not empty')
         self.out.mkdir(parents=True, exist_ok=True)
 
@@ -432,7 +445,7 @@ class Run:
             config=flat,
             init_kwargs=dict(
                 # what was logged after the checkpoint is logged again
-                tensorboard=dict(purge_step=self.progress.step + 1 if self.progress.step else None),
+                tensorboard=dict(purge_step=self.progress.step + 1 if self.progress.step else None, flush_secs=10),
                 wandb=dict(dir=str(self.out), id=self.out.name, **again),
                 trackio=again,
             ),
@@ -440,8 +453,10 @@ class Run:
 
     def finish(self) -> None:
         """The model by itself, and the run's report."""
-        if not hasattr(self, 'sample'):
-            self.sample = sample_text(self.model, self.sources[0], self.spans[0]['valid'], self.s.seed)
+        if not self.sample:
+            # all was done before it was stopped
+            with self.shown():
+                self.sample = sample_text(self.model, self.sources[0], self.spans[0]['valid'], self.s.seed)
         weights = checkpoints.gather_weights(self.model, self.average)
         final, out = self.out / 'final', shlex.quote(str(self.out))
         scoring = f'python train.py --eval {out}/final --data {shlex.join(self.names_of_data)}'
@@ -465,7 +480,6 @@ class Run:
             report.write_text(self.out / 'report.md', text)
 
         self.on_main(write)
-        self.accelerator.end_training()
         first, last = rows[0]['valid_bits_per_byte'], rows[-1]['valid_bits_per_byte']
         say(f'\nvalidation went from {first:.3f} to {last:.3f} bits per byte in {self.progress.step:,} steps')
         say(f'saved to {final}, with an account of the run in {self.out / "report.md"}')
@@ -475,7 +489,7 @@ class Run:
     def dry_run(self) -> None:
         """What the run would cost, from a few steps of it that leave no trace."""
         ids = self.batches[0].chunk(self.s.grad_accum)[0]
-        kept = cost.bytes_kept(self.wrapped, ids.to(self.device), return_loss=True)
+        kept = cost.bytes_kept(self.model, ids.to(self.device), return_loss=True)
         seconds = []
         for number in range(3):
             cost.wait(self.device)
@@ -541,7 +555,10 @@ def main(argv: list[str] | None = None) -> None:
             evaluate(args)
         else:
             run = Run(args)
-            run.dry_run() if args.dry_run else run.train()
+            try:
+                run.dry_run() if args.dry_run else run.train()
+            finally:
+                run.accelerator.end_training()
     except (ValueError, OSError) as error:
         sys.exit(f'error: {error}')
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +22,7 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 
+ROOT = Path(__file__).parent.parent
 GOLDEN = sorted((Path(__file__).parent / 'golden').glob('*.safetensors'))
 SEQ_LEN = 48
 
@@ -112,3 +116,31 @@ def build(config: dict[str, Any], seed: int = 0) -> HierarchicalTransformer:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+def run_command(*args: object, module: str | None = None) -> list[str]:
+    """train.py, or a module, as a user runs it."""
+    return [sys.executable, *(('-m', module) if module else (str(ROOT / 'train.py'),)), *map(str, args)]
+
+
+def run(*args: object, module: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        run_command(*args, module=module),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=ROOT,
+        env={**os.environ, **env},
+    )
+
+
+@pytest.fixture(scope='session')
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sentences of a small grammar: well below a bit per byte once learnt, four and more before."""
+    draw = random.Random(0)
+    words = [('the', 'a'), ('old', 'young', 'wise'), ('king', 'queen', 'fox'), ('sees', 'hears'), ('us', 'you')]
+    folder = tmp_path_factory.mktemp('corpus')
+    folder.chmod(0o755)
+    path = folder / 'text.txt'
+    path.write_text(' '.join(' '.join(map(draw.choice, words)) + '.' for _ in range(4000)))
+    return path

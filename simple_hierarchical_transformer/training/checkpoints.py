@@ -64,10 +64,10 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
     for name, p in model.named_parameters():
         for key, tensor in held[f'{OPTIMIZER}.{name}'].items():
             if tensor.shape == p.shape:
-                optimizer.state[p][key] = spread_like(tensor, p)
+                optimizer.state[p][key] = spread_like(tensor, p).clone()
             else:
                 # a count of steps
-                optimizer.state[p][key] = tensor.to(p.device) if p in on_device else tensor
+                optimizer.state[p][key] = tensor.to(p.device if p in on_device else 'cpu', copy=True)
 
 
 def gather_segments(states: Sequence[State], gather: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -217,8 +217,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / RECORD_FILE).read_text())
         step, files, written = int(record['step']), dict(record['files']), record['format']
-    except FileNotFoundError as error:
-        raise ValueError(f'{folder} is no checkpoint of train.py: there is no {RECORD_FILE} in it') from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        what = f'there is no {RECORD_FILE} in it' if folder.is_dir() else 'there is no such folder'
+        raise ValueError(f'{folder} is no checkpoint of train.py: {what}') from error
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f'{folder} is torn, or no checkpoint of train.py: {RECORD_FILE}: {error!r}') from error
     if not isinstance(written, int) or written > FORMAT:

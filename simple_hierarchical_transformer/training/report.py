@@ -8,7 +8,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,19 @@ from ..data import Corpus
 Row = dict[str, Any]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file whole or not at all. Raises OSError where it cannot."""
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Has a file written under another name first. Raises OSError where it cannot be, and the old one stays."""
     partial = path.with_name(f'.{path.name}.partial')
     try:
-        partial.write_text(text, newline='')
+        write(partial)
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise OSError(f'{path} could not be written: {error}') from error
+
+
+def write_text(path: Path, text: str) -> None:
+    replace_file(path, lambda partial: partial.write_text(text, newline=''))
 
 
 def write_metrics(rows: Sequence[Row], path: Path) -> None:
@@ -51,9 +55,7 @@ def draw_curve(rows: Sequence[Row], path: Path) -> None:
     axes.set(xlabel='step', ylabel='bits per byte')
     axes.grid(alpha=0.3)
     axes.legend()
-    partial = path.with_name(f'.{path.name}.partial')
-    figure.savefig(partial, dpi=120, format='png')
-    os.replace(partial, path)
+    replace_file(path, lambda partial: figure.savefig(partial, dpi=120, format='png'))
 
 
 def machine(device: torch.device, processes: int) -> str:

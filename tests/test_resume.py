@@ -1,0 +1,387 @@
+"""A run that was killed, stopped, torn or starved goes on as if nothing had been, or says why it does not."""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import json
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, run, run_command
+from safetensors.torch import load_file
+
+from simple_hierarchical_transformer import HierarchicalTransformer
+from simple_hierarchical_transformer.training import checkpoints
+
+# all that a step's outcome hangs on: states of segments, drawn losses, averages, two optimizers in one
+SETTINGS: tuple[object, ...] = (
+    '--preset', 'cpu', '--steps', 24, '--every', 7, '--checkpoint-every', 5, '--keep', 9, '--valid-bytes', 1024,
+    '--seq-len', 64, '--segment-length', 16, '--batch-size', 1, '--grad-accum', 2, '--optimizer', 'muon', '--ema', 0.9,
+    '--model', 'dim=16,24', 'depth=1', 'heads=1', 'recon_loss_weight=0.1', 'recon_sample=0.5',
+    'next_latent_loss_weight=0.25',
+)  # fmt: skip
+
+
+def start(*args: object, **popen: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        run_command(*args), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, **popen
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
+
+
+def outcome(out: Path, step: int = 24) -> dict[str, Any]:
+    """All of a run that has to be the same again: everything but the clock."""
+    folder = out / f'checkpoint-{step}'
+    tensors = {**load_file(folder / 'model.safetensors'), **load_file(folder / 'training.safetensors')}
+    record = checkpoints.read_record(folder)['progress']
+    for row in record['rows']:
+        del row['minutes']
+    del record['elapsed']
+    return dict(tensors=tensors, record=record)
+
+
+def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    assert ours['record'] == theirs['record']
+    assert ours['tensors'].keys() == theirs['tensors'].keys()
+    assert all(torch.equal(ours['tensors'][key], theirs['tensors'][key]) for key in theirs['tensors'])
+
+
+@pytest.fixture(scope='module')
+def unbroken(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp('unbroken') / 'run'
+    result = run('--data', corpus, '--out', out, *SETTINGS)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+@pytest.fixture
+def halfway(unbroken: Path, tmp_path: Path) -> Path:
+    """The run as it was after step 15."""
+    out = tmp_path / 'run'
+    out.mkdir()
+    for name in ('checkpoint-10', 'checkpoint-15'):
+        shutil.copytree(unbroken / name, out / name)
+    shutil.copy(unbroken / 'metrics.csv', out)
+    return out
+
+
+# killed
+
+KILLER = textwrap.dedent(
+    """
+    import os, random, signal, sys, time
+    import train                                                    # once: children are forked, and begin at once
+
+    draw, out, kills = random.Random(int(sys.argv[1])), sys.argv[2], 0
+    seen = set()
+    while True:
+        child = os.fork()
+        if not child:
+            silent = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(silent, 1)
+            os.dup2(silent, 2)
+            try:
+                train.main(sys.argv[3:] + ['--out', out, '--resume'])
+            except BaseException as error:
+                with open(out + '.error', 'a') as file:
+                    file.write(repr(error))
+                os._exit(1)
+            os._exit(0)
+        # some at any instant, some while a checkpoint is being written
+        end, in_write = time.monotonic() + draw.uniform(0.3, 2.5), draw.random() < 0.5
+        while (status := os.waitpid(child, os.WNOHANG))[0] == 0:
+            names = os.listdir(out) if os.path.isdir(out) else []
+            partial = [name for name in names if name.endswith('.partial') and name not in seen]
+            if kills < 12 and ((partial and in_write) or time.monotonic() > end):
+                seen.update(partial)
+                os.kill(child, signal.SIGKILL)
+                kills += 1
+                os.waitpid(child, 0)
+                break
+            time.sleep(0.0005)
+        else:
+            print(kills, len(seen), os.waitstatus_to_exitcode(status[1]))
+            break
+    """
+)
+
+
+def test_killed_at_any_instant_a_run_ends_as_if_it_had_not_been(unbroken: Path, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / 'run'
+    args = [sys.executable, '-c', KILLER, 0, out, '--data', corpus, *SETTINGS]
+    result = subprocess.run(list(map(str, args)), capture_output=True, text=True, timeout=600, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    kills, in_writing, code = map(int, result.stdout.split())
+    assert not out.with_suffix('.error').exists(), out.with_suffix('.error').read_text()
+    assert code == 0
+    assert kills >= 5
+    assert in_writing >= 1
+    assert_same(outcome(out), outcome(unbroken))
+    assert (out / 'final' / 'model.safetensors').read_bytes() == (unbroken / 'final' / 'model.safetensors').read_bytes()
+
+    def columns(path: Path) -> list[dict[str, str]]:
+        return [{k: v for k, v in row.items() if k != 'minutes'} for row in csv.DictReader(path.open())]
+
+    assert columns(out / 'metrics.csv') == columns(unbroken / 'metrics.csv')
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in unbroken.iterdir())
+
+
+@pytest.mark.parametrize(('number', 'code'), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_told_to_stop_it_saves_first(
+    unbroken: Path, corpus: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    out = tmp_path / 'run'
+    process = start('--data', corpus, '--out', out, *SETTINGS, '--checkpoint-every', 1000, '--workers', 1)
+    while not (out / 'metrics.csv').exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    assert 'Traceback' not in said
+    (saved,) = out.glob('checkpoint-*')
+    command = re.findall(r'python train\.py (.+)', said)[0].split()
+    result = run(*command, '--checkpoint-every', 5)
+    assert result.returncode == 0, result.stderr
+    assert f'going on from {saved}' in result.stdout
+    assert_same(outcome(out), outcome(unbroken))
+
+
+def test_a_run_in_minutes_goes_on_with_the_time_it_has_left(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / 'run'
+    settings = [x for x in SETTINGS if x not in ('--steps', 24)]
+    process = start('--data', corpus, '--out', out, *settings, '--minutes', 0.1)
+    while not list(out.glob('checkpoint-*')) and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    _, record = checkpoints.newest(out, print)  # type: ignore[misc]
+    before = record['progress']['elapsed']
+    assert 0 < before < 6
+
+    result = run('--resume', out)
+    assert result.returncode == 0, result.stderr
+    _, record = checkpoints.newest(out, print)  # type: ignore[misc]
+    assert 6 <= record['progress']['elapsed'] < 10
+    rates = [row['minutes'] for row in record['progress']['rows']]
+    assert rates == sorted(rates)
+
+
+# torn, foreign, changed
+
+
+def test_a_torn_checkpoint_is_passed_over(unbroken: Path, halfway: Path) -> None:
+    newest = halfway / 'checkpoint-15'
+    weights = newest / 'training.safetensors'
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    before = contents(halfway)
+
+    result = run('--resume', newest)
+    assert result.returncode == 1
+    assert re.search(
+        r'error: .*checkpoint-15 is torn: training\.safetensors has [\d,]+ bytes, not [\d,]+', result.stderr
+    )
+    assert contents(halfway) == before
+
+    result = run('--resume', halfway)
+    assert result.returncode == 0, result.stderr
+    assert 'checkpoint-15 is torn' in result.stdout
+    assert f'going on from {halfway / "checkpoint-10"}' in result.stdout
+    assert_same(outcome(halfway), outcome(unbroken))
+    checkpoints.read_record(halfway / 'checkpoint-15')
+
+
+@pytest.mark.parametrize(
+    ('damage', 'message'),
+    [
+        (lambda folder: (folder / 'model.safetensors').unlink(), 'is torn: model.safetensors is missing'),
+        (lambda folder: flip(folder / 'model.safetensors'), 'is torn: model.safetensors is not what was written'),
+        (lambda folder: (folder / 'training.json').write_text('{'), 'is torn, or no checkpoint of train.py'),
+        (lambda folder: (folder / 'training.json').write_text('[]'), 'is torn, or no checkpoint of train.py'),
+        (lambda folder: (folder / 'training.json').unlink(), 'there is no training.json in it'),
+        (lambda folder: edit(folder, format=2), 'has format 2, by a newer version'),
+        (shutil.rmtree, 'there is no such folder'),
+    ],
+)
+def test_a_foreign_or_broken_checkpoint_is_named(halfway: Path, damage: Any, message: str) -> None:
+    damage(halfway / 'checkpoint-15')
+    with pytest.raises(ValueError, match=re.escape(message)):
+        checkpoints.read_record(halfway / 'checkpoint-15')
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    record = json.loads((folder / 'training.json').read_text())
+    (folder / 'training.json').write_text(json.dumps({**record, **changes}))
+
+
+def test_what_does_not_fit_is_refused_and_nothing_touched(
+    unbroken: Path, halfway: Path, corpus: Path, tmp_path: Path
+) -> None:
+    before = contents(halfway)
+    (tmp_path / 'foreign').mkdir()
+    (tmp_path / 'other.txt').write_text('other text. ' * 5000)
+    cases: list[tuple[tuple[object, ...], str]] = [
+        (('--resume', halfway, '--lr', 0.1), 'was made with other arguments: --lr 0.1, not 0.003. Leave them out'),
+        (('--resume', halfway, '--steps', 48, '--model', 'dim=64'), '--steps 48, not 24; --model dim=64, not [16, 24]'),
+        (('--resume', halfway, '--batch-size', 3), 'a step of this run has 2 sequences'),
+        (('--resume', halfway / 'checkpoint-10'), f'is not the newest: --resume {halfway} goes on from checkpoint-15'),
+        (('--resume', tmp_path / 'foreign'), 'there is no whole checkpoint in'),
+        (('--resume', halfway, '--data', tmp_path / 'other.txt'), '--data ['),
+        (('--resume', halfway, '--out', unbroken), 'is not empty'),
+        (('--resume', '--out', unbroken.parent), 'is not empty'),
+    ]
+    for args, message in cases:
+        result = run(*args)
+        assert result.returncode == 1
+        assert message in result.stderr
+        assert 'Traceback' not in result.stderr
+    text = corpus.read_text()
+    try:
+        corpus.write_text(text[:-1] + '!')
+        result = run('--resume', halfway)
+    finally:
+        corpus.write_text(text)
+    assert 'was made with other data than' in result.stderr
+    assert contents(halfway) == before
+
+
+def test_an_older_checkpoint_is_a_branch(unbroken: Path, halfway: Path, tmp_path: Path) -> None:
+    before = contents(halfway)
+    # what does not change the outcome may be asked for otherwise
+    branch = ('--resume', halfway / 'checkpoint-10', '--out', tmp_path / 'branch', '--keep', 1, '--workers', 2)
+    result = run(*branch, '--batch-size', 1)
+    assert result.returncode == 0, result.stderr
+    assert contents(halfway) == before
+    assert_same(outcome(tmp_path / 'branch'), outcome(unbroken))
+    scores = {row['step']: row['valid_bits_per_byte'] for row in outcome(unbroken)['record']['rows']}
+    best = min((step for step in (15, 20, 24)), key=lambda step: scores[step])
+    kept = sorted(path.name for path in (tmp_path / 'branch').glob('checkpoint-*'))
+    assert kept == sorted({f'checkpoint-{best}', 'checkpoint-24'})
+
+
+# what the disk does
+
+
+@pytest.mark.parametrize('what', ['model.safetensors', 'training.safetensors', 'loss.png'])
+def test_a_full_disk_ends_the_run_and_touches_nothing(unbroken: Path, halfway: Path, what: str) -> None:
+    size = (unbroken / ('.' if what == 'loss.png' else 'checkpoint-15') / what).stat().st_size
+
+    def small_files() -> None:
+        # as a full disk does, refuses what grows beyond; the signal that goes with it is ignored by Python
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1000, size - 1000))
+
+    before = {name: data for name, data in contents(halfway).items() if name.startswith('checkpoint')}
+    process = start('--resume', halfway, preexec_fn=small_files)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, said
+    assert 'Traceback' not in said
+    errors = re.findall(r'error: .*', said)
+    assert len(errors) == 1
+    assert 'could not be written' in errors[0]
+    assert {name: data for name, data in contents(halfway).items() if name.startswith('checkpoint')} == before
+    assert not list(halfway.glob('.*'))
+
+    assert run('--resume', halfway).returncode == 0
+    assert_same(outcome(halfway), outcome(unbroken))
+
+
+def without_power_over_permissions() -> None:
+    """Takes from root what lets it write everywhere; from others there is nothing to take."""
+    pr_capbset_drop, cap_dac_override = 24, 1
+    ctypes.CDLL(None).prctl(pr_capbset_drop, cap_dac_override, 0, 0, 0)
+
+
+def test_a_folder_that_cannot_be_written_is_named(halfway: Path, corpus: Path) -> None:
+    before = contents(halfway)
+    halfway.chmod(0o555)
+    try:
+        for args in (('--resume', halfway), ('--data', corpus, '--out', halfway / 'new', *SETTINGS)):
+            process = start(*args, preexec_fn=without_power_over_permissions)
+            said, _ = process.communicate(timeout=120)
+            assert process.returncode == 1, said
+            assert re.search(r'error: .*Permission denied', said), said
+            assert 'Traceback' not in said
+    finally:
+        halfway.chmod(0o755)
+    assert contents(halfway) == before
+
+
+# numbers
+
+INJECT = textwrap.dedent(
+    """
+    import sys
+    import train
+    from simple_hierarchical_transformer import HierarchicalTransformer
+
+    what, broken = sys.argv[1], set(map(int, sys.argv[2].split(',')))
+    losses, calls = HierarchicalTransformer.losses, [0]
+
+    def spoilt(self, *args):
+        loss, parts = losses(self, *args)
+        step, calls[0] = calls[0], calls[0] + 1
+        if step in broken:
+            # a loss that is not finite, or a finite one whose gradient is not
+            loss = loss * float('nan') if what == 'loss' else loss + (0 * self.norms[0].weight.sum()).sqrt()
+        return loss, parts
+
+    HierarchicalTransformer.losses = spoilt
+    train.main(sys.argv[3:])
+    """
+)
+
+
+def inject(what: str, steps: str, *args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, '-c', INJECT, what, steps, *args]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, cwd=ROOT)
+
+
+PLAIN = ('--preset', 'cpu', '--steps', 12, '--every', 4, '--checkpoint-every', 4, '--valid-bytes', 1024)
+PLAIN += ('--seq-len', 32, '--batch-size', 1, '--model', 'dim=16', 'depth=1', 'heads=1')
+
+
+@pytest.mark.parametrize('what', ['loss', 'gradient'])
+def test_a_step_that_is_not_finite_is_left_out(corpus: Path, tmp_path: Path, what: str) -> None:
+    result = inject(what, '2,7,8', '--data', corpus, '--out', tmp_path / 'run', *PLAIN)
+    assert result.returncode == 0, result.stderr
+    rows = list(csv.DictReader((tmp_path / 'run' / 'metrics.csv').open()))
+    # the checkpoint of step 8, whose step was left out, has to wait for a good one
+    assert [(int(row['step']), int(row['skipped'])) for row in rows] == [(0, 0), (4, 1), (8, 2), (12, 3)]
+    assert sorted(path.name for path in (tmp_path / 'run').glob('checkpoint-*')) == ['checkpoint-12', 'checkpoint-4']
+    assert all(float(row['valid_bits_per_byte']) < 9 for row in rows)
+    model = HierarchicalTransformer.from_pretrained(tmp_path / 'run' / 'final')
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert '| steps skipped | 3 |' in (tmp_path / 'run' / 'report.md').read_text()
+
+
+def test_several_in_a_row_end_the_run(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / 'run'
+    result = inject('loss', '5,6,7,8,9,10,11', '--data', corpus, '--out', out, *PLAIN)
+    assert result.returncode == 1
+    assert 'not finite in 5 steps in a row, the last being step 10' in result.stderr
+    assert 'Traceback' not in result.stderr
+    record = checkpoints.read_record(out / 'checkpoint-4')
+    assert record['progress']['skipped'] == 0
+
+    # what was injected is gone, so it goes on
+    assert run('--resume', out).returncode == 0
+    assert checkpoints.read_record(out / 'checkpoint-12')['progress']['skipped'] == 0
