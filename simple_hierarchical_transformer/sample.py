@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from .batches import PAD
 from .model import HierarchicalTransformer
 from .pretrained import CONFIG_FILE
 
@@ -40,7 +41,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f'{args.checkpoint} is no saved model: there is no {CONFIG_FILE} in it')
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device('cpu')
         model = HierarchicalTransformer.from_pretrained(args.checkpoint, map_location=str(device))
-        if model.num_tokens > 256:
+        # one more where it learnt of texts that end
+        if model.num_tokens > PAD + 1:
             raise ValueError(f'{args.checkpoint} has {model.num_tokens} tokens: more than there are bytes')
 
         text = (
@@ -66,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         start, count, first = time.perf_counter(), 0, 0.0
         try:
             for new in stream:
-                sys.stdout.write(decoder.decode(bytes(new.tolist())))
+                sys.stdout.write(decoder.decode(bytes(i for i in new.tolist() if i < PAD)))
                 sys.stdout.flush()
                 count += 1
                 first = first or time.perf_counter() - start

@@ -6,53 +6,40 @@ import csv
 import dataclasses
 import importlib
 import json
-import os
-import random
 import re
 import shlex
 import shutil
 import signal
 import subprocess
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from conftest import ROOT, run, run_command
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from simple_hierarchical_transformer import HierarchicalTransformer
+from simple_hierarchical_transformer import HierarchicalTransformer, data
+from simple_hierarchical_transformer.batches import evaluation_batches, split_bytes
+from simple_hierarchical_transformer.training import sources
+from simple_hierarchical_transformer.training.scores import bits_per_byte
+from simple_hierarchical_transformer.training.settings import BYTES
 
-ROOT = Path(__file__).parent.parent
-
-
-def command(*args: object, module: str | None = None) -> list[str]:
-    return [sys.executable, *(('-m', module) if module else (str(ROOT / 'train.py'),)), *map(str, args)]
-
-
-def run(*args: object, module: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*args, module=module),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        cwd=ROOT,
-        env={**os.environ, **env},
-    )
-
-
-@pytest.fixture(scope='module')
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sentences of a small grammar: well below a bit per byte once learnt, four and more before."""
-    draw = random.Random(0)
-    words = [('the', 'a'), ('old', 'young', 'wise'), ('king', 'queen', 'fox'), ('sees', 'hears'), ('us', 'you')]
-    path = tmp_path_factory.mktemp('corpus') / 'text.txt'
-    path.write_text(' '.join(' '.join(map(draw.choice, words)) + '.' for _ in range(4000)))
-    return path
+TRACKED = 'simple-hierarchical-transformer'
+MODEL: dict[str, Any] = dict(dim=32, depth=1, heads=2, hierarchies=(1, 4), hierarchical_stride=(1, 4), window_sizes=8)
+TINY: tuple[object, ...] = (
+    '--preset', 'cpu', '--seq-len', 32, '--batch-size', 2, '--valid-bytes', 1024,
+    '--model', *(f'{name}={value}' for name, value in MODEL.items()),
+)  # fmt: skip
 
 
 @pytest.fixture(scope='module')
 def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp('runs') / 'run'
-    settings = ('--seq-len', 128, '--batch-size', 2, '--steps', 60, '--checkpoint-every', 25)
+    settings = ('--seq-len', 128, '--batch-size', 2, '--steps', 60, '--checkpoint-every', 25, '--every', 20)
+    settings += ('--log-with', 'tensorboard', '--log-every', 5, '--keep', 9)
     result = run('--preset', 'cpu', '--data', corpus, '--out', out, *settings)
     assert result.returncode == 0, result.stderr
     return out, result.stdout
@@ -67,8 +54,107 @@ def test_learns_and_leaves_a_record(trained: tuple[Path, str]) -> None:
     assert first > 6
     assert last < 0.5 * first
     assert (out / 'loss.png').read_bytes().startswith(b'\x89PNG')
-    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ['checkpoint-25', 'checkpoint-50', 'final']
+    assert sorted(path.name for path in out.glob('*-*/')) == [
+        'checkpoint-25',
+        'checkpoint-50',
+        'checkpoint-60',
+        TRACKED,
+    ]
     assert f'{last:.3f} bits per byte' in said
+
+
+def test_the_tracker_has_the_curves(trained: tuple[Path, str]) -> None:
+    out, _ = trained
+    events = EventAccumulator(str(out / TRACKED)).Reload()
+    assert 'train/next_latent/4x' in events.Tags()['scalars']
+    for name in ('ce', 'recon', 'bits_per_byte', 'gradient_norm', 'learning_rate', 'bytes_per_second', 'share_of_peak'):
+        values = events.Scalars(f'train/{name}')
+        assert [each.step for each in values] == list(range(5, 61, 5))
+    losses = [each.value for each in events.Scalars('train/bits_per_byte')]
+    assert losses[-1] < 0.5 * losses[0]
+
+    rows = list(csv.DictReader((out / 'metrics.csv').open()))
+    logged = {each.step: each.value for each in events.Scalars('valid_bits_per_byte')}
+    assert logged == {int(row['step']): pytest.approx(float(row['valid_bits_per_byte'])) for row in rows}
+
+
+def test_the_report_says_how_it_went(trained: tuple[Path, str]) -> None:
+    out, _ = trained
+    text = (out / 'report.md').read_text()
+    last = list(csv.DictReader((out / 'metrics.csv').open()))[-1]
+    assert text.startswith(f'# {float(last["valid_bits_per_byte"]):.3f} bits per byte')
+    assert '![training and validation score by step](loss.png)' in text
+    assert f'python train.py --resume {out}' in text
+    assert f'python -m simple_hierarchical_transformer.sample {out}/final --prompt "The "' in text
+    assert '>>>' in text
+    assert '| seq_len | `128` |' in text
+    card = (out / 'final' / 'README.md').read_text()
+    assert '60 steps of adamw, 15,360 bytes read in 0:00:' in card
+    assert '| 4x | 4 | 192 | 3 x 64 | full |' in card
+    assert f'| valid | {float(next(csv.DictReader((out / "metrics.csv").open()))["valid_bits_per_byte"]):.3f} |' in card
+
+
+def test_averaged_weights_are_what_is_scored_and_saved(corpus: Path, tmp_path: Path) -> None:
+    settings = ('--steps', 12, '--ema', 0.9, *TINY, '--schedule', 'wsd', '--gradient-checkpointing')
+    result = run('--data', corpus, '--out', tmp_path / 'run', *settings)
+    assert result.returncode == 0, result.stderr
+    final = HierarchicalTransformer.from_pretrained(tmp_path / 'run' / 'final')
+    raw = load_file(tmp_path / 'run' / 'checkpoint-12' / 'training.safetensors')
+    assert not torch.equal(final.token_emb.weight, raw['weights.token_emb.weight'])
+    corpus_ = data.load_corpus('corpus', [corpus], tmp_path)
+    windows = evaluation_batches(
+        corpus_, split_bytes(len(corpus_), seq_len=32)['valid'], seq_len=32, batch_size=8, max_bytes=1024
+    )
+    last = list(csv.DictReader((tmp_path / 'run' / 'metrics.csv').open()))[-1]
+    score = bits_per_byte(final, windows, torch.device('cpu'))
+    assert score == pytest.approx(float(last['valid_bits_per_byte']), abs=1e-6)
+
+
+def test_texts_stay_apart_and_sources_have_weights(corpus: Path, tmp_path: Path) -> None:
+    lines = corpus.read_text().split('.')[:2000]
+    (tmp_path / 'rows.jsonl').write_text('\n'.join(json.dumps(dict(body=line + '.')) for line in lines))
+    out = tmp_path / 'run'
+    sources_ = (f'{tmp_path / "rows.jsonl"}=3', f'{corpus}=1')
+    result = run('--data', *sources_, '--documents', '--text-key', 'body', '--steps', 40, '--out', out, *TINY)
+    assert result.returncode == 0, result.stderr
+    rows = list(csv.DictReader((out / 'metrics.csv').open()))
+    by_source = [float(rows[-1][f'valid_{name}_bits_per_byte']) for name in (tmp_path / 'rows.jsonl', corpus)]
+    assert float(rows[-1]['valid_bits_per_byte']) == pytest.approx(0.75 * by_source[0] + 0.25 * by_source[1])
+    assert float(rows[-1]['valid_bits_per_byte']) < 0.8 * float(rows[0]['valid_bits_per_byte'])
+    assert json.loads((out / 'final' / 'config.json').read_text())['num_tokens'] == 257
+
+    sampled = run(out / 'final', '--length', 20, '--seed', 1, module='simple_hierarchical_transformer.sample')
+    assert sampled.returncode == 0, sampled.stderr
+    scored = run('--eval', out / 'final', '--data', corpus)
+    assert scored.returncode == 0, scored.stderr
+
+
+@pytest.mark.parametrize('flags', [('--compile',), ('--mixed-precision', 'bf16', '--optimizer', 'muon')])
+def test_flags_that_change_how_a_step_runs_learn_the_same(corpus: Path, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    scores = []
+    for name, extra in (('plain', flags[2:]), ('other', flags)):
+        result = run('--data', corpus, '--out', tmp_path / name, '--steps', 20, *TINY, *extra)
+        assert result.returncode == 0, result.stderr
+        rows = list(csv.DictReader((tmp_path / name / 'metrics.csv').open()))
+        scores.append([float(row['valid_bits_per_byte']) for row in rows])
+    assert scores[0][-1] < 0.8 * scores[0][0]
+    assert scores[1] == pytest.approx(scores[0], abs=2e-2)
+
+
+def test_a_dry_run_tells_the_cost_and_leaves_no_trace(corpus: Path, tmp_path: Path) -> None:
+    result = run('--dry-run', '--data', corpus, '--out', tmp_path / 'run', *TINY, '--optimizer', 'muon', '--ema', 0.9)
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / 'run').exists()
+    said = result.stdout
+    counts = re.findall(r'(?:parameters:|level \dx|logits) +([\d,]+)', said)
+    total, *parts = (int(count.replace(',', '')) for count in counts)
+    model = HierarchicalTransformer(**BYTES, **MODEL, recon_loss_weight=0.0, next_latent_loss_weight=0.0, seq_len=32)
+    assert total == sum(parts) == sum(p.numel() for p in model.parameters())
+    whole, *sizes = (float(size) for size in re.findall(r'([\d.]+) GB', said))
+    assert whole == pytest.approx(sum(sizes), abs=0.003)
+    assert f'{corpus}: {corpus.stat().st_size:,} bytes in 1 texts' in said
+    assert re.search(r'a step: [\d.]+ s for 64 bytes', said)
+    assert re.search(r'the run: [\d,]+ steps', said)
 
 
 def test_the_commands_it_names_score_and_sample(trained: tuple[Path, str]) -> None:
@@ -98,7 +184,7 @@ def test_samples_from_a_file_and_shows_broken_bytes(trained: tuple[Path, str], t
 
 
 def test_ctrl_c_ends_sampling_cleanly(trained: tuple[Path, str]) -> None:
-    endless = command(trained[0] / 'final', '--length', 10**6, module='simple_hierarchical_transformer.sample')
+    endless = run_command(trained[0] / 'final', '--length', 10**6, module='simple_hierarchical_transformer.sample')
     with subprocess.Popen(endless, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert len(process.stdout.read(30)) == 30
         process.send_signal(signal.SIGINT)
@@ -114,32 +200,51 @@ def test_the_config_is_json_without_surprises(trained: tuple[Path, str]) -> None
     assert config['ignore_index'] == -1
 
 
-def test_refuses_before_work_is_lost(trained: tuple[Path, str], corpus: Path, tmp_path: Path) -> None:
+def test_refuses_before_work_is_lost(
+    trained: tuple[Path, str], corpus: Path, tmp_path: Path, refuse: Callable[..., str]
+) -> None:
     out, _ = trained
     before = (out / 'metrics.csv').read_bytes()
     short = tmp_path / 'short.txt'
     short.write_text('too short')
     new = tmp_path / 'new'
-    cases = [
+    cases: list[tuple[tuple[object, ...], str]] = [
         (('--data', corpus, '--out', out), f'--out: {out} is not empty'),
         (('--data', tmp_path / 'missing', '--out', new), 'is no file, no folder, and matches none as a glob'),
         (('--data', short, '--out', new), 'data has 9 bytes'),
+        (
+            ('--data', corpus, f'{corpus}=2', '--out', new),
+            '--data takes a weight above 0 for every source',
+        ),
+        (('--data', f'{corpus}=-1', '--out', new), '--data takes a weight above 0'),
+        (('--data', corpus, '--model', 'dim=7', 'width=3', '--out', new), '--model: '),
+        (('--data', corpus, '--model', 'dim=-7', '--out', new), 'dim must be'),
+        (('--data', corpus, '--model', 'dim', '--out', new), '--model takes NAME=VALUE, got dim'),
         (('--steps', 3, '--minutes', 1), '--steps and --minutes: give one of them'),
         (('--steps', 0), 'argument --steps: must be above 0, got 0'),
+        (('--ema', 1), 'argument --ema: must be at least 0 and below 1, got 1'),
         (('--split', 'test'), '--split is for --eval, which was not given'),
         (('--eval', out / 'final', '--lr', 1), '--lr is for training, --eval does none'),
+        (('--eval', out / 'final', '--resume', out), '--resume is for training, --eval does none'),
         (('--eval', out / 'final', '--seq-len', 256, '--data', corpus), '--seq-len must be at most the 128'),
         (('--data', corpus, '--segment-length', 10**6, '--out', new), 'too few'),
         (('--lr', 'fast'), "argument --lr: invalid float value: 'fast'"),
         (('--eval', tmp_path, '--data', corpus), f'--eval: {tmp_path} is no saved model'),
+        (('--resume', '--out', new, '--data', tmp_path / 'missing'), 'is no file'),
     ]
     for args, message in cases:
-        result = run(*args)
-        assert result.returncode != 0
-        assert message in result.stderr
-        assert 'Traceback' not in result.stderr
+        assert message in refuse(*args)
     assert (out / 'metrics.csv').read_bytes() == before
     assert not new.exists()
+
+
+def test_a_tracker_that_is_not_there_is_named(
+    corpus: Path, refuse: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    assert '--log-with wandb: it is not installed (pip install wandb)' in refuse(
+        '--data', corpus, '--log-with', 'wandb'
+    )
 
 
 def test_the_sampling_command_refuses_too(tmp_path: Path, trained: tuple[Path, str]) -> None:
@@ -181,55 +286,24 @@ def test_a_run_counted_in_minutes_ends_by_itself(corpus: Path, tmp_path: Path) -
     assert (tmp_path / 'run' / 'final' / 'model.safetensors').exists()
 
 
-def test_an_interrupted_run_keeps_what_it_has(corpus: Path, tmp_path: Path) -> None:
-    out = tmp_path / 'run'
-    args = command('--preset', 'cpu', '--data', corpus, '--out', out, '--steps', 10**5, '--seq-len', 64)
-    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT) as process:
-        while not (out / 'metrics.csv').exists() and process.poll() is None:
-            time.sleep(0.1)
-        time.sleep(5)
-        process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, said
-    (saved,) = out.glob('interrupted-*')
-    assert HierarchicalTransformer.from_pretrained(saved).seq_len == 64
-    assert 'Traceback' not in said
-
-
-def test_two_processes_train_one_model(corpus: Path, tmp_path: Path) -> None:
-    settings = ('--seq-len', 64, '--batch-size', 1, '--steps', 5)
-    launch = ('--nproc_per_node', 2, ROOT / 'train.py', '--preset', 'cpu', '--data', corpus, *settings)
-    threads = dict(OMP_NUM_THREADS='1')
-
-    result = run(*launch, '--out', tmp_path / 'a', module='torch.distributed.run', ACCELERATE_USE_CPU='true', **threads)
-    assert result.returncode == 0, result.stderr
-    rows = list(csv.DictReader((tmp_path / 'a' / 'metrics.csv').open()))
-    assert [int(row['step']) for row in rows] == [0, 5]
-    assert int(rows[-1]['bytes']) == 5 * 2 * 64
-
-    result = run(*launch, '--out', tmp_path / 'b', module='torch.distributed.run', **threads)
-    assert result.returncode != 0
-    assert '2 processes were launched and 1 found each other' in result.stderr
-    assert not (tmp_path / 'b').exists()
-
-
 def test_without_a_network_the_standard_library_takes_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(ROOT)
-    train = importlib.import_module('train')
-    monkeypatch.setattr(train, 'DATA_DIR', tmp_path)
-    monkeypatch.setattr(train.corpora, 'ENWIK8', dataclasses.replace(train.corpora.ENWIK8, url='http://127.0.0.1:9/'))
+    nowhere = dataclasses.replace(data.DOWNLOADS['enwik8'], url='http://127.0.0.1:9/')
+    monkeypatch.setitem(data.DOWNLOADS, 'enwik8', nowhere)
 
-    name, data = train.load_corpus(None)
-    assert name == 'stdlib'
-    assert len(data) > 5_000_000
+    def load(source: str | None) -> Any:
+        return sources.load_sources(source and [source], tmp_path, text_key='text', say=print)[0][0]
+
+    corpus = load(None)
+    assert corpus.name == 'stdlib'
+    assert len(corpus) > 5_000_000
     said = capsys.readouterr().out
     assert f'enwik8 is not in {tmp_path} and cannot be had' in said
     assert "using the source text of Python's standard library instead" in said
 
     with pytest.raises(OSError, match='could not be fetched'):
-        train.load_corpus('enwik8')
+        load('enwik8')
     (tmp_path / 'enwik8').write_bytes(b'half of it')
     with pytest.raises(ValueError, match='enwik8 has 100,000,000, so it is torn'):
-        train.load_corpus(None)
+        load(None)
