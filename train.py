@@ -375,16 +375,16 @@ class Run:
             bar_format='{percentage:3.0f}%|{bar:16}| {desc}',
         )  # fmt: skip
 
-        while self.done() < 1 and not stop.number:
+        told_to_stop = False
+        while self.done() < 1 and not told_to_stop:
             began = time.monotonic()
             finite, logged = self.step(next(steps))
             busy += time.monotonic() - began
 
             # one clock and one end for all: processes that disagree would wait for each other forever
             clock = at_first + time.monotonic() - started if self.main else 0.0
-            progress.elapsed, stopped = self.add_up(torch.tensor([clock, stop.number], device=self.device)).tolist()
-            if stopped and not stop.number:
-                stop.number = signal.SIGTERM
+            progress.elapsed, stops = self.add_up(torch.tensor([clock, stop.number], device=self.device)).tolist()
+            told_to_stop = stops > 0
 
             bytes_since += self.rows * self.length
             if progress.step % s.log_every == 0:
@@ -394,9 +394,7 @@ class Run:
                 bar.n = min(self.done(), 1.0)
                 bar.set_description_str(
                     f'step {progress.step:,}, {logged["bits_per_byte"]:.3f} bits per byte, {speed:,.0f} bytes/s, '
-                    f'{speed * self.flops / peak:.0%} of peak, {left} left'
-                    + f', {progress.skipped} skipped'
-                    * bool(progress.skipped)
+                    f'{speed * self.flops / peak:.0%} of peak, {left} left, {progress.skipped} skipped'
                 )
                 logged |= dict(bytes_per_second=speed, share_of_peak=speed * self.flops / peak)
                 self.accelerator.log({f'train/{name}': value for name, value in logged.items()}, step=progress.step)
@@ -407,7 +405,7 @@ class Run:
                     f'loss or gradient was not finite in {limit} steps in a row, the last being step {progress.step}: '
                     f'stopped, with the checkpoints in {self.out} as they were (try a lower --lr or --clip)'
                 )
-            # never what a step may have spoilt
+            # on the way, never what a step may have spoilt
             saves = self.done() >= 1 or (finite and progress.step % s.checkpoint_every == 0)
             if saves or progress.step % s.every == 0:
                 self.validate()
@@ -419,7 +417,8 @@ class Run:
             self.save()
             say(f'stopped at step {progress.step:,} and saved; go on with:')
             say(f'  python train.py --resume {shlex.quote(str(self.out))}')
-            sys.exit(128 + stop.number)
+            # where another process was told, this one ends as it does
+            sys.exit(128 + (stop.number or signal.SIGTERM))
         self.finish()
 
     def make_folder(self) -> None:
@@ -561,6 +560,8 @@ def main(argv: list[str] | None = None) -> None:
                 run.accelerator.end_training()
     except (ValueError, OSError) as error:
         sys.exit(f'error: {error}')
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == '__main__':

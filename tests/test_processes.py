@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 import subprocess
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from accelerate.utils.launch import prepare_multi_gpu_env
-from conftest import ROOT, run
+from conftest import ROOT, run, run_command
 from safetensors.torch import load_file
 
 from simple_hierarchical_transformer import HierarchicalTransformer
@@ -95,6 +98,23 @@ def test_segments_are_handed_from_one_process_to_two(texts: Path, tmp_path: Path
     result = run_two('--resume', tmp_path / 'one' / 'checkpoint-10', '--out', tmp_path / 'two', '--grad-accum', 1)
     assert result.returncode == 0, result.stderr
     assert_close(tmp_path / 'two', tmp_path / 'one')
+
+
+def test_told_to_stop_all_processes_save_one_checkpoint(one: Path, texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / 'run'
+    command = run_command(*TWO, '--data', texts, '--out', out, *SETTINGS, module='torch.distributed.run')
+    env = {**os.environ, 'ACCELERATE_USE_CPU': 'true', **THREADS}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=env)
+    while not (out / 'metrics.csv').exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert 'and saved; go on with:' in said
+    assert len(list(out.glob('checkpoint-*'))) == 1
+    result = run_two('--resume', out)
+    assert result.returncode == 0, result.stderr
+    assert_close(out, one)
 
 
 def test_processes_that_do_not_find_each_other_are_told(texts: Path, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype = torch.float32) -> flo
     size = (8192 if device.type != 'cpu' else 2048) if native else 512
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     best = 0.0
-    for _ in range(5):
+    for _ in range(4):
         wait(device)
         start = time.perf_counter()
         a @ b

@@ -196,7 +196,9 @@ def new_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def old_settings(args: argparse.Namespace, record: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Those of the run that goes on. Raises ValueError where something else was asked for."""
-    settings, changed = dict(record['settings']), []
+    if missing := {'settings', 'rows', 'data', 'progress'} - set(record):
+        raise ValueError(f'{folder} is no checkpoint of train.py: its record lacks {", ".join(sorted(missing))}')
+    settings, changed = {**DEFAULTS, **record['settings']}, []
     for name, value in as_json({k: v for k, v in vars(args).items() if v is not None and k in settings}).items():
         if name in FREE:
             settings[name] = value

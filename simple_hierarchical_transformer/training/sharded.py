@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+
+# torch.distributed.tensor takes half a second to import: only where there is such a tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor with all its parts."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    spread: Any = tensor
+    return spread.full_tensor() if is_spread(tensor) else tensor
 
 
 def spread_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A tensor that every process has whole, spread as `like` is: each keeps its part, nothing is sent."""
     tensor = tensor.to(like.device, like.dtype)
-    if not isinstance(like, DTensor):
+    if not is_spread(like):
         return tensor
-    mesh = like.device_mesh
-    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False).redistribute(
-        mesh, like.placements
-    )
+    from torch.distributed.tensor import DTensor, Replicate
+
+    spread: Any = like
+    mesh = spread.device_mesh
+    copies = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return copies.redistribute(mesh, spread.placements)
+
+
+def is_spread(tensor: Tensor) -> bool:
+    return hasattr(tensor, 'full_tensor')
 
 
 @torch.no_grad()

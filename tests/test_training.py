@@ -1,0 +1,266 @@
+"""Optimizers, schedules, averages, costs and the housekeeping of checkpoints, each against a plain form."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build, configs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from simple_hierarchical_transformer import HierarchicalTransformer
+from simple_hierarchical_transformer.training import checkpoints, cost, optim, report
+from simple_hierarchical_transformer.training.settings import PRESETS, new_settings, parse_args
+
+SMALL: dict[str, Any] = dict(num_tokens=11, dim=(8, 12), depth=2, seq_len=32, dim_head=4, heads=2, hierarchies=(1, 4))
+
+
+# optimizers
+
+
+@given(rows=st.integers(1, 40), columns=st.integers(1, 40), scale=st.sampled_from([1e-4, 1.0, 1e4]))
+def test_orthogonalised_matrices_turn_and_do_not_stretch(rows: int, columns: int, scale: float) -> None:
+    matrix = scale * torch.randn(2, rows, columns)
+    result = optim.orthogonalise(matrix, 5)
+    # the iteration leaves directions that were next to nothing below 1
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    strong = s > 0.05 * s.amax(dim=-1, keepdim=True)
+    stretched = torch.einsum('bri,brc,bic->bi', u, result, v)
+    assert (stretched[strong] > 0.5).all()
+    assert (torch.linalg.matrix_norm(result, 2) < 1.3).all()
+    assert torch.allclose(u @ (u.mT @ result @ v.mT) @ v, result, atol=1e-4)
+
+
+def test_muon_moves_matrices_by_orthogonal_momentum() -> None:
+    """Against the same written out for one matrix, two steps, with Nesterov's momentum and decay."""
+    p = nn.Parameter(torch.randn(6, 4, 2))
+    start, gradients = p.detach().clone(), torch.randn(2, 6, 4, 2)
+    optimizer = optim.Muon([dict(params=[p], weight_decay=0.1, muon=True)], lr=0.01)
+    momentum, expected = torch.zeros(6, 8), start.flatten(1)
+    for gradient in gradients:
+        p.grad = gradient.clone()
+        optimizer.step()
+        flat = gradient.flatten(1)
+        momentum = 0.95 * momentum + 0.05 * flat
+        move = optim.orthogonalise((0.05 * flat + 0.95 * momentum)[None])[0]
+        expected = expected * (1 - 0.01 * 0.1) - 0.01 * 0.2 * math.sqrt(8) * move
+    torch.testing.assert_close(p.detach().flatten(1), expected)
+
+
+def test_matrices_of_one_shape_do_not_mix() -> None:
+    def moved(count: int) -> torch.Tensor:
+        ps = [nn.Parameter(torch.zeros(4, 3)) for _ in range(count)]
+        for i, p in enumerate(ps):
+            p.grad = torch.randn(4, 3, generator=torch.Generator().manual_seed(i))
+        optim.Muon([dict(params=ps, muon=True)], lr=1.0).step()
+        return ps[0].detach()
+
+    torch.testing.assert_close(moved(1), moved(5))
+
+
+@pytest.mark.parametrize('name', optim.OPTIMIZERS)
+def test_every_parameter_learns_in_one_group_and_vectors_do_not_decay(name: str) -> None:
+    model = HierarchicalTransformer(**SMALL)
+    optimizer = optim.build_optimizer(model, name, lr=1e-3, weight_decay=0.1)
+    held = [p for group in optimizer.param_groups for p in group['params']]
+    assert len(held) == len(set(held))
+    assert set(held) == set(model.parameters())
+    for group in optimizer.param_groups:
+        assert all((p.ndim >= 2) == (group['weight_decay'] > 0) for p in group['params'])
+    if name == 'muon':
+        by = {p for group in optimizer.param_groups if group['muon'] for p in group['params']}
+        assert model.layers[0][0].ff.net[1].weight in by
+        assert not by & {model.token_emb.weight, model.to_logits.weight, model.compressors[1].to_recon.weight}
+    else:
+        assert optimizer.defaults['fused']
+
+
+def test_what_muon_does_not_take_is_as_adamw_has_it() -> None:
+    torch.manual_seed(0)
+    a, b = (nn.Linear(5, 3) for _ in range(2))
+    b.load_state_dict(a.state_dict())
+    ours = optim.Muon([dict(params=list(a.parameters()), weight_decay=0.1)], lr=1e-2, betas=(0.9, 0.95))
+    theirs = torch.optim.AdamW(b.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    for step in range(3):
+        x = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
+        for model, optimizer in ((a, ours), (b, theirs)):
+            model(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for mine, its in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(mine, its)
+    with pytest.raises(ValueError, match=r'muon is for matrices, got parameters of shape \(3,\)'):
+        optim.Muon([dict(params=list(a.parameters()), muon=True)], lr=1e-2)
+
+
+@pytest.mark.parametrize('name', optim.OPTIMIZERS)
+def test_each_optimizer_learns(name: str) -> None:
+    model = HierarchicalTransformer(**SMALL)
+    optimizer = optim.build_optimizer(model, name, lr=2e-2, weight_decay=0.1)
+    ids = torch.randint(1, 11, (4, 33))
+    losses = []
+    for _ in range(30):
+        loss, parts = model(ids, return_loss=True)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(parts.ce.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize('schedule', optim.SCHEDULES)
+@pytest.mark.parametrize('warmup', [0.0, 0.1])
+def test_learning_rates_rise_then_never_rise_again(schedule: str, warmup: float) -> None:
+    rates = [optim.learning_rate(i / 1000, highest=2.0, schedule=schedule, warmup=warmup) for i in range(1001)]
+    top = int(1000 * warmup)
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert rates[top] == pytest.approx(2.0)
+    assert rates[-1] == pytest.approx({'cosine': 0.2, 'linear': 0.0, 'constant': 2.0, 'wsd': 0.0}[schedule], abs=1e-9)
+    assert all(rate > 0 for rate in rates[:-1])
+    if schedule == 'wsd':
+        assert rates[800] == pytest.approx(2.0)
+        assert rates[900] == pytest.approx(1.0)
+
+
+def test_averages_follow_the_weights_and_stand_in_for_them() -> None:
+    p = nn.Parameter(torch.zeros(3))
+    average = optim.WeightAverage([p], decay=0.5)
+    expected = torch.zeros(3)
+    for step in range(20):
+        with torch.no_grad():
+            p.add_(torch.randn(3))
+        average.update()
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * p.detach()
+    weight = p.detach().clone()
+    with average.applied():
+        torch.testing.assert_close(p.detach(), expected)
+    assert torch.equal(p.detach(), weight)
+    torch.testing.assert_close(average.averages[0], expected)
+
+
+# costs
+
+
+@given(config=configs())
+@settings(max_examples=20)
+def test_levels_share_out_the_parameters(config: dict[str, Any]) -> None:
+    model = build(config)
+    counts = cost.parameters_by_level(model)
+    assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
+    assert set(counts) == {*range(len(model.levels)), None}
+    blocks = [sum(p.numel() for layer in model.layers for p in layer[i].parameters()) for i in range(len(model.levels))]
+    assert all(counts[i] >= block for i, block in enumerate(blocks))
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        dict(hierarchies=1, dim=32),
+        dict(hierarchies=1, dim=32, window_sizes=7),
+        dict(hierarchies=(1, 4), hierarchical_stride=(1, 4), dim=(16, 32)),
+    ],
+)
+def test_operations_are_those_that_torch_counts(changes: dict[str, Any]) -> None:
+    """Products with weights, those of attention left out: it runs in kernels that torch counts otherwise."""
+    n = 64
+    model = HierarchicalTransformer(
+        num_tokens=50, depth=2, seq_len=n, dim_head=8, heads=2, **changes, next_latent_loss_weight=0.0
+    )
+    weights = forms_at_once = 0.0
+    for name, p in model.named_parameters():
+        if p.ndim >= 2 and 'token_emb' not in name:
+            level = cost.level_of(name)
+            each = 2 * p.numel() * n / (1 if level is None else model.levels[level].stride)
+            weights += each
+            # with logits, the two products of their gradient
+            forms_at_once += 2 * each * ('to_logits' in name or 'to_recon' in name)
+
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randint(1, 50, (1, n + 1)), return_loss=True)
+    counted = counter.get_flop_counts()['Global']
+    products = sum(flops for op, flops in counted.items() if 'attention' not in str(op) and 'bmm' not in str(op))
+    assert products == weights + forms_at_once
+    assert weights < cost.step_flops(model, n) / 3 < 2 * weights
+
+
+def test_what_is_kept_for_the_backward_pass_is_counted() -> None:
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Tanh(), nn.Linear(16, 4, bias=False))
+    x = torch.randn(32, 8, requires_grad=True)
+    # the input, and what tanh returns, once for its own gradient and the next product's
+    assert cost.bytes_kept(model, x) == 4 * (32 * 8 + 32 * 16)
+
+
+def test_the_peak_is_one_that_products_reach() -> None:
+    peak = cost.matmul_peak(torch.device('cpu'))
+    assert 1e8 < peak < 1e14
+
+
+# checkpoints
+
+
+def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        (folder / 'config.json').write_text('{}')
+
+    for step in (5, 10, 15, 100):
+        checkpoints.save(tmp_path, step, write, {}, {})
+    (tmp_path / 'checkpoint-x').mkdir()
+    checkpoints.prune(tmp_path, 2, best=5)
+    assert list(checkpoints.steps_of(tmp_path)) == [5, 15, 100]
+    checkpoints.prune(tmp_path, 1, best=None)
+    assert list(checkpoints.steps_of(tmp_path)) == [100]
+    found = checkpoints.newest(tmp_path, print)
+    assert found
+    assert found[1]['step'] == 100
+
+
+def test_a_whole_checkpoint_stays_and_a_torn_one_is_written_again(tmp_path: Path) -> None:
+    def write(text: str) -> Any:
+        return lambda folder: (folder / 'config.json').write_text(text)
+
+    folder = checkpoints.save(tmp_path, 5, write('first'), {}, {})
+    checkpoints.save(tmp_path, 5, write('second'), {}, {})
+    assert (folder / 'config.json').read_text() == 'first'
+    (folder / 'config.json').write_text('torn')
+    checkpoints.save(tmp_path, 5, write('third'), {}, {})
+    assert (folder / 'config.json').read_text() == 'third'
+    assert [path.name for path in tmp_path.iterdir()] == ['checkpoint-5']
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        (folder / 'config.json').write_text('{}')
+        raise OSError(28, 'No space left on device')
+
+    with pytest.raises(OSError, match=r'checkpoint-5 could not be written: .*No space left on device'):
+        checkpoints.save(tmp_path, 5, write, {}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+# settings and reports
+
+
+def test_every_preset_builds_its_model() -> None:
+    for name, preset in PRESETS.items():
+        chosen = new_settings(parse_args(['--preset', name, '--model', 'depth=1', 'dim=64'], None))
+        assert chosen['model'] == {**new_settings(parse_args(['--preset', name], None))['model'], 'depth': 1, 'dim': 64}
+        with torch.device('meta'):
+            HierarchicalTransformer(num_tokens=256, seq_len=preset['seq_len'], **preset['model'])
+
+
+def test_time_can_be_asked_for_either_way() -> None:
+    assert new_settings(parse_args(['--preset', 'cpu', '--steps', '5'], None))['minutes'] is None
+    assert new_settings(parse_args(['--preset', 'gpu', '--minutes', '5'], None))['steps'] is None
+
+
+def test_a_sample_cannot_break_out_of_its_report() -> None:
+    assert report.fenced('a\n```\nb').startswith('````text\n')
+    assert report.duration(3725.4) == '1:02:05'
