@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import math
 import os
 import shlex
@@ -58,6 +57,7 @@ from simple_hierarchical_transformer.training.settings import (
 )
 from simple_hierarchical_transformer.training.sharded import whole
 from simple_hierarchical_transformer.training.sources import load_sources
+from simple_hierarchical_transformer.training.trackers import check_trackers, start_trackers
 
 ROOT = Path(__file__).resolve().parent
 DATA_DIR, RUNS = ROOT / 'data', ROOT / 'runs'
@@ -121,9 +121,7 @@ class Run:
     def __init__(self, args: argparse.Namespace) -> None:
         found = checkpoints.find(args.resume, args.out, RUNS, say) if args.resume else None
         settings = old_settings(args, found[1], found[0]) if found else new_settings(args)
-        for tracker in settings['log_with'] or ():
-            if importlib.util.find_spec(tracker) is None:
-                raise ValueError(f'--log-with {tracker}: it is not installed (pip install {tracker})')
+        check_trackers(settings['log_with'])
         self.out = args.out or (found[0].parent if found else RUNS / time.strftime('%Y%m%d-%H%M%S'))
         # beginning anew where a run was ended before its first checkpoint, and going on, need no empty folder
         self.joins = args.resume == 'latest' or (found is not None and self.out.resolve() == found[0].parent.resolve())
@@ -283,9 +281,8 @@ class Run:
                 scores.append(bits_per_byte(self.model, windows, self.device, self.add_up))
                 texts = streaming_rows(corpus, span['valid'], rows=STREAMS, size=size)
                 streaming.append(streaming_bits(self.model, texts, self.part, self.add_up))
-            # where weights are spread over processes, all have to take part
-            if progress.step and (self.main or self.accelerator.is_fsdp2):
-                self.sample = sample_text(self.model, self.sources[0], self.spans[0]['valid'], s.seed)
+        if progress.step:
+            self.write_sample()
 
         shares = self.batches.weights / self.batches.weights.sum()
         row: dict[str, Any] = dict(
@@ -302,14 +299,22 @@ class Run:
         progress.nats, progress.scored = 0.0, 0
         progress.rows.append(row)
         self.accelerator.log({k: v for k, v in row.items() if v is not None}, step=progress.step)
-        if self.main:
-            report.write_metrics(progress.rows, self.out / 'metrics.csv')
-            windowed, streamed = row['valid_bits_per_byte'], row['valid_streaming_bits_per_byte']
-            say(f'step {progress.step}: validation {windowed:.3f} bits per byte, {streamed:.3f} streaming')
-            if progress.step:
-                say('\n'.join(f'    {line}' for line in self.sample.splitlines()))
-                if self.draws:
-                    report.draw_curve(progress.rows, self.out / 'loss.png')
+        windowed, streamed = row['valid_bits_per_byte'], row['valid_streaming_bits_per_byte']
+        say(f'step {progress.step}: validation {windowed:.3f} bits per byte, {streamed:.3f} streaming')
+        if self.sample:
+            say('\n'.join(f'    {line}' for line in self.sample.splitlines()))
+        self.on_main(self.write_scores)
+
+    def write_sample(self) -> None:
+        # where weights are spread over processes, all have to take part
+        if self.main or self.accelerator.is_fsdp2:
+            with self.shown():
+                self.sample = sample_text(self.model, self.sources[0], self.spans[0]['valid'], self.s.seed)
+
+    def write_scores(self) -> None:
+        report.write_metrics(self.progress.rows, self.out / 'metrics.csv')
+        if self.draws and self.progress.step:
+            report.draw_curve(self.progress.rows, self.out / 'loss.png')
 
     def on_main(self, write: Callable[[], object]) -> None:
         """Writes on the main process. Where that fails, all processes end."""
@@ -361,7 +366,7 @@ class Run:
             f'{size:,} bytes of {", ".join(self.names_of_data)} to train on, run in {self.out}'
         )
         self.where = report.machine(self.device, self.world)
-        self.start_trackers()
+        start_trackers(self.accelerator, self.settings, self.out, progress.step)
         peak = self.measure_peak()
 
         if not progress.rows:
@@ -434,28 +439,11 @@ class Run:
         peak = cost.matmul_peak(self.device, dtype) if self.main else 0.0
         return self.add_up(torch.tensor(peak, device=self.device)).item() * self.world
 
-    def start_trackers(self) -> None:
-        if not self.s.log_with:
-            return
-        flat = {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in self.settings.items()}
-        again = dict(name=self.out.name, resume='allow')
-        self.accelerator.init_trackers(
-            'simple-hierarchical-transformer',
-            config=flat,
-            init_kwargs=dict(
-                # what was logged after the checkpoint is logged again
-                tensorboard=dict(purge_step=self.progress.step + 1 if self.progress.step else None, flush_secs=10),
-                wandb=dict(dir=str(self.out), id=self.out.name, **again),
-                trackio=again,
-            ),
-        )
-
     def finish(self) -> None:
         """The model by itself, and the run's report."""
         if not self.sample:
             # all was done before it was stopped
-            with self.shown():
-                self.sample = sample_text(self.model, self.sources[0], self.spans[0]['valid'], self.s.seed)
+            self.write_sample()
         weights = checkpoints.gather_weights(self.model, self.average)
         final, out = self.out / 'final', shlex.quote(str(self.out))
         scoring = f'python train.py --eval {out}/final --data {shlex.join(self.names_of_data)}'
@@ -485,6 +473,13 @@ class Run:
         say(f'score all of it:  {scoring}')
         say(f'sample from it:   {sampling}')
 
+    def close(self) -> None:
+        """Lets go of what holds the processes together, whose threads must not outlive the interpreter."""
+        accelerator = self.accelerator
+        self.__dict__.clear()
+        accelerator.free_memory()
+        accelerator.end_training()
+
     def dry_run(self) -> None:
         """What the run would cost, from a few steps of it that leave no trace."""
         ids = self.batches[0].chunk(self.s.grad_accum)[0]
@@ -496,15 +491,8 @@ class Run:
             self.step(self.batches[number])
             cost.wait(self.device)
             seconds.append(time.monotonic() - start)
-
-        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        memory = {
-            'weights': weights,
-            'gradients': weights,
-            'optimizer': sum(t.nbytes for state in self.optimizer.state.values() for t in state.values()),
-            'averaged weights': weights if self.average else 0,
-            f'activations of {len(ids)} x {self.length}': kept,
-        }
+        memory = cost.memory(self.model, self.optimizer, averaged=self.average is not None)
+        memory[f'activations of {len(ids)} x {self.length}'] = kept
         for line in report.estimate(
             parameters=self.parameters,
             compressions=[level.compression for level in self.model.levels],
@@ -557,7 +545,7 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 run.dry_run() if args.dry_run else run.train()
             finally:
-                run.accelerator.end_training()
+                run.close()
     except (ValueError, OSError) as error:
         sys.exit(f'error: {error}')
     except KeyboardInterrupt:

@@ -94,3 +94,10 @@ def bytes_kept(model: nn.Module, *args: Any, **kwargs: Any) -> int:
     total = sum(kept.values())
     del output
     return total
+
+
+def memory(model: nn.Module, optimizer: torch.optim.Optimizer, *, averaged: bool) -> dict[str, int]:
+    """Bytes that a run holds on each device from its first step on, activations aside."""
+    weights = sum(p.nbytes for p in model.parameters())
+    moments = sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values())
+    return {'weights': weights, 'gradients': weights, 'optimizer': moments, 'averaged weights': weights * averaged}

@@ -15,8 +15,7 @@ import torch
 from ..batches import IGNORED, PAD
 from .optim import OPTIMIZERS, SCHEDULES
 from .sources import NAMED
-
-TRACKERS = ('tensorboard', 'wandb', 'trackio')
+from .trackers import TRACKERS
 
 # every byte counts, so the ignored id is none; where texts end, one beyond the bytes fills up
 BYTES: dict[str, Any] = dict(num_tokens=256, ignore_index=IGNORED, recon_ignore_index=IGNORED)
