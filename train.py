@@ -14,12 +14,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
-import os
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
+import uuid
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,25 +27,19 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.batches import (
-    PAD,
-    Batches,
-    evaluation_batches,
-    seed_of,
-    split_bytes,
-    streaming_rows,
-)
+from simple_hierarchical_transformer.batches import PAD, Batches, evaluation_batches, seed_of, split_bytes
 from simple_hierarchical_transformer.pretrained import CONFIG_FILE
 from simple_hierarchical_transformer.state import State
 from simple_hierarchical_transformer.training import checkpoints, cost, report
 from simple_hierarchical_transformer.training.optim import WeightAverage, build_optimizer, learning_rate
-from simple_hierarchical_transformer.training.scores import bits_per_byte, sample_text, streaming_bits
+from simple_hierarchical_transformer.training.processes import Stop, check_processes, from_main, meet, say
+from simple_hierarchical_transformer.training.scores import STREAMS, bits_per_byte, sample_text, validation_scores
 from simple_hierarchical_transformer.training.settings import (
     BYTES,
     TEXTS,
@@ -55,36 +48,23 @@ from simple_hierarchical_transformer.training.settings import (
     parse_args,
     share_rows,
 )
-from simple_hierarchical_transformer.training.sharded import whole
+from simple_hierarchical_transformer.training.sharded import full
 from simple_hierarchical_transformer.training.sources import load_sources
 from simple_hierarchical_transformer.training.trackers import check_trackers, start_trackers
+from simple_hierarchical_transformer.training.watch import Bar
 
 ROOT = Path(__file__).resolve().parent
 DATA_DIR, RUNS = ROOT / 'data', ROOT / 'runs'
-STREAMS = 8  # texts that a streaming score on the way reads side by side
 MAX_SKIPPED = 5  # steps in a row without a finite loss and gradient
 MAX_SKIPPED_SCALED = 30  # likewise in float16, whose scale is found by trying
-
-
-def say(text: str) -> None:
-    if os.environ.get('RANK', '0') == '0':
-        tqdm.write(text)
-
-
-def check_processes(accelerator: Accelerator) -> None:
-    """Refuses a launch in which each process would take itself for the only one."""
-    launched = int(os.environ.get('WORLD_SIZE', '1'))
-    if launched != accelerator.num_processes:
-        raise ValueError(
-            f'{launched} processes were launched and {accelerator.num_processes} found each other: '
-            'on CPUs, set ACCELERATE_USE_CPU=true'
-        )
 
 
 @dataclass
 class Progress:
     """How far a run has come, as its checkpoints keep it."""
 
+    identity: str = ''
+    """What trackers know the run by."""
     step: int = 0
     elapsed: float = 0.0
     """Seconds of training and scoring, over all parts of the run."""
@@ -103,23 +83,12 @@ class Progress:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
-class Stop:
-    """Notes SIGTERM and Ctrl-C for the end of the step; a second one acts at once."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        self.before = {number: signal.signal(number, self.take) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def take(self, number: int, _: Any) -> None:
-        self.number = number
-        signal.signal(number, self.before[signal.Signals(number)])
-
-
 class Run:
     """A run from its settings, or from where it stopped. Nothing is written before it trains."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        found = checkpoints.find(args.resume, args.out, RUNS, say) if args.resume else None
+        meet()
+        found = from_main(lambda: checkpoints.find(args.resume, args.out, RUNS, say)) if args.resume else None
         settings = old_settings(args, found[1], found[0]) if found else new_settings(args)
         check_trackers(settings['log_with'])
         self.out = args.out or (found[0].parent if found else RUNS / time.strftime('%Y%m%d-%H%M%S'))
@@ -134,28 +103,37 @@ class Run:
         self.part = (accelerator.process_index, self.world)
         if found:
             share_rows(settings, found[1]['rows'], args, self.world)
-        self.settings, self.s = settings, SimpleNamespace(**settings)
-        self.rows = self.s.batch_size * self.s.grad_accum * self.world
-        self.length = self.s.segment_length or self.s.seq_len
+        self.settings = settings
+        self.s = s = SimpleNamespace(**settings)
+        self.rows, self.length = s.batch_size * s.grad_accum * self.world, s.segment_length or s.seq_len
 
         self.load_data()
         if found and found[1]['data'] != self.fingerprints:
-            raise ValueError(f'{found[0]} was made with other data than {", ".join(self.names_of_data)} now holds')
+            raise ValueError(f'{found[0]} was made with other data than {", ".join(self.names)} now holds')
         self.build()
-        self.progress = Progress()
+        self.progress = Progress(identity=uuid.uuid4().hex[:8])
         self.states: list[State] = []
         self.sample = ''
         if found:
             self.restore(*found)
 
     def load_data(self) -> None:
+        s = self.s
         # the first process of each node unpacks what the others read, on the first node before the others
         for turn in range(3):
             if turn == (0 if self.main else 1 if self.accelerator.is_local_main_process else 2):
-                self.sources, self.weights = load_sources(self.s.data, DATA_DIR, text_key=self.s.text_key, say=say)
+                self.sources, self.weights = load_sources(s.data, DATA_DIR, text_key=s.text_key, say=say)
             self.accelerator.wait_for_everyone()
-        self.names_of_data = [corpus.name for corpus in self.sources]
-        self.spans = [split_bytes(len(corpus), seq_len=max(self.s.seq_len, self.length)) for corpus in self.sources]
+        self.names = [corpus.name for corpus in self.sources]
+        self.spans = []
+        for corpus in self.sources:
+            try:
+                self.spans.append(split_bytes(len(corpus), seq_len=max(s.seq_len, self.length)))
+            except ValueError as error:
+                raise ValueError(f'{corpus.name}: {error}') from error
+        self.valid_bytes = s.valid_bytes // len(self.sources)
+        if self.valid_bytes < 2 * STREAMS:
+            raise ValueError(f'--valid-bytes must be at least {2 * STREAMS * len(self.sources)}, got {s.valid_bytes}')
         self.fingerprints = [corpus.fingerprint() for corpus in self.sources]
         self.batches = Batches(
             self.sources,
@@ -164,49 +142,55 @@ class Run:
             rows=self.rows,
             seq_len=self.length,
             # a stretch fills the context; the longer it is, the more alike are the batches one after the other
-            segments=max(4, -(-self.s.seq_len // self.length)) if self.s.segment_length else 1,
-            documents=self.s.documents,
-            seed=self.s.seed,
+            segments=max(4, -(-s.seq_len // self.length)) if s.segment_length else 1,
+            documents=s.documents,
+            seed=s.seed,
             part=self.part,
         )
 
     def build(self) -> None:
         s = self.s
         set_seed(s.seed)
-        alphabet = TEXTS if s.documents else BYTES
         own = dict(seq_len=s.seq_len, gradient_checkpointing=s.gradient_checkpointing)
         try:
-            model: Any = HierarchicalTransformer(**{**alphabet, **s.model, **own})
+            model: Any = HierarchicalTransformer(**(TEXTS if s.documents else BYTES), **s.model, **own)
         except TypeError as error:
             raise ValueError(f'--model: {error}') from error
+        if self.length < (stride := max(level.stride for level in model.levels)):
+            # a level without a token has no gradient, which processes would wait for
+            raise ValueError(f'--segment-length must be at least the largest stride, {stride}, got {self.length}')
         self.parameters = cost.parameters_by_level(model)
         self.flops = cost.step_flops(model, self.length) / self.length
-        optimizer: Any = build_optimizer(model, s.optimizer, lr=s.lr, weight_decay=s.weight_decay)
+        optimizer: Any = build_optimizer(model, s.optimizer, lr=s.lr, weight_decay=s.weight_decay, device=self.device)
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.model = self.accelerator.unwrap_model(self.wrapped)
         self.call = torch.compile(self.wrapped) if s.compile else self.wrapped
-        self.average = WeightAverage(self.model.parameters(), s.ema) if s.ema else None
-        self.parts = ['loss', 'ce', 'next_latent', 'recon']
-        self.parts += [f'next_latent/{level.compression}x' for level in self.model.levels]
+        self.average = WeightAverage(self.model, s.ema) if s.ema else None
+        self.losses = ['loss', 'ce', 'next_latent', 'recon']
+        self.losses += [f'next_latent/{level.compression}x' for level in self.model.levels]
 
     def restore(self, folder: Path, record: dict[str, Any]) -> None:
-        self.progress = Progress(**record['progress'])
-        weights, tensors = checkpoints.read_tensors(folder)
-        checkpoints.restore_all(self.model, self.optimizer, self.average, weights, tensors)
-        if self.average:
-            self.average.updates = self.progress.updates
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(self.progress.scaler)
-        if self.progress.position:
-            self.states = checkpoints.restore_segments(
-                self.model, tensors, self.progress.position, count=self.s.grad_accum, part=self.part
-            )
+        try:
+            self.progress = Progress(**record['progress'])
+            weights, tensors = checkpoints.read_tensors(folder)
+            checkpoints.restore_all(self.model, self.optimizer, self.average, weights, tensors)
+            if self.average:
+                self.average.updates = self.progress.updates
+            if self.accelerator.scaler is not None and self.progress.scaler:
+                self.accelerator.scaler.load_state_dict(self.progress.scaler)
+            if self.progress.position:
+                self.states = checkpoints.restore_segments(
+                    self.model, tensors, self.progress.position, count=self.s.grad_accum, part=self.part
+                )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f'{folder} is not what this version writes: {error!r}') from error
         say(f'going on from {folder}, step {self.progress.step:,}, after {report.duration(self.progress.elapsed)}')
 
-    def add_up(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes."""
         return self.accelerator.reduce(tensor, 'sum')
 
-    def shown(self) -> Any:
+    def averaged(self) -> Any:
         """Around what scores and samples: the averaged weights in their place."""
         return self.average.applied() if self.average else nullcontext()
 
@@ -216,15 +200,15 @@ class Run:
 
     # one step
 
-    def gradients(self, ids: Tensor) -> tuple[list[float], float]:
-        """Those of a step, over all processes. Returns the loss and its parts, and the norm of the gradient."""
+    def gradients(self, ids: Tensor) -> Tensor:
+        """Forms those of a step, over all processes. Returns this process's share of the losses, and the norm."""
         # randomness, too, is a function of the step
         torch.manual_seed(seed_of(self.s.seed, self.progress.step, self.accelerator.process_index))
         before: list[Any] = self.states or [None] * self.s.grad_accum
         position = before[0].position if before[0] else 0
-        counts = self.add_up(self.model.count_targets(ids, position=position).to(self.device))
+        counts = self.all_reduce(self.model.count_targets(ids, position=position).to(self.device))
 
-        self.states, told = [], torch.zeros(len(self.parts), device=self.device)
+        self.states, losses = [], torch.zeros(len(self.losses), device=self.device)
         for i, batch in enumerate(ids.chunk(self.s.grad_accum)):
             with nullcontext() if i == self.s.grad_accum - 1 else self.accelerator.no_sync(self.wrapped):
                 extra: dict[str, Any] = {}
@@ -236,12 +220,17 @@ class Run:
                 # gradients are averaged over processes, and each loss is a share of the sum
                 self.accelerator.backward(loss * self.world)
             each = (loss, parts.ce, parts.next_latent, parts.recon, *parts.next_latent_per_hierarchy)
-            told += torch.stack(each).detach()
-        norm = whole(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.s.clip))
-        return self.add_up(told).tolist(), float(norm)
+            losses += torch.stack(each).detach()
+        norm = full(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.s.clip))
+        # which all processes have the same
+        return torch.cat((losses, norm.detach()[None].to(losses) / self.world))
 
-    def step(self, ids: Tensor) -> tuple[bool, dict[str, float]]:
-        """Learns from a step's sequences, unless loss or gradient is not finite; whether it did, and what to log."""
+    def step(self, ids: Tensor, clock: float = 0.0, stop: bool = False) -> tuple[bool, bool, dict[str, float]]:
+        """Learns from a step's sequences, unless loss or gradient is not finite.
+
+        `clock`, the seconds so far, is that of the main process. Returns whether it learnt, whether any process was
+        told to stop, and what to log.
+        """
         progress = self.progress
         rate = learning_rate(self.done(), highest=self.s.lr, schedule=self.s.schedule, warmup=self.s.warmup)
         for group in self.optimizer.param_groups:
@@ -249,85 +238,76 @@ class Run:
         if self.batches.begins(progress.step):
             self.states = []
 
-        values, norm = self.gradients(ids)
-        finite = math.isfinite(values[0]) and math.isfinite(norm)
-        if finite or self.accelerator.scaler is not None:
-            # a scaler takes no such step either, and tries a smaller scale
+        # one clock and one end for all: processes that disagree would wait for each other forever
+        own = torch.tensor([clock if self.main else 0.0, stop], device=self.device)
+        *values, norm, progress.elapsed, stops = self.all_reduce(torch.cat((self.gradients(ids), own))).tolist()
+        learnt = math.isfinite(values[0]) and math.isfinite(norm)
+        if learnt or self.accelerator.scaler is not None:
             self.optimizer.step()
-        if finite:
-            progress.nats, progress.scored, progress.in_a_row = progress.nats + values[1], progress.scored + 1, 0
+        if self.accelerator.scaler is not None:
+            # a scaler takes no step that is not finite, and tries a smaller scale
+            learnt = not self.accelerator.optimizer_step_was_skipped
+        self.optimizer.zero_grad()
+
+        progress.step += 1
+        progress.in_a_row = 0 if learnt else progress.in_a_row + 1
+        if learnt:
+            progress.nats, progress.scored = progress.nats + values[1], progress.scored + 1
             if self.average:
                 self.average.update()
         else:
             self.states = []
-            progress.skipped, progress.in_a_row = progress.skipped + 1, progress.in_a_row + 1
-        self.optimizer.zero_grad()
-        progress.step += 1
-        logged = dict(zip(self.parts, values, strict=True), bits_per_byte=values[1] / math.log(2))
-        return finite, logged | dict(learning_rate=rate, gradient_norm=norm, skipped=progress.skipped)
+            progress.skipped += 1
+        logged = dict(zip(self.losses, values, strict=True), bits_per_byte=values[1] / math.log(2))
+        return learnt, stops > 0, logged | dict(learning_rate=rate, gradient_norm=norm, skipped=progress.skipped)
 
-    # what is seen of it
+    # what is seen and kept of it
 
     def validate(self) -> None:
         """A row of metrics, and a sample."""
-        s, progress, scores, streaming = self.s, self.progress, [], []
-        size = s.valid_bytes // len(self.sources)
-        with self.shown():
-            for corpus, span in zip(self.sources, self.spans, strict=True):
-                windows = evaluation_batches(
-                    corpus, span['valid'], seq_len=s.seq_len, batch_size=8,
-                    max_bytes=size, documents=s.documents, part=self.part,
-                )  # fmt: skip
-                scores.append(bits_per_byte(self.model, windows, self.device, self.add_up))
-                texts = streaming_rows(corpus, span['valid'], rows=STREAMS, size=size)
-                streaming.append(streaming_bits(self.model, texts, self.part, self.add_up))
-        if progress.step:
-            self.write_sample()
+        progress = self.progress
+        with self.averaged():
+            windowed, streamed = validation_scores(
+                self.model, self.sources, [span['valid'] for span in self.spans], seq_len=self.s.seq_len,
+                size=self.valid_bytes, documents=self.s.documents,
+                device=self.device, part=self.part, all_reduce=self.all_reduce,
+            )  # fmt: skip
+        shares = (self.batches.weights / self.batches.weights.sum()).tolist()
 
-        shares = self.batches.weights / self.batches.weights.sum()
+        def mean(scores: list[float]) -> float:
+            return sum(share * score for share, score in zip(shares, scores, strict=True))
+
         row: dict[str, Any] = dict(
             step=progress.step,
             minutes=round(progress.elapsed / 60, 3),
             bytes=progress.step * self.rows * self.length,
             skipped=progress.skipped,
             train_bits_per_byte=progress.nats / progress.scored / math.log(2) if progress.scored else None,
-            valid_bits_per_byte=(shares @ torch.tensor(scores, dtype=shares.dtype)).item(),
-            valid_streaming_bits_per_byte=(shares @ torch.tensor(streaming, dtype=shares.dtype)).item(),
+            valid_bits_per_byte=mean(windowed),
+            valid_streaming_bits_per_byte=mean(streamed) if streamed else None,
         )
-        if len(scores) > 1:
-            row |= {f'valid_{name}_bits_per_byte': x for name, x in zip(self.names_of_data, scores, strict=True)}
+        if len(windowed) > 1:
+            row |= {f'valid_{name}_bits_per_byte': x for name, x in zip(self.names, windowed, strict=True)}
         progress.nats, progress.scored = 0.0, 0
         progress.rows.append(row)
         self.accelerator.log({k: v for k, v in row.items() if v is not None}, step=progress.step)
-        windowed, streamed = row['valid_bits_per_byte'], row['valid_streaming_bits_per_byte']
-        say(f'step {progress.step}: validation {windowed:.3f} bits per byte, {streamed:.3f} streaming')
-        if self.sample:
+        streaming = f', {mean(streamed):.3f} streaming' if streamed else ''
+        say(f'step {progress.step}: validation {mean(windowed):.3f} bits per byte{streaming}')
+        if progress.step:
+            self.write_sample()
             say('\n'.join(f'    {line}' for line in self.sample.splitlines()))
-        self.on_main(self.write_scores)
+        from_main(self.write_scores)
 
     def write_sample(self) -> None:
-        # where weights are spread over processes, all have to take part
+        # where weights are sharded, all processes have to take part
         if self.main or self.accelerator.is_fsdp2:
-            with self.shown():
+            with self.averaged():
                 self.sample = sample_text(self.model, self.sources[0], self.spans[0]['valid'], self.s.seed)
 
     def write_scores(self) -> None:
         report.write_metrics(self.progress.rows, self.out / 'metrics.csv')
         if self.draws and self.progress.step:
             report.draw_curve(self.progress.rows, self.out / 'loss.png')
-
-    def on_main(self, write: Callable[[], object]) -> None:
-        """Writes on the main process. Where that fails, all processes end."""
-        failed: list[str | None] = [None]
-        if self.main:
-            try:
-                write()
-            except OSError as error:
-                failed = [str(error)]
-        if self.world > 1:
-            broadcast_object_list(failed)
-        if failed[0]:
-            raise OSError(failed[0])
 
     def save(self) -> None:
         """A checkpoint; of the older ones, the last few and the best stay."""
@@ -336,72 +316,67 @@ class Run:
         progress.updates = self.average.updates if self.average else 0
         progress.scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
         weights, tensors = checkpoints.gather_all(
-            self.model, self.optimizer, self.average, self.states, self.accelerator.gather
+            self.model, self.optimizer, self.average, self.states, self.accelerator.gather, keep=self.main
         )
         record = dict(settings=self.settings, rows=self.rows, data=self.fingerprints, progress=asdict(progress))
 
         def write() -> None:
             checkpoints.save(self.out, progress.step, lambda folder: self.save_model(folder, weights), tensors, record)
-            score = {row['step']: row['valid_bits_per_byte'] for row in progress.rows}
-            scored = [step for step in checkpoints.steps_of(self.out) if step in score]
-            checkpoints.prune(self.out, self.s.keep, min(scored, key=lambda step: score[step], default=None))
+            scores = {row['step']: row['valid_bits_per_byte'] for row in progress.rows}
+            scored = [step for step in checkpoints.steps_of(self.out) if math.isfinite(scores.get(step, math.nan))]
+            best = min(scored, key=lambda step: scores[step], default=None)
+            checkpoints.prune(self.out, progress.step, self.s.keep, best)
 
-        self.on_main(write)
+        from_main(write)
 
     def save_model(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        card = dict(training=report.account(self.settings, self.progress.rows, self.names_of_data, self.where))
+        card = dict(training=self.account())
         self.model.save_pretrained(folder, state_dict=weights, model_card_kwargs=card)
+
+    def account(self) -> str:
+        size = self.progress.step * self.rows * self.length
+        where = report.machine(self.device, self.world)
+        return report.account(
+            self.settings, self.progress.rows, self.names, where,
+            steps=self.progress.step, size=size, seconds=self.progress.elapsed,
+        )  # fmt: skip
 
     # all of it
 
     def train(self) -> None:
         s, progress, stop = self.s, self.progress, Stop()
-        self.on_main(self.make_folder)
+        from_main(self.make_folder)
         self.draws = importlib.util.find_spec('matplotlib') is not None
         if not self.draws:
             say("no loss curve will be drawn: matplotlib is missing (pip install '.[train]')")
         size = sum(len(span['train']) for span in self.spans)
         say(
             f'{sum(self.parameters.values()):,} parameters on {self.device}, '
-            f'{size:,} bytes of {", ".join(self.names_of_data)} to train on, run in {self.out}'
+            f'{size:,} bytes of {", ".join(self.names)} to train on, run in {self.out}'
         )
-        self.where = report.machine(self.device, self.world)
-        start_trackers(self.accelerator, self.settings, self.out, progress.step)
+        start_trackers(self.accelerator, self.settings, self.out, step=progress.step, identity=progress.identity)
         peak = self.measure_peak()
 
         if not progress.rows:
             self.validate()
-        ids = DataLoader(self.batches, batch_size=None, sampler=range(progress.step, 1 << 62), num_workers=s.workers)
-        steps = iter(ids)
-        started, at_first = time.monotonic(), progress.elapsed
-        done_at_first, busy, bytes_since = self.done(), 0.0, 0
-        bar = tqdm(
-            total=1.0, initial=done_at_first, disable=not self.main, mininterval=0.5 if sys.stderr.isatty() else 30,
-            bar_format='{percentage:3.0f}%|{bar:16}| {desc}',
-        )  # fmt: skip
+        steps = iter(
+            DataLoader(
+                self.batches,
+                batch_size=None,
+                sampler=range(progress.step, 1 << 62),
+                num_workers=s.workers,
+                pin_memory=self.device.type == 'cuda',
+            )
+        )
+        bar = Bar(self.done(), flops=self.flops, peak=peak, shown=self.main)
+        began, at_first, stops = time.monotonic(), progress.elapsed, False
 
-        told_to_stop = False
-        while self.done() < 1 and not told_to_stop:
-            began = time.monotonic()
-            finite, logged = self.step(next(steps))
-            busy += time.monotonic() - began
-
-            # one clock and one end for all: processes that disagree would wait for each other forever
-            clock = at_first + time.monotonic() - started if self.main else 0.0
-            progress.elapsed, stops = self.add_up(torch.tensor([clock, stop.number], device=self.device)).tolist()
-            told_to_stop = stops > 0
-
-            bytes_since += self.rows * self.length
+        while self.done() < 1 and not stops:
+            start = time.monotonic()
+            learnt, stops, logged = self.step(next(steps), at_first + start - began, stop.number > 0)
+            bar.add(self.rows * self.length, time.monotonic() - start)
             if progress.step % s.log_every == 0:
-                speed, busy, bytes_since = bytes_since / busy, 0.0, 0
-                gone, done = progress.elapsed - at_first, self.done() - done_at_first
-                left = report.duration(max(1 - self.done(), 0) * gone / max(done, 1e-9))
-                bar.n = min(self.done(), 1.0)
-                bar.set_description_str(
-                    f'step {progress.step:,}, {logged["bits_per_byte"]:.3f} bits per byte, {speed:,.0f} bytes/s, '
-                    f'{speed * self.flops / peak:.0%} of peak, {left} left, {progress.skipped} skipped'
-                )
-                logged |= dict(bytes_per_second=speed, share_of_peak=speed * self.flops / peak)
+                logged |= bar.show(self.done(), progress.step, logged['bits_per_byte'], progress.skipped)
                 self.accelerator.log({f'train/{name}': value for name, value in logged.items()}, step=progress.step)
 
             limit = MAX_SKIPPED if self.accelerator.scaler is None else MAX_SKIPPED_SCALED
@@ -411,7 +386,7 @@ class Run:
                     f'stopped, with the checkpoints in {self.out} as they were (try a lower --lr or --clip)'
                 )
             # on the way, never what a step may have spoilt
-            saves = self.done() >= 1 or (finite and progress.step % s.checkpoint_every == 0)
+            saves = self.done() >= 1 or (learnt and progress.step % s.checkpoint_every == 0)
             if saves or progress.step % s.every == 0:
                 self.validate()
             if saves:
@@ -432,33 +407,34 @@ class Run:
         if there and not (self.joins and begun):
             raise OSError(f'--out: {self.out} is not empty')
         self.out.mkdir(parents=True, exist_ok=True)
+        self.lock = checkpoints.lock(self.out)
 
     def measure_peak(self) -> float:
         """Operations a second that all processes could reach."""
         dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(self.s.mixed_precision, torch.float32)
         peak = cost.matmul_peak(self.device, dtype) if self.main else 0.0
-        return self.add_up(torch.tensor(peak, device=self.device)).item() * self.world
+        return self.all_reduce(torch.tensor(peak, device=self.device)).item() * self.world
 
     def finish(self) -> None:
         """The model by itself, and the run's report."""
         if not self.sample:
             # all was done before it was stopped
             self.write_sample()
-        weights = checkpoints.gather_weights(self.model, self.average)
+        weights = checkpoints.gather_weights(self.model, self.average, keep=self.main)
         final, out = self.out / 'final', shlex.quote(str(self.out))
-        scoring = f'python train.py --eval {out}/final --data {shlex.join(self.names_of_data)}'
+        scoring = f'python train.py --eval {out}/final --data {shlex.join(self.names)}'
+        if self.s.text_key != 'text':
+            scoring += f' --text-key {shlex.quote(self.s.text_key)}'
         sampling = f'python -m simple_hierarchical_transformer.sample {out}/final --prompt "The "'
         resuming = f'python train.py --resume {out}'
-        rows = self.progress.rows
-        count = sum(self.parameters.values())
+        rows, count = self.progress.rows, sum(self.parameters.values())
 
         def write() -> None:
             checkpoints.write_folder(final, lambda folder: self.save_model(folder, weights))
             text = report.report(
                 self.settings,
                 rows,
-                self.names_of_data,
-                where=self.where,
+                self.account(),
                 facts={'parameters': f'{count:,}', 'steps skipped': f'{self.progress.skipped:,}'},
                 commands={'Score all of it': scoring, 'Sample from it': sampling, 'Go on, had it stopped': resuming},
                 picture='loss.png' if self.draws else None,
@@ -466,7 +442,7 @@ class Run:
             )
             report.write_text(self.out / 'report.md', text)
 
-        self.on_main(write)
+        from_main(write)
         first, last = rows[0]['valid_bits_per_byte'], rows[-1]['valid_bits_per_byte']
         say(f'\nvalidation went from {first:.3f} to {last:.3f} bits per byte in {self.progress.step:,} steps')
         say(f'saved to {final}, with an account of the run in {self.out / "report.md"}')
@@ -510,6 +486,7 @@ class Run:
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    """Scores the whole of a split: in windows, and in one stream."""
     if not (args.eval / CONFIG_FILE).is_file():
         raise ValueError(f'--eval: {args.eval} is no saved model (a folder with config.json and model.safetensors)')
     accelerator = Accelerator()
@@ -523,16 +500,16 @@ def evaluate(args: argparse.Namespace) -> None:
     if seq_len > model.seq_len:
         raise ValueError(f'--seq-len must be at most the {model.seq_len} of the model, got {seq_len}')
 
+    # a model of texts that end was not taught to read on from one into the next
+    documents = model.num_tokens > PAD
     for corpus in load_sources(args.data, DATA_DIR, text_key=args.text_key or 'text', say=say)[0]:
         span = split_bytes(len(corpus), seq_len=seq_len)[split]
-        batches = evaluation_batches(
-            corpus, span, seq_len=seq_len, batch_size=batch_size, documents=model.num_tokens > PAD
-        )
-        count = -(-len(span) // (seq_len * batch_size))
-        score = bits_per_byte(model, tqdm(batches, total=count, desc=split), accelerator.device)
+        batches = evaluation_batches(corpus, span, seq_len=seq_len, batch_size=batch_size, documents=documents)
+        score = bits_per_byte(model, tqdm(batches, desc=split, unit='batch'), accelerator.device)
         said = f'{split}: {{:.4f}} bits per byte over {len(span):,} bytes of {corpus.name}, in '
         say(said.format(score) + f'windows of {seq_len:,}')
-        say(said.format(model.score(corpus.data[span.start - 1 : span.stop].long())) + 'one stream')
+        if not documents:
+            say(said.format(model.score(corpus.data[span.start - 1 : span.stop])) + 'one stream')
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -31,9 +31,10 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 20
+FINGERPRINT = 1 << 28
 OPENERS = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open}
 # rows of text, read through the datasets package
-TABLES = {'.jsonl': 'json', '.jsonl.gz': 'json', '.parquet': 'parquet'}
+TABLES = {'.jsonl': 'json', '.jsonl.gz': 'json', '.jsonl.bz2': 'json', '.jsonl.xz': 'json', '.parquet': 'parquet'}
 
 
 @dataclass(frozen=True)
@@ -182,8 +183,10 @@ def file_digest(path: Path, algorithm: str = 'sha256') -> str:
 def copy_bytes(path: Path, to: IO[bytes]) -> None:
     """Appends a file's bytes, unpacked, and of a .zip those of all its members.
 
-    Raises ValueError where the file is torn.
+    Raises ValueError where the file is torn, or has rows of text that would be taken for text.
     """
+    if path.name.lower().endswith('.jsonl.zip'):
+        raise ValueError(f'data: {path} has to be unpacked first: tables are read plain, or as .gz, .bz2 or .xz')
     try:
         if path.suffix.lower() == '.zip':
             with zipfile.ZipFile(path) as archive:
@@ -271,12 +274,18 @@ class Corpus:
         return self.data[index.clamp(max=len(self) - 1)].long().masked_fill(outside, pad)
 
     def fingerprint(self) -> str:
-        """What tells it from another corpus: its size, and a digest of some of its bytes all over it."""
-        blocks, size = 64, 1 << 14
-        step = max((len(self) - size) // blocks, size)
+        """What tells it from another corpus: its size, and a digest of it and of where its texts end.
+
+        Of more than `FINGERPRINT` bytes, samples from all over are digested.
+        """
         digest = hashlib.sha256()
-        for begin in range(0, len(self), step):
-            digest.update(bytes(self.data[begin : begin + size].tolist()))
+        for path in filter(None, (self.path, self.ends_path)):
+            size = path.stat().st_size
+            step = CHUNK if size <= FINGERPRINT else size * CHUNK // FINGERPRINT
+            with open(path, 'rb') as file:
+                for begin in range(0, size, step):
+                    file.seek(begin)
+                    digest.update(file.read(CHUNK))
         return f'{len(self)}:{digest.hexdigest()[:32]}'
 
 

@@ -175,8 +175,6 @@ def reconstruction_loss(
     `(batch, seq)`; weight: `(compression * num_tokens, dim)`. With `sample` below 1, that share of the level tokens is
     drawn at random, and the expectation is the loss over all. With `count`, the sum over targets divided by that.
     """
-    if not x.shape[1]:
-        return x.sum()
     seen = seen_ids(ids, compression=compression, stride=stride, ignore_index=ignore_index, offset=offset)
     return _mean_cross_entropy(x.flatten(0, 1), weight, seen.flatten(0, 1), ignore_index, count, sample)
 

@@ -755,7 +755,9 @@ class HierarchicalTransformer(
         if isinstance(ids, (bytes, bytearray)):
             ids = torch.frombuffer(bytearray(ids), dtype=torch.uint8) if ids else torch.empty(0, dtype=torch.uint8)
         single = isinstance(ids, Tensor) and ids.ndim == 1
-        rows = check_ids('ids', ids[None] if single else ids, self.num_tokens)
+        rows = ids[None] if single else ids
+        # chunk by chunk, since a long text of bytes is eight times as large as the ids that are read
+        check_ids('ids', rows[:, :2] if isinstance(rows, Tensor) and rows.ndim == 2 else rows, self.num_tokens)
         if rows.shape[1] < 2:
             raise ValueError(f'ids must have at least 2 tokens to predict one from another, got {rows.shape[1]}')
         chunk_size = check_int('chunk_size', self.seq_len if chunk_size is None else chunk_size)
@@ -763,7 +765,7 @@ class HierarchicalTransformer(
         device = self.token_emb.weight.device
         total, count, state, log_probs = 0.0, 0, None, []
         for begin in range(0, rows.shape[1] - 1, chunk_size):
-            window = rows[:, begin : begin + chunk_size + 1].to(device)
+            window = check_ids('ids', rows[:, begin : begin + chunk_size + 1], self.num_tokens).to(device)
             logits, state = self(window[:, :-1], state=state, return_state=True)
             targets = window[:, 1:]
             picked = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)

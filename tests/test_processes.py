@@ -137,7 +137,7 @@ SHARDED = textwrap.dedent(
     from simple_hierarchical_transformer.block import HierarchicalBlock
     from simple_hierarchical_transformer.training import checkpoints
     from simple_hierarchical_transformer.training.optim import WeightAverage, build_optimizer
-    from simple_hierarchical_transformer.training.sharded import whole
+    from simple_hierarchical_transformer.training.sharded import full
 
     dist.init_process_group('gloo')
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -156,7 +156,7 @@ SHARDED = textwrap.dedent(
                 fully_shard(block, mesh=mesh)
             fully_shard(model, mesh=mesh)
         optimizer = build_optimizer(model, optimizer_name, lr=3e-3, weight_decay=0.1)
-        return model, optimizer, WeightAverage(model.parameters(), 0.9)
+        return model, optimizer, WeightAverage(model, 0.9)
 
     def learn(model, optimizer, average, steps, part, parts):
         norms = []
@@ -165,13 +165,16 @@ SHARDED = textwrap.dedent(
             ids[0, 5:] = 0
             loss, _ = model(ids.chunk(parts)[part], return_loss=True, counts=model.count_targets(ids))
             (loss * parts).backward()
-            norms.append(float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))))
+            norms.append(float(full(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))))
             optimizer.step()
             optimizer.zero_grad()
             average.update()
         return norms
 
     def gather(model, optimizer, average):
+        # scored before, which leaves full weights behind
+        with average.applied(), torch.no_grad():
+            model(torch.ones(1, 8, dtype=torch.long))
         weights, tensors = checkpoints.gather_all(model, optimizer, average, [], lambda x: x)
         return {k: v.clone() for k, v in weights.items()}, {k: v.clone() for k, v in tensors.items()}
 
@@ -182,8 +185,12 @@ SHARDED = textwrap.dedent(
                 torch.testing.assert_close(mine[key], its[key], rtol=0, atol=1e-5)
 
     spread, single = build(True), build(False)
-    norms = learn(*spread, range(10), rank, world)
-    torch.testing.assert_close(norms, learn(*single, range(10), 0, 1))
+    for begin in (0, 5):
+        norms = learn(*spread, range(begin, begin + 5), rank, world)
+        torch.testing.assert_close(norms, learn(*single, range(begin, begin + 5), 0, 1))
+        for model, _, average in (spread, single):
+            with average.applied(), torch.no_grad():
+                model(torch.ones(1, 8, dtype=torch.long))
     compare(gather(*spread), gather(*single))
 
     # what one process wrote goes on spread over two, and the other way round

@@ -41,7 +41,8 @@ def start(*args: object, **popen: Any) -> subprocess.Popen[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
+    files = (path for path in sorted(folder.rglob('*')) if path.is_file() and path.name != '.lock')
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def outcome(out: Path, step: int = 24) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def outcome(out: Path, step: int = 24) -> dict[str, Any]:
     record = checkpoints.read_record(folder)['progress']
     for row in record['rows']:
         del row['minutes']
-    del record['elapsed']
+    del record['elapsed'], record['identity']
     return dict(tensors=tensors, record=record)
 
 
@@ -161,6 +162,31 @@ def test_told_to_stop_it_saves_first(
     assert_same(outcome(out), outcome(unbroken))
 
 
+def test_a_newer_torn_one_does_not_push_out_what_was_just_saved(unbroken: Path, halfway: Path) -> None:
+    shutil.copytree(unbroken / 'checkpoint-24', halfway / 'checkpoint-24')
+    (halfway / 'checkpoint-24' / 'model.safetensors').unlink()
+    process = start('--resume', halfway, '--keep', 1, '--checkpoint-every', 1000)
+    assert process.stdout
+    while 'to train on' not in process.stdout.readline():
+        pass
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, said
+    saved = int(re.findall(r'stopped at step (\d+)', said)[0])
+    assert 15 <= saved < 24
+    found = checkpoints.newest(halfway, lambda said: None)
+    assert found
+    assert found[1]['step'] == saved
+
+
+def test_two_runs_do_not_share_a_folder(halfway: Path) -> None:
+    held = checkpoints.lock(halfway)
+    result = run('--resume', halfway)
+    assert result.returncode == 1
+    assert 'another run is at work in this folder' in result.stderr
+    assert held
+
+
 def test_a_run_in_minutes_goes_on_with_the_time_it_has_left(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / 'run'
     settings = [x for x in SETTINGS if x not in ('--steps', 24)]
@@ -247,6 +273,7 @@ def test_what_does_not_fit_is_refused_and_nothing_touched(
         (('--resume', halfway, '--lr', 0.1), 'was made with other arguments: --lr 0.1, not 0.003. Leave them out'),
         (('--resume', halfway, '--steps', 48, '--model', 'dim=64'), '--steps 48, not 24; --model dim=64, not [16, 24]'),
         (('--resume', halfway, '--batch-size', 3), 'a step of this run has 2 sequences'),
+        (('--resume', halfway / 'checkpoint-10', '--out', halfway / '..' / halfway.name), 'is not the newest'),
         (('--resume', halfway / 'checkpoint-10'), f'is not the newest: --resume {halfway} goes on from checkpoint-15'),
         (
             ('--resume', tmp_path / 'checkpoint-1'),
@@ -259,9 +286,17 @@ def test_what_does_not_fit_is_refused_and_nothing_touched(
     ]
     for args, message in cases:
         assert message in refuse(*args)
+    record = (halfway / 'checkpoint-15' / 'training.json').read_bytes()
+    for changes, message in (
+        (dict(format=2), 'by a newer version'),
+        (dict(progress=dict(fuel=1)), 'not what this version'),
+    ):
+        edit(halfway / 'checkpoint-15', **changes)
+        assert message in refuse('--resume', halfway)
+        (halfway / 'checkpoint-15' / 'training.json').write_bytes(record)
     text = corpus.read_text()
     try:
-        corpus.write_text(text[:-1] + '!')
+        corpus.write_text(text[:9999] + '!' + text[10000:])
         assert 'was made with other data than' in refuse('--resume', halfway)
     finally:
         corpus.write_text(text)
@@ -302,7 +337,7 @@ def test_a_full_disk_ends_the_run_and_touches_nothing(unbroken: Path, halfway: P
     assert len(errors) == 1
     assert 'could not be written' in errors[0]
     assert {name: data for name, data in contents(halfway).items() if name.startswith('checkpoint')} == before
-    assert not list(halfway.glob('.*'))
+    assert [path.name for path in halfway.glob('.*')] == ['.lock']
 
     if what == 'training.safetensors':
         assert run('--resume', halfway).returncode == 0

@@ -97,8 +97,19 @@ def test_the_report_says_how_it_went(trained: tuple[Path, str]) -> None:
     assert '| seq_len | `128` |' in text
     card = (out / 'final' / 'README.md').read_text()
     assert '60 steps of adamw, 15,360 bytes read in 0:00:' in card
+    assert str(out) not in card
     assert '| 4x | 4 | 192 | 3 x 64 | full |' in card
     assert f'| valid | {float(next(csv.DictReader((out / "metrics.csv").open()))["valid_bits_per_byte"]):.3f} |' in card
+
+
+def test_a_tracker_that_cannot_begin_is_named(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / 'tensorboard').mkdir()
+    (tmp_path / 'tensorboard' / '__init__.py').write_text('raise RuntimeError("no ink")')
+    args = ('--data', corpus, '--out', tmp_path / 'run', *TINY, '--steps', 2, '--log-with', 'tensorboard')
+    result = run(*args, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 1
+    assert re.search('error: --log-with tensorboard: .*no ink', result.stderr)
+    assert 'Traceback' not in result.stderr
 
 
 def test_averaged_weights_are_what_is_scored_and_saved(corpus: Path, tmp_path: Path) -> None:
@@ -128,6 +139,9 @@ def test_texts_stay_apart_and_sources_have_weights(corpus: Path, tmp_path: Path)
     by_source = [float(rows[-1][f'valid_{name}_bits_per_byte']) for name in (tmp_path / 'rows.jsonl', corpus)]
     assert float(rows[-1]['valid_bits_per_byte']) == pytest.approx(0.75 * by_source[0] + 0.25 * by_source[1])
     assert float(rows[-1]['valid_bits_per_byte']) < 0.8 * float(rows[0]['valid_bits_per_byte'])
+    # a stream would read on from one text into the next
+    assert rows[-1]['valid_streaming_bits_per_byte'] == ''
+    assert '--text-key body' in result.stdout
     assert json.loads((out / 'final' / 'config.json').read_text())['num_tokens'] == 257
 
     sampled = run(out / 'final', '--length', 20, '--seed', 1, module='simple_hierarchical_transformer.sample')
@@ -228,7 +242,7 @@ def test_refuses_before_work_is_lost(
     cases: list[tuple[tuple[object, ...], str]] = [
         (('--data', corpus, '--out', out), f'--out: {out} is not empty'),
         (('--data', tmp_path / 'missing', '--out', new), 'is no file, no folder, and matches none as a glob'),
-        (('--data', short, '--out', new), 'data has 9 bytes'),
+        (('--data', short, '--out', new), f'{short}: data has 9 bytes'),
         (
             ('--data', corpus, f'{corpus}=2', '--out', new),
             '--data takes a weight above 0 for every source',
@@ -240,11 +254,14 @@ def test_refuses_before_work_is_lost(
         (('--steps', 3, '--minutes', 1), '--steps and --minutes: give one of them'),
         (('--steps', 0), 'argument --steps: must be above 0, got 0'),
         (('--ema', 1), 'argument --ema: must be at least 0 and below 1, got 1'),
+        (('--data', corpus, '--valid-bytes', 10, '--out', new), '--valid-bytes must be at least 16, got 10'),
+        (('--workers', -1), 'argument --workers: must be at least 0, got -1'),
         (('--split', 'test'), '--split is for --eval, which was not given'),
         (('--eval', out / 'final', '--lr', 1), '--lr is for training, --eval does none'),
         (('--eval', out / 'final', '--resume', out), '--resume is for training, --eval does none'),
         (('--eval', out / 'final', '--seq-len', 256, '--data', corpus), '--seq-len must be at most the 128'),
         (('--data', corpus, '--segment-length', 10**6, '--out', new), 'too few'),
+        (('--data', corpus, '--segment-length', 3, '--out', new), 'must be at least the largest stride, 4, got 3'),
         (('--lr', 'fast'), "argument --lr: invalid float value: 'fast'"),
         (('--eval', tmp_path, '--data', corpus), f'--eval: {tmp_path} is no saved model'),
         (('--resume', '--out', new, '--data', tmp_path / 'missing'), 'is no file'),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -130,12 +132,13 @@ def test_learning_rates_rise_then_never_rise_again(schedule: str, warmup: float)
 
 
 def test_averages_follow_the_weights_and_stand_in_for_them() -> None:
-    p = nn.Parameter(torch.zeros(3))
-    average = optim.WeightAverage([p], decay=0.5)
-    expected = torch.zeros(3)
+    model = nn.Linear(3, 1, bias=False)
+    p = model.weight
+    average = optim.WeightAverage(model, decay=0.5)
+    expected = p.detach().clone()
     for step in range(20):
         with torch.no_grad():
-            p.add_(torch.randn(3))
+            p.add_(torch.randn(1, 3))
         average.update()
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * p.detach()
@@ -206,20 +209,51 @@ def test_the_peak_is_one_that_products_reach() -> None:
 # checkpoints
 
 
-def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
-    def write(folder: Path) -> None:
-        (folder / 'config.json').write_text('{}')
+def write_config(folder: Path) -> None:
+    (folder / 'config.json').write_text('{}')
 
+
+def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
     for step in (5, 10, 15, 100):
-        checkpoints.save(tmp_path, step, write, {}, {})
+        checkpoints.save(tmp_path, step, write_config, {}, {})
     (tmp_path / 'checkpoint-x').mkdir()
-    checkpoints.prune(tmp_path, 2, best=5)
+    checkpoints.prune(tmp_path, 100, 2, best=5)
     assert list(checkpoints.steps_of(tmp_path)) == [5, 15, 100]
-    checkpoints.prune(tmp_path, 1, best=None)
+    checkpoints.prune(tmp_path, 100, 9, best=5)
+    assert list(checkpoints.steps_of(tmp_path)) == [5, 15, 100]
+    checkpoints.prune(tmp_path, 100, 1, best=None)
     assert list(checkpoints.steps_of(tmp_path)) == [100]
     found = checkpoints.newest(tmp_path, print)
     assert found
     assert found[1]['step'] == 100
+
+
+@pytest.mark.parametrize('keep', [1, 2, 3])
+def test_torn_checkpoints_are_not_kept_instead_of_whole_ones(tmp_path: Path, keep: int) -> None:
+    for step in (5, 10, 15, 20, 25, 30):
+        checkpoints.save(tmp_path, step, write_config, {}, {})
+    for step in (10, 25, 30):
+        (tmp_path / f'checkpoint-{step}' / 'config.json').unlink()
+    checkpoints.save(tmp_path, 22, write_config, {}, {})
+    checkpoints.prune(tmp_path, 22, keep, best=None)
+    whole = [step for step in checkpoints.steps_of(tmp_path) if step not in (10, 25, 30)]
+    assert whole == [5, 15, 20, 22][-keep:]
+    found = checkpoints.newest(tmp_path, lambda said: None)
+    assert found
+    assert found[1]['step'] == 22
+
+
+def test_one_process_has_the_folder(tmp_path: Path) -> None:
+    held = checkpoints.lock(tmp_path)
+    code = (
+        f'from simple_hierarchical_transformer.training import checkpoints; checkpoints.lock(Path({str(tmp_path)!r}))'
+    )
+    other = [sys.executable, '-c', f'from pathlib import Path; {code}']
+    result = subprocess.run(other, capture_output=True, text=True)
+    assert 'another run is at work in this folder' in result.stderr
+    assert held
+    held.close()
+    assert subprocess.run(other).returncode == 0
 
 
 def test_a_whole_checkpoint_stays_and_a_torn_one_is_written_again(tmp_path: Path) -> None:
@@ -237,7 +271,7 @@ def test_a_whole_checkpoint_stays_and_a_torn_one_is_written_again(tmp_path: Path
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     def write(folder: Path) -> None:
-        (folder / 'config.json').write_text('{}')
+        write_config(folder)
         raise OSError(28, 'No space left on device')
 
     with pytest.raises(OSError, match=r'checkpoint-5 could not be written: .*No space left on device'):
@@ -254,6 +288,12 @@ def test_every_preset_builds_its_model() -> None:
         assert chosen['model'] == {**new_settings(parse_args(['--preset', name], None))['model'], 'depth': 1, 'dim': 64}
         with torch.device('meta'):
             HierarchicalTransformer(num_tokens=256, seq_len=preset['seq_len'], **preset['model'])
+
+
+def test_what_has_an_option_of_its_own_is_not_taken_for_the_model() -> None:
+    for name in ('seq_len=8', 'gradient_checkpointing=True', 'ignore_index=0'):
+        with pytest.raises(ValueError, match=f'--model {name.partition("=")[0]}: '):
+            new_settings(parse_args(['--preset', 'cpu', '--model', name], None))
 
 
 def test_time_can_be_asked_for_either_way() -> None:

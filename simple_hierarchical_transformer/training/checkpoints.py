@@ -11,9 +11,9 @@ import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import safe_open
@@ -24,7 +24,7 @@ from ..model import HierarchicalTransformer
 from ..pretrained import WEIGHTS_FILE, shared_names, write_tensors
 from ..state import State
 from .optim import WeightAverage
-from .sharded import fill, spread_like, whole
+from .sharded import fill, full, reshard, shard_like
 
 RECORD_FILE = 'training.json'
 TENSORS_FILE = 'training.safetensors'
@@ -33,25 +33,51 @@ FORMAT = 1
 OPTIMIZER, WEIGHTS, SEGMENTS = 'optimizer', 'weights', 'segments'
 
 
-# what changes in a run, as named tensors, whole and on the CPU; every process has to call what gathers them
+class Torn(ValueError):
+    """A checkpoint that is not as it was written, or none."""
 
 
-def gather_weights(model: nn.Module, average: WeightAverage | None = None) -> dict[str, Tensor]:
-    """The state dict, of a model that may be spread over processes; that of its average, where there is one."""
+class NewerFormat(ValueError):
+    """A checkpoint that a newer version wrote."""
+
+
+# what changes in a run, as named tensors, full and on the CPU; every process has to call what gathers them
+
+
+def gather(named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
+    """Full tensors, where they are kept; elsewhere none, but they are gathered one by one all the same."""
+    held = {}
+    for name, tensor in named:
+        whole = full(tensor.detach())
+        if keep:
+            held[name] = whole.cpu()
+    return held
+
+
+def gather_weights(model: nn.Module, average: WeightAverage | None = None, *, keep: bool = True) -> dict[str, Tensor]:
+    """The state dict, of a model that may be sharded; that of its average, where there is one."""
+    reshard(model)
     if average is None:
-        return {name: whole(tensor.detach()).cpu() for name, tensor in model.state_dict().items()}
+        return gather(model.state_dict().items(), keep)
     with average.applied():
         # copies, since the model's own tensors change back
-        return {name: tensor.clone() for name, tensor in gather_weights(model).items()}
+        return {name: tensor.clone() for name, tensor in gather(model.state_dict().items(), keep).items()}
 
 
-def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool = True) -> dict[str, Tensor]:
     """The optimizer's tensors, under the names of the parameters that they belong to."""
-    return {
-        f'{OPTIMIZER}.{name}.{key}': whole(value).detach().cpu()
-        for name, p in model.named_parameters()
-        for key, value in optimizer.state.get(p, {}).items()
-    }
+    reshard(model)
+    named = dict(model.named_parameters())
+    if optimizer.state and (missing := [name for name, p in named.items() if p not in optimizer.state]):
+        raise RuntimeError(f'the optimizer has no state for {", ".join(missing)}, which it had for others')
+    return gather(
+        (
+            (f'{OPTIMIZER}.{name}.{key}', value)
+            for name, p in named.items()
+            for key, value in optimizer.state.get(p, {}).items()
+        ),
+        keep,
+    )
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -64,18 +90,16 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
     for name, p in model.named_parameters():
         for key, tensor in held[f'{OPTIMIZER}.{name}'].items():
             if tensor.shape == p.shape:
-                optimizer.state[p][key] = spread_like(tensor, p).clone()
+                optimizer.state[p][key] = shard_like(tensor, p).clone()
             else:
                 # a count of steps
                 optimizer.state[p][key] = tensor.to(p.device if p in on_device else 'cpu', copy=True)
 
 
-def gather_segments(states: Sequence[State], gather: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """The rows of several states, one after the other, and of all processes, which `gather` puts in their order."""
-    rows = [rows_first(state) for state in states]
-    return {
-        f'{SEGMENTS}.{i}': gather(torch.cat(each).contiguous()).cpu() for i, each in enumerate(zip(*rows, strict=True))
-    }
+def gather_segments(states: Sequence[State], gather_rows: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """The rows of several states, one after the other, then those of the next process, as `gather_rows` joins them."""
+    joined = map(torch.cat, zip(*map(rows_first, states), strict=True))
+    return {f'{SEGMENTS}.{i}': gather_rows(each.contiguous()).cpu() for i, each in enumerate(joined)}
 
 
 def restore_segments(
@@ -109,15 +133,20 @@ def gather_all(
     optimizer: torch.optim.Optimizer,
     average: WeightAverage | None,
     states: Sequence[State],
-    gather: Callable[[Tensor], Tensor],
+    gather_rows: Callable[[Tensor], Tensor],
+    *,
+    keep: bool = True,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The weights to use, averaged where there is an average, and all that a run needs besides to go on."""
-    tensors = gather_optimizer(model, optimizer)
+    """The weights to use, averaged where there is an average, and all that a run needs besides to go on.
+
+    Every process calls it; those that do not `keep` what comes of it get nothing.
+    """
+    tensors = gather_optimizer(model, optimizer, keep=keep)
     if states:
-        tensors |= gather_segments(states, gather)
+        tensors |= gather_segments(states, gather_rows)
     if average is not None:
-        tensors |= {f'{WEIGHTS}.{name}': tensor for name, tensor in gather_weights(model).items()}
-    return gather_weights(model, average), tensors
+        tensors |= {f'{WEIGHTS}.{name}': tensor for name, tensor in gather_weights(model, keep=keep).items()}
+    return gather_weights(model, average, keep=keep), tensors
 
 
 def restore_all(
@@ -130,6 +159,7 @@ def restore_all(
     """Puts back what `gather_all` returned, states aside."""
 
     shared = shared_names(model)
+    reshard(model)
 
     def put(held: dict[str, Tensor]) -> None:
         for name, target in model.state_dict().items():
@@ -159,14 +189,15 @@ def save(
     Raises OSError where it cannot be written. Older checkpoints are not touched.
     """
     folder = run / f'checkpoint-{step}'
+    for left in run.glob('.checkpoint-*'):
+        shutil.rmtree(left, ignore_errors=True)
+    torn = False
     if folder.exists():
         try:
             read_record(folder)
             return folder
-        except ValueError:
-            os.replace(folder, run / f'.{folder.name}.torn')
-    for left in run.glob('.checkpoint-*'):
-        shutil.rmtree(left, ignore_errors=True)
+        except Torn:
+            torn = True
 
     def write(partial: Path) -> None:
         write_model(partial)
@@ -175,25 +206,30 @@ def save(
         text = json.dumps(dict(format=FORMAT, step=step, **record, files=files), indent=1)
         (partial / RECORD_FILE).write_text(text + '\n')
 
-    return write_folder(folder, write)
+    return write_folder(folder, write, instead=torn)
 
 
-def write_folder(folder: Path, write: Callable[[Path], object]) -> Path:
-    """Has a folder written under another name, so that it appears whole or not at all. One that is there stays.
+def write_folder(folder: Path, write: Callable[[Path], object], *, instead: bool = False) -> Path:
+    """Has a folder written under another name, so that it appears whole or not at all.
+
+    One that is there stays, or, with `instead`, goes once the new one is written.
 
     Raises OSError where that fails, and removes what was written.
     """
-    partial = folder.with_name(f'.{folder.name}.partial')
+    partial, old = (folder.with_name(f'.{folder.name}.{kind}') for kind in ('partial', 'old'))
     shutil.rmtree(partial, ignore_errors=True)
-    if folder.exists():
+    if folder.exists() and not instead:
         return folder
     try:
         partial.mkdir(parents=True)
         write(partial)
-        for file in partial.iterdir():
-            sync(file)
+        for path in (*partial.iterdir(), partial):
+            sync(path)
+        if folder.exists():
+            os.replace(folder, old)
         os.replace(partial, folder)
         sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f'{folder} could not be written: {error}') from error
@@ -209,29 +245,35 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path, *, digests: bool = True) -> dict[str, Any]:
     """What stands in training.json, once every file it names is seen to be as it was written.
 
-    Raises ValueError where it is no checkpoint, a torn one, or one of a newer format.
+    Without `digests`, their sizes are looked at alone.
+
+    Raises Torn where it is no checkpoint or a torn one, another ValueError where it is of a newer format.
     """
     try:
         record = json.loads((folder / RECORD_FILE).read_text())
-        step, files, written = int(record['step']), dict(record['files']), record['format']
+        step, written = int(record['step']), record['format']
+        if not isinstance(written, int) or written > FORMAT:
+            raise NewerFormat(f'{folder} has format {written!r}, by a newer version; this one reads up to {FORMAT}')
+        files = [(str(name), int(size), str(digest)) for name, (size, digest) in record['files'].items()]
     except (FileNotFoundError, NotADirectoryError) as error:
         what = f'there is no {RECORD_FILE} in it' if folder.is_dir() else 'there is no such folder'
-        raise ValueError(f'{folder} is no checkpoint of train.py: {what}') from error
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f'{folder} is torn, or no checkpoint of train.py: {RECORD_FILE}: {error!r}') from error
-    if not isinstance(written, int) or written > FORMAT:
-        raise ValueError(f'{folder} has format {written!r}, by a newer version; this one reads formats up to {FORMAT}')
-    for name, (size, digest) in files.items():
+        raise Torn(f'{folder} is no checkpoint of train.py: {what}') from error
+    except NewerFormat:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Torn(f'{folder} is torn, or no checkpoint of train.py: {RECORD_FILE}: {error!r}') from error
+
+    for name, size, digest in files:
         file = folder / name
         if not file.is_file():
-            raise ValueError(f'{folder} is torn: {name} is missing')
+            raise Torn(f'{folder} is torn: {name} is missing')
         if file.stat().st_size != size:
-            raise ValueError(f'{folder} is torn: {name} has {file.stat().st_size:,} bytes, not {size:,}')
-        if file_digest(file) != digest:
-            raise ValueError(f'{folder} is torn: {name} is not what was written')
+            raise Torn(f'{folder} is torn: {name} has {file.stat().st_size:,} bytes, not {size:,}')
+        if digests and file_digest(file) != digest:
+            raise Torn(f'{folder} is torn: {name} is not what was written')
     return {**record, 'step': step}
 
 
@@ -256,11 +298,14 @@ def steps_of(run: Path) -> dict[int, Path]:
 
 
 def newest(run: Path, warn: Callable[[str], object]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint of a run and its record; torn ones are warned of and passed over."""
+    """The newest whole checkpoint of a run and its record; torn ones are warned of and passed over.
+
+    Raises ValueError where one of a newer format comes before it.
+    """
     for folder in reversed(steps_of(run).values()):
         try:
             return folder, read_record(folder)
-        except ValueError as error:
+        except Torn as error:
             warn(f'{error}; looking for an older one')
     return None
 
@@ -275,8 +320,9 @@ def find(
 
     Raises ValueError where nothing whole is there, or something newer.
     """
+    out = out and out.resolve()
     if resume != 'latest':
-        folder = Path(resume)
+        folder = Path(resume).resolve()
         if folder.name.startswith('checkpoint-') or (folder / RECORD_FILE).exists():
             record = read_record(folder)
             newer = newest(folder.parent, warn)
@@ -299,12 +345,39 @@ def find(
     return found
 
 
-def prune(run: Path, keep: int, best: int | None) -> None:
-    """Removes all checkpoints but the newest `keep` and the one of step `best`."""
-    folders = steps_of(run)
-    for step in list(folders)[:-keep]:
-        if step != best:
+def prune(run: Path, step: int, keep: int, best: int | None) -> None:
+    """After `step` was written, removes all but the newest `keep` that are whole, and that of step `best`."""
+    whole = []
+    for each, folder in steps_of(run).items():
+        try:
+            read_record(folder, digests=False)
+            whole.append(each)
+        except ValueError:
+            # whatever it is, it is not this run's to remove
+            pass
+    for each in [each for each in whole if each < step][: max(len(whole) - keep, 0)]:
+        if each != best:
             # renamed first, so that what is half removed is not taken for a checkpoint
-            gone = run / f'.{folders[step].name}.removed'
-            os.replace(folders[step], gone)
+            gone = run / f'.checkpoint-{each}.removed'
+            os.replace(run / f'checkpoint-{each}', gone)
             shutil.rmtree(gone, ignore_errors=True)
+
+
+def lock(run: Path) -> IO[str] | None:
+    """Keeps a run's folder for this process, for as long as the returned file is held.
+
+    Raises OSError where another process has it. Where the system or the disk knows no locks, there is none.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    file = open(run / '.lock', 'w')  # noqa: SIM115
+    try:
+        # unlike flock's, not handed on to forked workers, which may outlive a process that was killed
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise OSError(f'{run}: another run is at work in this folder') from error
+    except OSError:
+        return None
+    return file

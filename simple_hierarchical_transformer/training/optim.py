@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from .sharded import spread_like, whole
+from .sharded import full, reshard, shard_like
 
 OPTIMIZERS = ('adamw', 'muon')
 SCHEDULES = ('cosine', 'linear', 'constant', 'wsd')
@@ -69,7 +69,7 @@ class Muon(torch.optim.AdamW):
                 state['momentum'] = torch.zeros_like(p)
             state['momentum'].lerp_(p.grad, 1 - group['momentum'])
             # Nesterov's: where the momentum will be after another such gradient
-            ahead = whole(p.grad.lerp(state['momentum'], group['momentum'])).flatten(1)
+            ahead = full(p.grad.lerp(state['momentum'], group['momentum'])).flatten(1)
             by_shape.setdefault(ahead.shape, []).append((p, ahead))
 
         for shape, entries in by_shape.items():
@@ -77,7 +77,7 @@ class Muon(torch.optim.AdamW):
             scale = 0.2 * math.sqrt(max(shape))
             for (p, _), move in zip(entries, moves, strict=True):
                 p.mul_(1 - group['lr'] * group['weight_decay'])
-                p.sub_(spread_like(move.view(p.shape), p), alpha=group['lr'] * scale)
+                p.sub_(shard_like(move.view(p.shape), p), alpha=group['lr'] * scale)
 
 
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
@@ -98,9 +98,18 @@ def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
 
 
 def build_optimizer(
-    model: nn.Module, name: str, *, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)
+    model: nn.Module,
+    name: str,
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.95),
+    device: torch.device | None = None,
 ) -> torch.optim.Optimizer:
-    """AdamW, fused where there is such a kernel, or Muon. Weights of two dimensions and more decay, others do not."""
+    """AdamW, fused where there is such a kernel, or Muon. Weights of two dimensions and more decay, others do not.
+
+    `device` is where the model will be, where that is not where it is.
+    """
     named = list(model.named_parameters())
     tables: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
@@ -115,7 +124,7 @@ def build_optimizer(
             dict(params=others, weight_decay=0.0),
         ]
         return Muon([group for group in groups if group['params']], lr=lr, betas=betas)
-    fused = all(p.device.type in FUSED for _, p in named)
+    fused = all((device or p.device).type in FUSED for _, p in named)
     return torch.optim.AdamW(
         [dict(params=matrices + tables, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)],
         lr=lr,
@@ -141,13 +150,14 @@ def learning_rate(progress: float, *, highest: float, schedule: str, warmup: flo
 
 
 class WeightAverage:
-    """An exponential moving average of parameters, which takes their place for as long as it is scored or saved.
+    """An exponential moving average of a model's weights, which takes their place where it is scored or saved.
 
     The decay is warmed up, so that the first steps are soon forgotten.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
-        self.parameters = list(parameters)
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = model
+        self.parameters = list(model.parameters())
         self.decay = decay
         self.updates = 0
         self.averages = [p.detach().clone() for p in self.parameters]
@@ -160,6 +170,8 @@ class WeightAverage:
 
     @torch.no_grad()
     def swap(self) -> None:
+        # full weights that were gathered for a forward pass would outlive the swap
+        reshard(self.model)
         for p, average in zip(self.parameters, self.averages, strict=True):
             weight = p.detach().clone()
             p.copy_(average)
@@ -167,7 +179,7 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The parameters are the averages inside, and themselves again after."""
+        """The weights are the averages inside, and themselves again after."""
         self.swap()
         try:
             yield

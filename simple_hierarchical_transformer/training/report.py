@@ -77,16 +77,27 @@ def fenced(text: str) -> str:
     return f'{fence}text\n{text}\n{fence}'
 
 
-def account(settings: dict[str, Any], rows: Sequence[Row], data: Sequence[str], where: str) -> str:
-    """How a model was trained and how well, in markdown: the model card's part on it."""
+def account(
+    settings: dict[str, Any],
+    rows: Sequence[Row],
+    data: Sequence[str],
+    where: str,
+    *,
+    steps: int,
+    size: int,
+    seconds: float,
+) -> str:
+    """How a model was trained and how well, in markdown: the model card's part on it. `size` is in bytes read."""
     first, last = rows[0], rows[-1]
+    # where files lie is nobody's concern
+    names = ', '.join(Path(name).name for name in data)
     lines = [
         '## Training',
         '',
-        f'{last["step"]:,} steps of {settings["optimizer"]}, {last["bytes"]:,} bytes read in '
-        f'{duration(60 * last["minutes"])} on {where}, from {", ".join(data)}.',
+        f'{steps:,} steps of {settings["optimizer"]}, {size:,} bytes read in {duration(seconds)} on {where}, '
+        f'from {names}.',
         '',
-        '| bits per byte | at first | at last |',
+        f'| bits per byte | at first | at step {last["step"]:,} |',
         '|---|---|---|',
     ]
     for name, value in last.items():
@@ -100,9 +111,8 @@ def account(settings: dict[str, Any], rows: Sequence[Row], data: Sequence[str], 
 def report(
     settings: dict[str, Any],
     rows: Sequence[Row],
-    data: Sequence[str],
+    account: str,
     *,
-    where: str,
     facts: dict[str, str],
     commands: dict[str, str],
     picture: str | None,
@@ -117,7 +127,7 @@ def report(
         f'On the validation split, at step {last["step"]:,}; '
         f'the best was {valid_score(best):.3f} at step {best["step"]:,}.',
         '',
-        account(settings, rows, data, where),
+        account,
         '',
         *([f'![training and validation score by step]({picture})', ''] if picture else []),
         '| | |',

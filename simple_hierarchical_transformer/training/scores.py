@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..batches import IGNORED, PAD
+from ..batches import IGNORED, PAD, evaluation_batches, streaming_rows
 from ..data import Corpus
 from ..model import HierarchicalTransformer
 
 SAMPLE_PROMPT, SAMPLE_LENGTH = 64, 128
+STREAMS = 8  # texts that a streaming score reads side by side
 
-AddUp = Callable[[Tensor], Tensor]
+AllReduce = Callable[[Tensor], Tensor]
 
 
 def alone(total: Tensor) -> Tensor:
@@ -25,34 +26,65 @@ def alone(total: Tensor) -> Tensor:
 
 @torch.no_grad()
 def bits_per_byte(
-    model: torch.nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, add_up: AddUp = alone
+    model: torch.nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    all_reduce: AllReduce = alone,
 ) -> float:
-    """Mean over every label of the batches, those of all processes where `add_up` adds them up."""
+    """Mean over every label of the batches, those of all processes where `all_reduce` sums over them."""
     nats, count = 0.0, 0
     for ids, labels in batches:
         logits = model(ids.to(device)).float()
         flat = labels.flatten().to(device)
         nats += F.cross_entropy(logits.flatten(0, 1), flat, reduction='sum', ignore_index=IGNORED).item()
         count += int((labels != IGNORED).sum())
-    return mean_bits(nats, count, device, add_up)
+    return mean_bits(nats, count, device, all_reduce)
 
 
 def streaming_bits(
-    model: HierarchicalTransformer, texts: Tensor, part: tuple[int, int] = (0, 1), add_up: AddUp = alone
+    model: HierarchicalTransformer, texts: Tensor, part: tuple[int, int] = (0, 1), all_reduce: AllReduce = alone
 ) -> float:
     """Mean over texts `(rows, length)`, each read in one stream; `part` is the process and how many there are."""
     index, parts = part
     # as many rows for each process; what is read twice counts once
     mine = range(index, -(-len(texts) // parts) * parts, parts)
     _, log_probs = model.score(texts[[row % len(texts) for row in mine]], return_log_probs=True)
-    counted = log_probs[[i for i, row in enumerate(mine) if row < len(texts)]]
-    return mean_bits(-counted.double().sum().item(), counted.numel(), log_probs.device, add_up)
+    counted = log_probs[[i for i, row in enumerate(mine) if row < len(texts)]].cpu()
+    return mean_bits(-counted.double().sum().item(), counted.numel(), log_probs.device, all_reduce)
 
 
-def mean_bits(nats: float, count: int, device: torch.device, add_up: AddUp) -> float:
+def validation_scores(
+    model: HierarchicalTransformer,
+    corpora: Sequence[Corpus],
+    spans: Sequence[range],
+    *,
+    seq_len: int,
+    size: int,
+    documents: bool,
+    device: torch.device,
+    part: tuple[int, int],
+    all_reduce: AllReduce,
+) -> tuple[list[float], list[float] | None]:
+    """Bits per byte of each corpus: in windows, and in streams, which know of no texts that end.
+
+    `size` bytes of each are scored. `part` is the process and how many there are.
+    """
+    windowed, streamed = [], []
+    for corpus, span in zip(corpora, spans, strict=True):
+        windows = evaluation_batches(
+            corpus, span, seq_len=seq_len, batch_size=8, max_bytes=size, documents=documents, part=part
+        )
+        windowed.append(bits_per_byte(model, windows, device, all_reduce))
+        if not documents:
+            texts = streaming_rows(corpus, span, rows=STREAMS, size=size)
+            streamed.append(streaming_bits(model, texts, part, all_reduce))
+    return windowed, streamed or None
+
+
+def mean_bits(nats: float, count: int, device: torch.device, all_reduce: AllReduce) -> float:
     # not every device has float64
     dtype = torch.float32 if device.type == 'mps' else torch.float64
-    nats, count = add_up(torch.tensor([nats, count], dtype=dtype, device=device)).tolist()
+    nats, count = all_reduce(torch.tensor([nats, count], dtype=dtype, device=device)).tolist()
     return nats / max(count, 1) / math.log(2)
 
 

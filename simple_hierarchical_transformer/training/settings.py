@@ -31,6 +31,15 @@ DEFAULTS: dict[str, Any] = dict(
 # what may be otherwise when a run goes on
 FREE = ('every', 'checkpoint_every', 'keep', 'log_every', 'log_with', 'workers', 'batch_size', 'grad_accum')
 
+# arguments of the model that --model does not take
+ELSEWHERE = {
+    'seq_len': 'give --seq-len',
+    'gradient_checkpointing': 'give --gradient-checkpointing',
+    'num_tokens': 'it is made for bytes',
+    'ignore_index': 'no byte is ignored; --documents fills up with an id of its own',
+    'recon_ignore_index': 'no byte is ignored; --documents fills up with an id of its own',
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     'cpu': dict(
         model=dict(
@@ -98,7 +107,7 @@ def parse_args(argv: list[str] | None, description: str | None) -> argparse.Name
     option(data, 'segment-length', type=int, help='that many bytes a step, with the state of those before')
     option(data, 'batch-size', type=int, help='sequences in a batch, on each device')
     option(data, 'grad-accum', type=int, help='batches in an optimizer step')
-    data.add_argument('--workers', type=int, help='processes that read ahead')
+    data.add_argument('--workers', type=at_least_none, help='processes that read ahead')
 
     learning = parser.add_argument_group('learning')
     learning.add_argument('--model', nargs='+', metavar='NAME=VALUE', help='arguments of the model: dim=256 depth=2')
@@ -151,6 +160,13 @@ def positive(kind: type) -> Any:
     return parse
 
 
+def at_least_none(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f'must be at least 0, got {text}')
+    return value
+
+
 def share(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1:
@@ -185,6 +201,9 @@ def new_settings(args: argparse.Namespace) -> dict[str, Any]:
     settings = {**DEFAULTS, **preset, 'preset': name}
     settings |= {key: value for key, value in given.items() if key in settings}
     settings['model'] = {**preset['model'], **given.get('model', {})}
+    for key, instead in ELSEWHERE.items():
+        if key in settings['model']:
+            raise ValueError(f'--model {key}: {instead}')
     if 'steps' in given or 'minutes' in given:
         settings |= dict(steps=given.get('steps'), minutes=given.get('minutes'))
     if settings['mixed_precision'] is None:

@@ -21,18 +21,23 @@ def check_trackers(names: Sequence[str] | None) -> None:
             raise ValueError(f'--log-with {name}: it is not installed (pip install {name})')
 
 
-def start_trackers(accelerator: Accelerator, settings: dict[str, Any], out: Path, step: int) -> None:
-    """Begins to log, or goes on from `step`: under the same name, and what had come after it is logged anew."""
+def start_trackers(accelerator: Accelerator, settings: dict[str, Any], out: Path, *, step: int, identity: str) -> None:
+    """Begins to log, or goes on from `step` under the same `identity`.
+
+    Raises ValueError where a tracker cannot begin: no key, say, or no network.
+    """
     if not settings['log_with']:
         return
     flat = {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in settings.items()}
-    again = dict(name=out.name, resume='allow')
-    accelerator.init_trackers(
-        PROJECT,
-        config=flat,
-        init_kwargs=dict(
-            tensorboard=dict(purge_step=step + 1 if step else None, flush_secs=10),
-            wandb=dict(dir=str(out), id=out.name, **again),
-            trackio=again,
-        ),
+    kwargs: dict[str, Any] = dict(
+        # what had been logged after the checkpoint is logged anew
+        tensorboard=dict(purge_step=step + 1 if step else None, flush_secs=10),
+        wandb=dict(dir=str(out), name=out.name, id=identity, resume='allow'),
+        trackio=dict(name=f'{out.name}-{identity}', resume='allow'),
     )
+    try:
+        accelerator.init_trackers(PROJECT, config=flat, init_kwargs=kwargs)
+    except Exception as error:
+        # whatever these packages raise; those that did not begin cannot be ended
+        accelerator.trackers = []
+        raise ValueError(f'--log-with {" ".join(settings["log_with"])}: {error}') from error
