@@ -104,7 +104,8 @@ KILLER = textwrap.dedent(
                 os._exit(1)
             os._exit(0)
         # some at any instant, some while a checkpoint is being written
-        end, in_write = time.monotonic() + draw.uniform(0.3, 2.5), draw.random() < 0.5
+        in_write = draw.random() < 0.5
+        end = time.monotonic() + (60 if in_write else draw.uniform(0.3, 2.5))
         while (status := os.waitpid(child, os.WNOHANG))[0] == 0:
             names = os.listdir(out) if os.path.isdir(out) else []
             partial = [name for name in names if name.endswith('.partial') and name not in seen]
@@ -130,7 +131,7 @@ def test_killed_at_any_instant_a_run_ends_as_if_it_had_not_been(unbroken: Path, 
     kills, in_writing, code = map(int, result.stdout.split())
     assert not out.with_suffix('.error').exists(), out.with_suffix('.error').read_text()
     assert code == 0
-    assert kills >= 5
+    assert kills >= 3
     assert in_writing >= 1
     assert_same(outcome(out), outcome(unbroken))
     assert (out / 'final' / 'model.safetensors').read_bytes() == (unbroken / 'final' / 'model.safetensors').read_bytes()

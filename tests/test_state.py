@@ -432,7 +432,7 @@ def test_score_refuses() -> None:
         (b'', {}, 'ids must hold at least one token'),
         (torch.zeros(1, dtype=torch.long), {}, 'ids must have at least 2 tokens'),
         (torch.zeros(5, dtype=torch.long), {}, 'ids must hold more than ignore_index = 0'),
-        (b'text', {}, r'ids must be in \[0, 11\), got values from 101 to 120'),
+        (b'text', {}, r'ids must be in \[0, 11\), got values from 101 to 116'),
         (torch.ones(5, dtype=torch.long), dict(chunk_size=0), 'chunk_size must be an integer of at least 1, got 0'),
     ):
         with pytest.raises(ValueError, match=message):
