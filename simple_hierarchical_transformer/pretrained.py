@@ -133,9 +133,6 @@ class Pretrained(ModelHubMixin):
             **kwargs,
         )
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        save_weights(self, save_directory / WEIGHTS_FILE)  # type: ignore[arg-type]
-
     @classmethod
     def _from_pretrained(
         cls: type[Model],
@@ -222,18 +219,21 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
         raise OSError(f'{path} could not be written: {error}') from error
 
 
+def read_tensors(path: str | Path, device: str = 'cpu') -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, and its metadata. Raises ValueError where it is torn."""
+    try:
+        with safe_open(path, 'pt', device=device) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f'{path} is torn, or no safetensors file: {error}') from error
+
+
 def load_weights(model: nn.Module, path: str | Path, device: str = 'cpu') -> None:
     """Loads what `save_weights` wrote; what shared a tensor there shares it here.
 
     Raises ValueError where the file is torn, RuntimeError where it does not fit the model.
     """
-    try:
-        with safe_open(path, 'pt', device=device) as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f'{path} is torn, or no safetensors file: {error}') from error
-
+    weights, metadata = read_tensors(path, device)
     for name, kept in metadata.items():
         if name != 'format' and kept in weights:
             tie(model, name, kept)

@@ -152,10 +152,6 @@ class State:
             coarse=tuple(map(of, self.coarse)),
         )
 
-    def at(self, position: int) -> State:
-        """The same tensors, taken for those of another position."""
-        return replace(self, position=position)
-
     def to(self, *args: Any, **kwargs: Any) -> State:
         """On another device, or of another dtype: takes what `Tensor.to` takes, and copies only where it would."""
         moved = self.map(*[lambda tensor: tensor.to(*args, **kwargs)] * 2)

@@ -12,13 +12,14 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
+from .. import pretrained
 from ..data import file_digest
 from ..model import HierarchicalTransformer
 from ..pretrained import WEIGHTS_FILE, shared_names, write_tensors
@@ -119,7 +120,7 @@ def restore_segments(
         def take_by_phase(old: Tensor, rows: Any = rows) -> Tensor:
             return next(rows).transpose(0, 1).to(old.device, old.dtype, copy=True).contiguous()
 
-        states.append(model.initial_state(size).map(take, take_by_phase).at(position))
+        states.append(replace(model.initial_state(size).map(take, take_by_phase), position=position))
     return states
 
 
@@ -279,12 +280,7 @@ def read_record(folder: Path, *, digests: bool = True) -> dict[str, Any]:
 
 def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What `gather_all` returned."""
-
-    def read(name: str) -> dict[str, Tensor]:
-        with safe_open(folder / name, 'pt') as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-
-    return read(WEIGHTS_FILE), read(TENSORS_FILE)
+    return pretrained.read_tensors(folder / WEIGHTS_FILE)[0], pretrained.read_tensors(folder / TENSORS_FILE)[0]
 
 
 def steps_of(run: Path) -> dict[int, Path]:
@@ -297,12 +293,14 @@ def steps_of(run: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def newest(run: Path, warn: Callable[[str], object]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint of a run and its record; torn ones are warned of and passed over.
+def newest(run: Path, warn: Callable[[str], object], above: int = -1) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint of a run after step `above`, and its record; torn ones are warned of and passed over.
 
     Raises ValueError where one of a newer format comes before it.
     """
-    for folder in reversed(steps_of(run).values()):
+    for step, folder in reversed(steps_of(run).items()):
+        if step <= above:
+            break
         try:
             return folder, read_record(folder)
         except Torn as error:
@@ -325,8 +323,9 @@ def find(
         folder = Path(resume).resolve()
         if folder.name.startswith('checkpoint-') or (folder / RECORD_FILE).exists():
             record = read_record(folder)
-            newer = newest(folder.parent, warn)
-            if newer and newer[1]['step'] > record['step'] and out in (None, folder.parent):
+            # what is not newer has no need to be read through again
+            newer = newest(folder.parent, warn, above=record['step'])
+            if newer and out in (None, folder.parent):
                 raise ValueError(
                     f'{folder} is not the newest: --resume {folder.parent} goes on from {newer[0].name}; '
                     'give --out for a branch of its own'
