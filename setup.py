@@ -41,6 +41,7 @@ setup(
             'matplotlib>=3.7',
             'datasets>=3.0',
             'tensorboard>=2.15',
+            'vector-quantize-pytorch>=1.14',
         ],
     },
     classifiers=[

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.batches import PAD, Batches, evaluation_batches, seed_of, split_bytes
-from simple_hierarchical_transformer.pretrained import CONFIG_FILE
+from simple_hierarchical_transformer.pretrained import CONFIG_FILE, shared_names
 from simple_hierarchical_transformer.state import State
 from simple_hierarchical_transformer.training import checkpoints, cost, report
 from simple_hierarchical_transformer.training.optim import WeightAverage, build_optimizer, learning_rate
@@ -159,6 +159,9 @@ class Run:
         if self.length < (stride := max(level.stride for level in model.levels)):
             # a level without a token has no gradient, which processes would wait for
             raise ValueError(f'--segment-length must be at least the largest stride, {stride}, got {self.length}')
+        if self.accelerator.is_fsdp2 and (shared := shared_names(model)):
+            name, first = next(iter(shared.items()))
+            raise ValueError(f'weights that blocks share, as {name} and {first}, cannot be sharded with their blocks')
         self.parameters = cost.parameters_by_level(model)
         self.flops = cost.step_flops(model, self.length) / self.length
         optimizer: Any = build_optimizer(model, s.optimizer, lr=s.lr, weight_decay=s.weight_decay, device=self.device)
@@ -166,8 +169,7 @@ class Run:
         self.model = self.accelerator.unwrap_model(self.wrapped)
         self.call = torch.compile(self.wrapped) if s.compile else self.wrapped
         self.average = WeightAverage(self.model, s.ema) if s.ema else None
-        self.losses = ['loss', 'ce', 'next_latent', 'recon']
-        self.losses += [f'next_latent/{level.compression}x' for level in self.model.levels]
+        self.losses = ['loss', *self.model.loss_weights]
 
     def restore(self, folder: Path, record: dict[str, Any]) -> None:
         try:
@@ -219,8 +221,7 @@ class Run:
                 self.states += after
                 # gradients are averaged over processes, and each loss is a share of the sum
                 self.accelerator.backward(loss * self.world)
-            each = (loss, parts.ce, parts.next_latent, parts.recon, *parts.next_latent_per_hierarchy)
-            losses += torch.stack(each).detach()
+            losses += torch.stack((loss, *parts.named.values())).detach()
         norm = full(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.s.clip))
         # which all processes have the same
         return torch.cat((losses, norm.detach()[None].to(losses) / self.world))

@@ -93,6 +93,13 @@ class HierarchicalBlock(nn.Module):
         )
         self.ff = FeedForward(level.dim, level.ff_mult)
 
+    def share_attention(self, other: HierarchicalBlock) -> None:
+        """Takes another level's weights, not its window."""
+        assert self.attn is not None
+        assert other.attn is not None
+        for name in ('norm', 'to_qkv', 'to_out'):
+            setattr(self.attn, name, getattr(other.attn, name))
+
     def forward(self, x: Tensor, state: BlockState | None = None, start: int = 0) -> tuple[Tensor, BlockState | None]:
         """Level tokens `(batch, seq, dim)`, the first of index `start`."""
         b, n, d = x.shape

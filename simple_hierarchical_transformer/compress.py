@@ -1,8 +1,14 @@
-"""From token embeddings to a level's tokens."""
+"""From token embeddings to a level's tokens.
+
+Whatever the kind, a level token is a function of the few tokens that it sums up: its window, of which it is the last.
+So each is causal, and its state is the tokens that the windows to come still reach back to.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,22 +20,29 @@ from .state import keep
 
 
 class Windows(nn.Module):
-    """The `compression` tokens that end at each position that is a multiple of the stride.
+    """The `taps` tokens, `dilation` apart, that end at each token whose index is a multiple of `stride`.
 
-    x: `(batch, compression - 1 + seq, dim)`, the tokens before the sequence and the sequence, of which token
-    `offset` is the first at such a position. Returns `(batch, ceil((seq - offset) / stride), dim * compression)`.
+    x: `(batch, before + seq, dim)`, the `before = (taps - 1) * dilation` tokens before the sequence and the sequence,
+    of which token `offset` is the first with a window. Returns `(batch, ceil((seq - offset) / stride), dim * taps)`.
     """
 
-    def __init__(self, compression: int, stride: int) -> None:
+    def __init__(self, taps: int, stride: int, dilation: int = 1) -> None:
         super().__init__()
-        self.compression = compression
+        self.taps = taps
         self.stride = stride
+        self.dilation = dilation
+        self.before = (taps - 1) * dilation
 
     def forward(self, x: Tensor, offset: int = 0) -> Tensor:
         batch, length, dim = x.shape
-        if length - offset < self.compression:
-            return x.new_empty(batch, 0, dim * self.compression)
-        return x[:, offset:].unfold(1, self.compression, self.stride).flatten(2)
+        if length - offset <= self.before:
+            return x.new_empty(batch, 0, dim * self.taps)
+        return x[:, offset:].unfold(1, self.before + 1, self.stride)[..., :: self.dilation].flatten(2)
+
+    def indices(self, count: int, offset: int, device: torch.device) -> Tensor:
+        """Where in x the tokens of the first `count` windows stand: `(count, taps)`."""
+        first = torch.arange(count, device=device) * self.stride + offset
+        return first[:, None] + torch.arange(self.taps, device=device) * self.dilation
 
 
 class WindowConv(nn.Module):
@@ -43,51 +56,6 @@ class WindowConv(nn.Module):
         return linear(x, self.conv.weight.flatten(1), self.conv.bias, after)
 
 
-class Compressor(nn.Module):
-    """Makes a level's tokens: token `j` sees embeddings `j * stride - (compression - 1)` to `j * stride`.
-
-    `(batch, seq, dim_embed)` to `(batch, ceil(seq / stride), dim)`. A causal convolution to four times the
-    embedding width, SiLU, and a projection to the level's width. A level without compression keeps the
-    embeddings, or projects them where the widths differ.
-
-    With `reconstruct`, `to_recon` maps a level token to `compression * num_tokens` logits, one set for each id
-    that the convolution saw.
-    """
-
-    def __init__(self, level: Level, *, dim_embed: int, num_tokens: int, reconstruct: bool) -> None:
-        super().__init__()
-        c = level.compression
-        self.compression = c
-        self.stride = level.stride
-        self.compress_fn: nn.Module
-
-        if c == 1:
-            same = level.dim == dim_embed
-            self.compress_fn = nn.Identity() if same else Linear(dim_embed, level.dim, bias=False)
-        else:
-            inner = 4 * dim_embed
-            self.compress_fn = nn.Sequential(
-                Windows(c, level.stride),
-                WindowConv(dim_embed, inner, c),
-                nn.SiLU(),
-                Pointwise(inner, level.dim),
-            )
-
-        self.to_recon = Linear(level.dim, c * num_tokens, bias=False) if reconstruct and c > 1 else None
-
-    def forward(self, embeds: Tensor, state: Tensor | None = None, position: int = 0) -> tuple[Tensor, Tensor | None]:
-        """Embeddings `(batch, seq, dim_embed)` that begin at `position`; the state is those before it."""
-        if not isinstance(self.compress_fn, nn.Sequential):
-            return self.compress_fn(embeds), None
-
-        windows, to_inner, act, to_dim = self.compress_fn
-        before = self.compression - 1
-        x = F.pad(embeds, (0, 0, before, 0)) if state is None else torch.cat((state, embeds), dim=1)
-
-        tokens = to_dim(to_inner(x, after=partial(windows, offset=-position % self.stride)), after=act)
-        return tokens, None if state is None else keep(state, x[:, -before:])
-
-
 class Pointwise(nn.Conv1d):
     """A convolution of kernel 1 over `(batch, seq, dim)`, which is a linear map."""
 
@@ -96,3 +64,218 @@ class Pointwise(nn.Conv1d):
 
     def forward(self, x: Tensor, after: Part | None = None) -> Tensor:
         return linear(x, self.weight.squeeze(-1), self.bias, after)
+
+
+# The kinds of compressing. Each maps (x, offset, absent), x and offset as for `Windows` and `absent` the number of
+# tokens at the beginning of x that stand before the first, to `(batch, ceil((seq - offset) / stride), dim)`.
+
+
+class ConvPool(nn.Sequential):
+    """A convolution to four times the width, SiLU, and a projection: the published package's compressor."""
+
+    def __init__(self, windows: Windows, dim_in: int, dim: int) -> None:
+        inner = 4 * dim_in
+        super().__init__(windows, WindowConv(dim_in, inner, windows.taps), nn.SiLU(), Pointwise(inner, dim))
+
+    def forward(self, x: Tensor, offset: int, absent: int) -> Tensor:  # type: ignore[override]
+        windows, to_inner, act, to_dim = self
+        return to_dim(to_inner(x, after=partial(windows, offset=offset)), after=act)
+
+
+class LinearPool(nn.Module):
+    """One linear map of the window: a convolution and no more."""
+
+    def __init__(self, windows: Windows, dim_in: int, dim: int) -> None:
+        super().__init__()
+        self.windows = windows
+        self.proj = Linear(dim_in * windows.taps, dim, bias=False)
+
+    def forward(self, x: Tensor, offset: int, absent: int) -> Tensor:
+        return self.proj(x, after=partial(self.windows, offset=offset))
+
+
+class MeanPool(nn.Module):
+    """The mean of the window, brought to the level's width.
+
+    What stands before the first token counts as zeros. The norm that follows in the model makes a mean over those
+    that exist of it.
+    """
+
+    def __init__(self, windows: Windows, dim_in: int, dim: int) -> None:
+        super().__init__()
+        self.windows = windows
+        self.proj: nn.Module = nn.Identity() if dim_in == dim else Linear(dim_in, dim, bias=False)
+
+    def forward(self, x: Tensor, offset: int, absent: int) -> Tensor:
+        return self.proj(self.windows(x, offset).unflatten(-1, (-1, self.windows.taps)).mean(dim=-1))
+
+
+class AttentionPool(nn.Module):
+    """Learned queries, one a head, attend over the tokens of the window, with a learned bias for each place in it.
+
+    Of a learned query and the matrix of the keys only the product matters, so that is what is learnt: a score for
+    each head and token. Scores and values are formed once a token and not once a window. Perceiver's cross-attention,
+    with a window for its input: Jaegle et al. 2021, arXiv 2103.03206.
+    """
+
+    def __init__(self, windows: Windows, dim_in: int, dim: int, *, heads: int, dim_head: int) -> None:
+        super().__init__()
+        self.windows = windows
+        self.heads = heads
+        inner = heads * dim_head
+        self.to_scores = Linear(dim_in, heads, bias=False)
+        self.place_bias = nn.Parameter(torch.zeros(heads, windows.taps))
+        self.to_values = Linear(dim_in, inner, bias=False)
+        self.to_out = Linear(inner, dim, bias=False)
+
+    def forward(self, x: Tensor, offset: int, absent: int) -> Tensor:
+        taps = self.windows.taps
+        scores = self.windows(self.to_scores(x), offset).unflatten(-1, (self.heads, taps))
+        exists = self.windows.indices(scores.shape[1], offset, x.device) >= absent
+        scores = (scores + self.place_bias).masked_fill(~exists[:, None], -torch.inf)
+        values = self.windows(self.to_values(x), offset).unflatten(-1, (self.heads, -1, taps))
+        weights = scores.softmax(dim=-1).to(values.dtype)
+        return self.to_out((values @ weights[..., None]).flatten(2))
+
+
+class ModulePool(nn.Module):
+    """A module from outside: windows `(batch, tokens, taps, dim_in)`, oldest first, to `(batch, tokens, dim)`."""
+
+    def __init__(self, windows: Windows, dim: int, module: nn.Module) -> None:
+        super().__init__()
+        self.windows = windows
+        self.dim = dim
+        self.module = module
+
+    def forward(self, x: Tensor, offset: int, absent: int) -> Tensor:
+        windows = self.windows(x, offset).unflatten(-1, (x.shape[-1], self.windows.taps)).transpose(2, 3)
+        out = self.module(windows)
+        expected = (*windows.shape[:2], self.dim)
+        if not isinstance(out, Tensor) or out.shape != expected:
+            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(f'compressor must return shape {expected} for windows {tuple(windows.shape)}, got {got}')
+        return out
+
+
+class Compressor(nn.Module):
+    """Makes a level's tokens of finer ones: token `j` sees those of index `j * stride` and before, in its window.
+
+    `(batch, seq, dim_in)` to `(batch, ceil(seq / stride), level.dim)`, by the kind of pooling that the level names. A
+    window of one token is kept, or projected where the widths differ.
+
+    With `num_tokens`, `to_recon` maps a level token to `compression * num_tokens` logits, one set for each id that it
+    sums up.
+
+    Args:
+        level: whose tokens.
+        dim_in: width of the finer tokens.
+        taps: how many of them a window has; the level's compression by default, where they are embeddings.
+        stride: how many of them level tokens stand apart; the level's stride by default.
+        dilation: how many of them a window's tokens stand apart.
+        module: what pools, where the level names none.
+        num_tokens: size of the vocabulary, where ids are to be reconstructed.
+    """
+
+    def __init__(
+        self,
+        level: Level,
+        *,
+        dim_in: int,
+        taps: int | None = None,
+        stride: int | None = None,
+        dilation: int = 1,
+        module: nn.Module | None = None,
+        num_tokens: int | None = None,
+    ) -> None:
+        super().__init__()
+        windows = Windows(
+            level.compression if taps is None else taps, level.stride if stride is None else stride, dilation
+        )
+        self.dim_in = dim_in
+        self.stride = windows.stride
+        self.before = windows.before
+        self.compress_fn: nn.Module
+
+        if module is not None:
+            self.compress_fn = ModulePool(windows, level.dim, module)
+        elif windows.taps == 1:
+            self.compress_fn = nn.Identity() if level.dim == dim_in else Linear(dim_in, level.dim, bias=False)
+        elif level.compressor == 'attention':
+            self.compress_fn = AttentionPool(windows, dim_in, level.dim, heads=level.heads, dim_head=level.dim_head)
+        else:
+            pools = {'conv': ConvPool, 'linear': LinearPool, 'mean': MeanPool}
+            self.compress_fn = pools[level.compressor](windows, dim_in, level.dim)
+
+        reconstructs = num_tokens is not None and level.compression > 1
+        self.to_recon = Linear(level.dim, level.compression * num_tokens, bias=False) if reconstructs else None  # type: ignore[operator]
+
+    def forward(self, x: Tensor, state: Tensor | None = None, position: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Tokens `(batch, seq, dim_in)`, the first of index `position`; the state is the `before` that came before."""
+        offset = -position % self.stride
+        if isinstance(self.compress_fn, (nn.Identity, Linear)):
+            return self.compress_fn(x[:, offset :: self.stride]), None
+
+        padded = F.pad(x, (0, 0, self.before, 0)) if state is None else torch.cat((state, x), dim=1)
+        tokens = self.compress_fn(padded, offset, max(self.before - position, 0))
+        return tokens, None if state is None else keep(state, padded[:, -self.before :])
+
+
+class Autoencoder(nn.Module):
+    """A causal convolutional encoder whose feature maps feed the levels, finer to coarser, and a decoder to train it.
+
+    The map of compression `c` is a convolution over the map of the level before, whose taps are as far apart as that
+    one's tokens reach back: so a token of it sees the embeddings of `c` positions, as in WaveNet (van den Oord et al.
+    2016, arXiv 1609.03499). Maps have the embeddings' width, and are computed no denser than a level to come asks for.
+
+    The decoder mirrors it: of each `c`-th token of the coarsest map it makes the `c` ids that this one has seen.
+    """
+
+    def __init__(self, levels: Sequence[Level], *, dim: int, num_tokens: int | None) -> None:
+        super().__init__()
+        self.order = sorted(range(len(levels)), key=lambda i: levels[i].compression)
+        self.encoders = nn.ModuleDict()
+        self.decoders = nn.ModuleDict()
+        # how far apart the tokens of each level's map stand
+        self.grids: dict[int, int] = {}
+
+        finer, grid = 1, 1
+        for place, i in enumerate(self.order):
+            c = levels[i].compression
+            taps, dilation = c // finer, finer // grid
+            if taps > 1:
+                dense = min(levels[j].stride for j in self.order[place:])
+                self.encoders[str(i)] = LinearPool(Windows(taps, dense // grid, dilation), dim, dim)
+                if num_tokens is not None:
+                    self.decoders[str(i)] = Linear(dim, taps * dim)
+                grid = dense
+            self.grids[i], finer = grid, c
+        self.coarsest = finer
+        self.to_ids = None if num_tokens is None else Linear(dim, num_tokens, bias=False)
+
+    def forward(
+        self, embeds: Tensor, states: Sequence[Tensor | None], position: int
+    ) -> tuple[dict[int, Tensor], list[Tensor | None]]:
+        """Embeddings `(batch, n, dim)` that begin at `position` to each level's map, and the states after them.
+
+        A level's state are the tokens of the finer map that its windows still reach back to.
+        """
+        x, grid, maps, kept = embeds, 1, {}, list(states)
+        for i in self.order:
+            if str(i) in self.encoders:
+                encode: Any = self.encoders[str(i)]
+                windows, state, start = encode.windows, states[i], -(-position // grid)
+                padded = F.pad(x, (0, 0, windows.before, 0)) if state is None else torch.cat((state, x), dim=1)
+                x = F.silu(encode(padded, -start % windows.stride, max(windows.before - start, 0)))
+                kept[i], grid = keep(state, padded[:, -windows.before :]), self.grids[i]
+            maps[i] = x
+        return maps, kept
+
+    def decode(self, x: Tensor, position: int) -> Tensor:
+        """The coarsest map, of a chunk that begins at `position`, to what ids are read off: `(batch, ids, dim)`."""
+        grid = self.grids[self.order[-1]]
+        apart = self.coarsest // grid
+        x = x[:, (-position // grid) % apart :: apart]
+        for i in reversed(self.order):
+            if str(i) in self.decoders:
+                x = F.silu(self.decoders[str(i)](x)).unflatten(-1, (-1, x.shape[-1])).flatten(1, 2)
+        return x

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 
 @dataclass(frozen=True)
 class Level:
@@ -24,6 +26,9 @@ class Level:
     ff_mult: float
     window: int | None
     next_latent_loss_weight: float
+    prophet_loss_weight: float = 0.0
+    quantized_loss_weight: float = 0.0
+    compressor: str = 'conv'
 
     @property
     def phases(self) -> int:
@@ -32,6 +37,11 @@ class Level:
     def length(self, n: int) -> int:
         """How many level tokens `n` tokens become."""
         return -(-n // self.stride)
+
+
+COMPRESSORS = ('conv', 'attention', 'mean', 'linear')
+# what a module from outside counts as
+OWN = 'module'
 
 
 def is_int(value: Any) -> bool:
@@ -48,6 +58,11 @@ def check_number(name: str, value: Any, minimum: float = 0.0) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not minimum <= value < float('inf'):
         raise ValueError(f'{name} must be a finite number of at least {minimum:g}, got {value!r}')
     return value
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f'{name} must be one of {", ".join(allowed)}, got {value!r}')
 
 
 def check_sequence(name: str, value: Any) -> None:
@@ -72,8 +87,11 @@ def build_levels(
     dim_head: int | Sequence[int],
     heads: int | Sequence[int],
     ff_mult: float | Sequence[float],
-    window_sizes: int | Sequence[int | None] | None,
+    window_sizes: int | str | Sequence[int | str | None] | None,
     next_latent_loss_weight: float | Sequence[float],
+    prophet_loss_weight: float | Sequence[float],
+    quantized_loss_weight: float | Sequence[float],
+    compressor: str | nn.Module | Sequence[str | nn.Module],
     seq_len: int,
 ) -> tuple[Level, ...]:
     """Turns the constructor's scalar-or-per-level arguments into levels.
@@ -97,12 +115,16 @@ def build_levels(
     all_heads = per_level('heads', heads, count)
     ff_mults = per_level('ff_mult', ff_mult, count)
     windows = per_level('window_sizes', window_sizes, count)
-    weights = per_level('next_latent_loss_weight', next_latent_loss_weight, count)
+    next_latents = per_level('next_latent_loss_weight', next_latent_loss_weight, count)
+    prophets = per_level('prophet_loss_weight', prophet_loss_weight, count)
+    quantized = per_level('quantized_loss_weight', quantized_loss_weight, count)
+    compressors = per_level('compressor', compressor, count)
 
     levels = []
-    for c, s, d, d_head, h, mult, w, weight in zip(
-        compressions, strides, dims, dim_heads, all_heads, ff_mults, windows, weights, strict=True
-    ):
+    for c, s, d, d_head, h, mult, w, next_latent, prophet, quantize, compress in zip(
+        compressions, strides, dims, dim_heads, all_heads, ff_mults, windows,
+        next_latents, prophets, quantized, compressors, strict=True,
+    ):  # fmt: skip
         if not is_int(s) or s < 1 or s & (s - 1):
             raise ValueError(f'hierarchical_stride must be powers of two (1, 2, 4, ...), got {s!r} for hierarchy {c}')
         if s > c:
@@ -112,11 +134,24 @@ def build_levels(
         check_int('dim', d, 2)
         check_int('heads', h)
         check_number('ff_mult', mult)
-        check_number('next_latent_loss_weight', weight)
+        check_number('next_latent_loss_weight', next_latent)
+        check_number('prophet_loss_weight', prophet)
+        check_number('quantized_loss_weight', quantize)
         check_int('dim_head', d_head)
         if int(d * mult) < 1:
             raise ValueError(f'ff_mult must leave a hidden width of at least 1, got {mult!r} for dim {d}')
-        if w is not None:
+        if isinstance(compress, nn.Module):
+            if not isinstance(compressor, (tuple, list)) and count > 1:
+                raise ValueError('compressor must have one module for each hierarchy, got one module for all')
+            compress = OWN
+        elif compress not in COMPRESSORS:
+            allowed = ', '.join(COMPRESSORS)
+            raise ValueError(f'compressor must be one of {allowed}, or a module, got {compress!r} for hierarchy {c}')
+        if w == 'auto':
+            w = max(seq_len // c // 2, 1)
+        elif isinstance(w, str):
+            raise ValueError(f"window_sizes must be integers, None or 'auto', got {w!r}")
+        elif w is not None:
             check_int('window_sizes', w, 0)
         if w != 0 and d_head % 2:
             raise ValueError(f'dim_head must be even (rotary embeddings turn pairs of channels), got {d_head}')
@@ -129,6 +164,6 @@ def build_levels(
             )
             w = None
 
-        levels.append(Level(c, s, d, d_head, h, mult, w, weight))
+        levels.append(Level(c, s, d, d_head, h, mult, w, next_latent, prophet, quantize, compress))
 
     return tuple(levels)

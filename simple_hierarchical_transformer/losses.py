@@ -1,9 +1,10 @@
-"""What trains the levels: cross entropy, reconstruction, and the prediction of the next latent."""
+"""What trains the levels: ids that come and that were, quantized ids, and the next latent."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import register_pytree_node
 
 from .levels import check_number, check_sequence
 from .linear import Chain, Linear, autocast_dtype, linear
@@ -22,8 +24,12 @@ MIN_CHUNK_ROWS = 128
 LatentLoss = Callable[[Tensor, Tensor], Tensor]
 
 
-class LossParts(NamedTuple):
-    """The losses that `(loss, parts)` is made of: `loss = ce + next_latent + recon_loss_weight * recon`."""
+@dataclass(frozen=True)
+class LossParts:
+    """The losses that `(loss, parts)` is made of. Unpacks as `ce, next_latent, recon, next_latent_per_hierarchy`.
+
+    `loss = sum(model.loss_weights[name] * part for name, part in parts.named.items())`.
+    """
 
     ce: Tensor
     """Cross entropy of the next token in nats, averaged over targets that are not ignored."""
@@ -33,16 +39,39 @@ class LossParts(NamedTuple):
     """Reconstruction losses of all compressed levels, before `recon_loss_weight`."""
     next_latent_per_hierarchy: tuple[Tensor, ...]
     """Each level's next-latent loss before its weight, zero for a level that has none."""
+    named: dict[str, Tensor]
+    """All that is on, before its weight, level by level: 'ce', 'recon/8x', 'prophet/8x', 'quantized/8x',
+    'autoencoder', 'next_latent/8x'."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.ce, self.next_latent, self.recon, self.next_latent_per_hierarchy))
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Any:
+        return tuple(self)[index]
 
 
-class LossCounts(NamedTuple):
-    """What the parts are divided by where that is not their own number of targets."""
+# wrappers look for tensors among what a model returns
+register_pytree_node(
+    LossParts,
+    lambda parts: ([*parts, parts.named], None),
+    lambda fields, _: LossParts(*fields),
+)
 
-    ce: Tensor | None
-    recon: Sequence[Tensor] | None
-    """One for each level with the loss."""
-    next_latent: Sequence[Sequence[Tensor]] | None
-    """Likewise, one for each step of the rollout."""
+
+class Part(NamedTuple):
+    """A part of the loss: one of the six kinds, for one level or for all."""
+
+    kind: str
+    weight: float
+    level: int | None = None
+    compression: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.kind if self.level is None else f'{self.kind}/{self.compression}x'
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -130,18 +159,21 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, row_weights
 
 
 def cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, *, count: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    *,
+    count: Tensor | None = None,
+    sample: float = 1.0,
 ) -> Tensor:
     """Mean over the targets that are not ignored; zero, and not nan, where all of them are.
 
-    x: `(batch, seq, dim)`, weight: `(num_tokens, dim)`, targets: `(batch, seq)`. With `count`, the sum divided by that.
+    x: `(batch, seq, dim)`; targets: `(batch, seq)`, or `(batch, seq, sets)` where each token has several; weight:
+    `(sets * num_tokens, dim)`, a matrix for each of them. With `sample` below 1, that share of the tokens is drawn at
+    random, and the expectation is the loss over all. With `count`, the sum over targets divided by that.
     """
-    return _mean_cross_entropy(x.flatten(0, 1), weight, targets.flatten()[:, None], ignore_index, count)
-
-
-def _mean_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, count: Tensor | None, sample: float = 1.0
-) -> Tensor:
+    x, targets = x.flatten(0, 1), (targets[..., None] if targets.ndim == 2 else targets).flatten(0, 1)
     counted = targets != ignore_index
     scale = 1 / (counted.sum() if count is None else count).clamp(min=1)
     # an ignored target may be no id at all
@@ -157,28 +189,6 @@ def _mean_cross_entropy(
     return linear_cross_entropy(x, weight, targets, counted * scale)
 
 
-def reconstruction_loss(
-    x: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    *,
-    compression: int,
-    stride: int,
-    ignore_index: int,
-    offset: int = 0,
-    sample: float = 1.0,
-    count: Tensor | None = None,
-) -> Tensor:
-    """Cross entropy of the ids that each level token's compressor saw, those before the first of `ids` left out.
-
-    x: level tokens `(batch, ceil((seq - offset) / stride), dim)`, of which the first ends at `offset` of ids
-    `(batch, seq)`; weight: `(compression * num_tokens, dim)`. With `sample` below 1, that share of the level tokens is
-    drawn at random, and the expectation is the loss over all. With `count`, the sum over targets divided by that.
-    """
-    seen = seen_ids(ids, compression=compression, stride=stride, ignore_index=ignore_index, offset=offset)
-    return _mean_cross_entropy(x.flatten(0, 1), weight, seen.flatten(0, 1), ignore_index, count, sample)
-
-
 def seen_ids(ids: Tensor, *, compression: int, stride: int, ignore_index: int, offset: int = 0) -> Tensor:
     """The ids that each level token's compressor saw, `(batch, ceil((seq - offset) / stride), compression)`.
 
@@ -188,6 +198,46 @@ def seen_ids(ids: Tensor, *, compression: int, stride: int, ignore_index: int, o
     if padded.shape[1] < compression:
         return ids.new_empty(len(ids), 0, compression)
     return padded.unfold(1, compression, stride)
+
+
+def coming_ids(labels: Tensor, *, compression: int, stride: int, ignore_index: int, offset: int = 0) -> Tensor:
+    """The ids that come after each level token, `(batch, ceil((seq - offset) / stride), compression)`.
+
+    labels: `(batch, seq)`, the id that comes after each position. After the last of them stands `ignore_index`.
+    """
+    padded = F.pad(labels, (0, compression - 1), value=ignore_index)[:, offset:]
+    if padded.shape[1] < compression:
+        return labels.new_empty(len(labels), 0, compression)
+    return padded.unfold(1, compression, stride)
+
+
+class RandomProjectionQuantizer(nn.Module):
+    """Discrete ids of vectors, by matrices that are drawn once and never trained.
+
+    x is normed to mean 0 and variance 1, projected, and named after the nearest direction in a codebook, for each of
+    several codebooks: `(..., dim)` to `(..., codebooks)`, int64 in `[0, size)`. BEST-RQ: Chiu et al. 2022, arXiv
+    2202.01855, eq. 1; with several codebooks: Zhang et al. 2023, arXiv 2303.01037, section 3.2.
+    """
+
+    projection: Tensor
+    codebook: Tensor
+
+    def __init__(self, dim: int, *, codebooks: int, size: int, dim_code: int) -> None:
+        super().__init__()
+        projection, codebook = torch.empty(codebooks, dim, dim_code), torch.randn(codebooks, size, dim_code)
+        for matrix in projection:
+            nn.init.xavier_normal_(matrix)
+        # saved with the weights: other matrices would be other ids
+        self.register_buffer('projection', projection)
+        self.register_buffer('codebook', F.normalize(codebook, dim=-1))
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.layer_norm(x.to(self.projection.dtype), x.shape[-1:])
+        with nullcontext() if autocast_dtype(x.device) is None else torch.autocast(x.device.type, enabled=False):
+            # the length of a projection does not change which direction is nearest
+            ids = [((x @ p) @ c.t()).argmax(dim=-1) for p, c in zip(self.projection, self.codebook, strict=True)]
+        return torch.stack(ids, dim=-1)
 
 
 def mse(pred: Tensor, target: Tensor) -> Tensor:

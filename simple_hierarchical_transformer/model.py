@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from inspect import signature
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .block import HierarchicalBlock
-from .compress import Compressor
-from .generate import Reader, Sampler, Stream, generate
-from .levels import Level, build_levels, check_int, check_number, check_sequence, is_int
+from .compress import Autoencoder, Compressor
+from .generate import Generative, check_ids
+from .levels import Level, build_levels, check_choice, check_int, check_number, check_sequence, is_int, per_level
 from .linear import Linear
 from .losses import (
     ChunkSummarizer,
     LatentDynamics,
-    LossCounts,
     LossParts,
+    Part,
+    RandomProjectionQuantizer,
+    coming_ids,
     cross_entropy,
     find_latent_loss,
     next_latent_loss,
     normalise_rollout_weights,
-    reconstruction_loss,
     rollout_counts,
     seen_ids,
 )
-from .merge import Coarse, HierarchicalMerge, concat_levels
+from .merge import AttentionMerge, Coarse, Contribution, HierarchicalMerge, concat_levels, without
 from .mixers.attention import BACKENDS
 from .pretrained import Pretrained
 from .state import BlockState, State
@@ -39,11 +40,38 @@ from .state import BlockState, State
 # what the published package's windowed attention calls its rotary frequencies
 WINDOWED_FREQS = re.compile(r'(layers\.\d+\.\d+\.attn\.)attn_fn\.rel_pos\.inv_freq')
 # parts that exist only where a loss uses them
-OPTIONAL_KEYS = re.compile(r'(latent_dynamics\.\d+|chunk_summarizers\.\d+|compressors\.\d+\.to_recon)\.')
+OPTIONAL_KEYS = re.compile(
+    r'(latent_dynamics\.\d+|chunk_summarizers\.\d+|compressors\.\d+\.to_recon|to_prophet\.\d+|to_quantized\.\d+'
+    r'|quantizers\.\d+|autoencoder\.decoders\.\d+|autoencoder\.to_ids)\.'
+)
+
+
+class Read(NamedTuple):
+    """What a pass makes of ids `(batch, n)`, on its way from embeddings to what predicts."""
+
+    embeds: Tensor
+    """`(batch, n, max(dim))`"""
+    codes: Tensor | None
+    """The autoencoder's coarsest map, where there is one."""
+    inputs: list[Tensor]
+    """Each level's tokens as its blocks get them, `(batch, ceil(n / stride), dim)`."""
+    tokens: list[Tensor]
+    """Each level's final embeddings, likewise."""
+    predict_from: Tensor
+    """Those of the levels that predict, side by side at each position: `(batch, n, sum of their dims)`."""
+
+
+class Kept(NamedTuple):
+    """A state in the making: lists that are filled as a pass goes along."""
+
+    embeds: list[Tensor | None]
+    blocks: list[list[BlockState | None]]
+    coarse: list[Coarse | None]
 
 
 class HierarchicalTransformer(
     nn.Module,
+    Generative,
     Pretrained,
     library_name='simple-hierarchical-transformer',
     license='mit',
@@ -56,8 +84,9 @@ class HierarchicalTransformer(
     every layer a merge pools what the levels know into the level that predicts the next token. With one level it
     is a plain GPT.
 
-    `dim`, `dim_head`, `heads`, `ff_mult`, `window_sizes`, `hierarchical_stride` and `next_latent_loss_weight` take
-    one value, or a tuple (list) with one for each hierarchy.
+    `dim`, `dim_head`, `heads`, `ff_mult`, `window_sizes`, `hierarchical_stride`, `compressor` and the loss weights
+    `next_latent_loss_weight`, `prophet_loss_weight` and `quantized_loss_weight` take one value, or a tuple (list) with
+    one for each hierarchy.
 
     Args:
         num_tokens: size of the vocabulary.
@@ -69,14 +98,43 @@ class HierarchicalTransformer(
         ff_mult: hidden width of the feed-forward, as a multiple of `dim`.
         hierarchies: compression factors, powers of two that differ: `(1, 2, 8)`.
         window_sizes: how many tokens of the level before it a token attends to, besides itself. None is full
-            attention, 0 no attention. One that exceeds the level's length `seq_len // c` counts as full.
+            attention, 0 no attention, 'auto' half of the level's length `seq_len // c`. One that exceeds it counts as
+            full.
         hierarchical_stride: how many tokens apart level tokens stand, a power of two up to the compression. The
             level that predicts has stride 1.
-        hierarchy_merge_all: merge into all levels, instead of the predicting one alone.
+        hierarchy_merge_all: the older name of `merge_into = 'all'`.
+        merge_into: who receives what is merged: 'predict', the level that predicts; 'all'; or a tuple of hierarchies.
+        merge: how levels are pooled: 'concat', a feed-forward over all of them, concatenated; 'attention', where each
+            receiving token attends over the levels' tokens at its position.
+        merge_window: with `merge = 'attention'`, how many of each level's tokens before that are attended to as well.
+        arrangement: 'parallel', levels side by side that merge after every layer; 'hourglass', one inside the other,
+            from the finest: half of its layers, then the next coarser level from what they make, merged back in, then
+            the other half (the larger one, where `depth` is odd). Nawrot et al. 2021, arXiv 2110.13711, where
+            `hierarchical_stride` equals `hierarchies`.
+        compressor: how a level's tokens are made: 'conv', 'linear', 'mean', 'attention' (learned queries pool the
+            window), or a module that maps windows `(batch, tokens, taps, dim_in)`, oldest first, to `(batch, tokens,
+            dim)`. Taps are the `c` embeddings up to the token's position, zeros before the first; in an hourglass, the
+            finer level's tokens that stand for them. Levels that sum up one token take no notice of a name.
+        autoencoder: a causal convolutional encoder in front, whose feature maps feed the levels in the compressors'
+            place, and a decoder that reconstructs the ids from the coarsest.
+        share_attention: one set of attention weights a layer for levels of equal `dim`, `heads` and `dim_head` that
+            all have a window, or all full attention.
+        share_feed_forward: likewise for levels of equal `dim` and `ff_mult`.
         predict_hierarchy: the compression factor of the level that predicts; the smallest by default.
         predict_use_all_hierarchy: predict from all levels, concatenated.
         recon_loss_weight: weight of the reconstruction loss. 0 builds no part of it.
         next_latent_loss_weight: weight of the next-latent loss. 0 builds no part of it.
+        prophet_loss_weight: weight of the prophet loss: a level's final token of compression c predicts the next c ids
+            (after ProphetNet, Qi et al. 2020, arXiv 2001.04063). 0 builds no part of it, and a level of compression 1
+            that predicts has none: that is its cross entropy.
+        quantized_loss_weight: weight of the quantized loss: a level's final token predicts the discrete ids of the
+            level's next token, by a random projection quantizer. 0 builds no part of it.
+        quantize_from: what is quantized: 'compressed', a level's token as its blocks get it, or 'output', as they
+            leave it.
+        quantizer_codebooks: how many ids a token has.
+        quantizer_codebook_size: of how many.
+        quantizer_dim: width of a codebook's vectors.
+        autoencoder_loss_weight: weight of the autoencoder's reconstruction loss. 0 builds no decoder.
         next_latent_loss_type: 'mse_and_cosine_sim', 'mse', 'smooth_l1', or a callable that maps prediction and
             target, both `(batch, seq, dim)`, to a loss per element of that shape.
         num_rollouts: how many steps ahead latents are predicted.
@@ -115,13 +173,28 @@ class HierarchicalTransformer(
         heads: int | Sequence[int] = 8,
         ff_mult: float | Sequence[float] = 4,
         hierarchies: int | Sequence[int] = 1,
-        window_sizes: int | Sequence[int | None] | None = None,
+        window_sizes: int | Literal['auto'] | Sequence[int | Literal['auto'] | None] | None = None,
         hierarchical_stride: int | Sequence[int] = 1,
         hierarchy_merge_all: bool = False,
+        merge_into: Literal['predict', 'all'] | Sequence[int] = 'predict',
+        merge: Literal['concat', 'attention'] = 'concat',
+        merge_window: int = 0,
+        arrangement: Literal['parallel', 'hourglass'] = 'parallel',
+        compressor: str | nn.Module | Sequence[str | nn.Module] = 'conv',
+        autoencoder: bool = False,
+        share_attention: bool = False,
+        share_feed_forward: bool = False,
         predict_hierarchy: int | None = None,
         predict_use_all_hierarchy: bool = False,
         recon_loss_weight: float = 0.1,
         next_latent_loss_weight: float | Sequence[float] = 0.25,
+        prophet_loss_weight: float | Sequence[float] = 0.0,
+        quantized_loss_weight: float | Sequence[float] = 0.0,
+        quantize_from: Literal['compressed', 'output'] = 'compressed',
+        quantizer_codebooks: int = 1,
+        quantizer_codebook_size: int = 1024,
+        quantizer_dim: int = 16,
+        autoencoder_loss_weight: float = 0.1,
         next_latent_loss_type: Literal['mse_and_cosine_sim', 'mse', 'smooth_l1']
         | Callable[[Tensor, Tensor], Tensor] = 'mse_and_cosine_sim',
         num_rollouts: int = 1,
@@ -146,12 +219,19 @@ class HierarchicalTransformer(
         check_int('seq_len', seq_len)
         check_int('num_rollouts', num_rollouts)
         check_int('dynamics_num_layers', dynamics_num_layers)
+        check_int('merge_window', merge_window, 0)
+        check_int('quantizer_codebooks', quantizer_codebooks)
+        check_int('quantizer_codebook_size', quantizer_codebook_size, 2)
+        check_int('quantizer_dim', quantizer_dim)
         check_number('recon_loss_weight', recon_loss_weight)
+        check_number('autoencoder_loss_weight', autoencoder_loss_weight)
         check_number('dynamic_loss_decay', dynamic_loss_decay)
         if not 0 < check_number('recon_sample', recon_sample) <= 1:
             raise ValueError(f'recon_sample must be above 0 and at most 1, got {recon_sample!r}')
-        if attn_backend not in BACKENDS:
-            raise ValueError(f'attn_backend must be one of {", ".join(BACKENDS)}, got {attn_backend!r}')
+        check_choice('attn_backend', attn_backend, BACKENDS)
+        check_choice('merge', merge, ('concat', 'attention'))
+        check_choice('arrangement', arrangement, ('parallel', 'hourglass'))
+        check_choice('quantize_from', quantize_from, ('compressed', 'output'))
         if dynamics_hidden_dim is not None:
             check_int('dynamics_hidden_dim', dynamics_hidden_dim)
         for name, value in (('ignore_index', ignore_index), ('recon_ignore_index', recon_ignore_index)):
@@ -162,6 +242,9 @@ class HierarchicalTransformer(
             ('predict_use_all_hierarchy', predict_use_all_hierarchy),
             ('dynamic_rollout_loss_weight', dynamic_rollout_loss_weight),
             ('detach_summaries', detach_summaries),
+            ('autoencoder', autoencoder),
+            ('share_attention', share_attention),
+            ('share_feed_forward', share_feed_forward),
             ('use_flash_attn', use_flash_attn),
             ('gradient_checkpointing', gradient_checkpointing),
         ):
@@ -177,6 +260,9 @@ class HierarchicalTransformer(
             ff_mult=ff_mult,
             window_sizes=window_sizes,
             next_latent_loss_weight=next_latent_loss_weight,
+            prophet_loss_weight=prophet_loss_weight,
+            quantized_loss_weight=quantized_loss_weight,
+            compressor=compressor,
             seq_len=seq_len,
         )
         self.levels = levels
@@ -201,6 +287,38 @@ class HierarchicalTransformer(
                 'hierarchical_stride must be 1 for the level that predicts (predict_hierarchy), or for one level '
                 f'where all predict (predict_use_all_hierarchy), got strides {strides} by hierarchy'
             )
+
+        # how levels meet
+
+        into = find_receivers(
+            'all' if hierarchy_merge_all and merge_into == 'predict' else merge_into,
+            compressions,
+            self.predict_level,
+            self.predict_from,
+        )
+        if hierarchy_merge_all and len(into) < len(levels):
+            raise ValueError(f'hierarchy_merge_all merges into all, and merge_into is {merge_into!r}')
+        if merge_window and merge != 'attention':
+            raise ValueError(f"merge_window is for merge = 'attention', got {merge_window} with {merge!r}")
+        # finer levels first
+        self.order = sorted(range(len(levels)), key=lambda i: compressions[i])
+        if arrangement == 'hourglass':
+            check_hourglass([levels[i] for i in self.order], predict_hierarchy)
+            if merge_into != 'predict' or hierarchy_merge_all:
+                raise ValueError(
+                    "merge_into is for arrangement = 'parallel': in an hourglass each level has one to hear"
+                )
+        if autoencoder:
+            if arrangement == 'hourglass':
+                raise ValueError("autoencoder feeds levels side by side, and arrangement is 'hourglass'")
+            if compressor != 'conv':
+                raise ValueError(f"autoencoder takes the compressors' place, and compressor is {compressor!r}")
+            if max(compressions) == 1:
+                raise ValueError(f'autoencoder needs a hierarchy that compresses, got {compressions}')
+        self.arrangement = arrangement
+        self.merge_kind = (merge, merge_window)
+        # compressions of the levels that are not heard at the moment
+        self.silent: frozenset[int] = frozenset()
 
         # how the next latent is predicted
 
@@ -232,42 +350,115 @@ class HierarchicalTransformer(
         # parts, in the order in which a sequence passes through them
 
         dim_embed = max(level.dim for level in levels)
-        reconstruct = recon_loss_weight > 0
         self.token_emb = nn.Embedding(num_tokens, dim_embed)
+        self.autoencoder = None
+        if autoencoder:
+            decoded = num_tokens if autoencoder_loss_weight > 0 else None
+            self.autoencoder = Autoencoder(levels, dim=dim_embed, num_tokens=decoded)
         self.compressors = nn.ModuleList(
-            Compressor(level, dim_embed=dim_embed, num_tokens=num_tokens, reconstruct=reconstruct) for level in levels
+            Compressor(
+                level,
+                **self.source(i, dim_embed),
+                module=module if isinstance(module, nn.Module) else None,
+                num_tokens=num_tokens if recon_loss_weight > 0 else None,
+            )
+            for i, (level, module) in enumerate(
+                zip(levels, per_level('compressor', compressor, len(levels)), strict=True)
+            )
         )
         self.post_token_emb_norms = nn.ModuleList(nn.LayerNorm(level.dim) for level in levels)
 
-        into = range(len(levels)) if hierarchy_merge_all else [self.predict_level]
         self.layers = nn.ModuleList(
             nn.ModuleList(HierarchicalBlock(level, attn_backend) for level in levels) for _ in range(depth)
         )
-        self.hierarchical_merges = nn.ModuleList(
-            HierarchicalMerge(levels, into) for _ in range(depth) if len(levels) > 1
-        )
+        if share_attention:
+            alike = [(level.dim, level.heads, level.dim_head, level.window is None) for level in levels]
+            for i, first in find_alike(
+                'share_attention',
+                'dim, heads, dim_head and kind of window',
+                alike,
+                [level.window != 0 for level in levels],
+            ):
+                for layer in self.layers:
+                    layer[i].share_attention(layer[first])  # type: ignore[index]
+        if share_feed_forward:
+            sizes = [(level.dim, int(level.dim * level.ff_mult)) for level in levels]
+            for i, first in find_alike('share_feed_forward', 'dim and ff_mult', sizes, [True] * len(levels)):
+                for layer in self.layers:
+                    layer[i].ff = layer[first].ff  # type: ignore[index]
+
+        # the parts of the loss, and what each takes beside its level's final tokens
+
+        self.parts = [Part('ce', 1.0)]
+        for kind, weights in (
+            ('recon', [recon_loss_weight if c > 1 else 0.0 for c in compressions]),
+            (
+                'prophet',
+                [
+                    level.prophet_loss_weight if level.compression > 1 or i not in self.predict_from else 0.0
+                    for i, level in enumerate(levels)
+                ],
+            ),
+            ('quantized', [level.quantized_loss_weight for level in levels]),
+            ('next_latent', [level.next_latent_loss_weight for level in levels]),
+        ):
+            self.parts += [Part(kind, w, i, compressions[i]) for i, w in enumerate(weights) if w > 0]
+        if self.autoencoder is not None and self.autoencoder.to_ids is not None:
+            self.parts.append(Part('autoencoder', autoencoder_loss_weight))
+        # a level whose last tokens are read by nothing is not trained at its end
+        ends = {*self.predict_from, *(part.level for part in self.parts)}
+
+        def make_merge(
+            members: Sequence[Level], into: Sequence[int], strides: Sequence[int] | None = None
+        ) -> nn.Module:
+            if merge == 'attention':
+                return AttentionMerge(members, into, strides, window=merge_window)
+            return HierarchicalMerge(members, into, strides)
+
+        self.hierarchical_merges = nn.ModuleList()
+        if arrangement == 'hourglass':
+            for finer, coarser in pairwise(levels[i] for i in self.order):
+                self.hierarchical_merges.append(make_merge((finer, coarser), [0], [1, coarser.stride // finer.stride]))
+        elif len(levels) > 1:
+            for i in range(depth):
+                # attention builds no receiver that nothing would hear of
+                last = i == depth - 1 and merge == 'attention'
+                self.hierarchical_merges.append(make_merge(levels, [j for j in into if j in ends] if last else into))
 
         self.norms = nn.ModuleList(nn.LayerNorm(level.dim) for level in levels)
         self.to_logits = Linear(sum(levels[i].dim for i in self.predict_from), num_tokens, bias=False)
 
-        # keyed by the level's index, since a level without the loss has neither
+        # keyed by the level's index, since a level without the loss has none
 
         self.latent_dynamics = nn.ModuleDict()
         self.chunk_summarizers = nn.ModuleDict()
-        for i, (level, summarizer) in enumerate(zip(levels, chunk_summarizers, strict=True)):
-            if level.next_latent_loss_weight > 0:
-                self.latent_dynamics[str(i)] = LatentDynamics(
-                    level.dim, hidden_dim=dynamics_hidden_dim, num_layers=dynamics_num_layers
+        self.to_prophet = nn.ModuleDict()
+        self.to_quantized = nn.ModuleDict()
+        self.quantizers = nn.ModuleDict()
+        self.quantize_from = quantize_from
+        for kind, _, number, c in self.parts:
+            if number is None:
+                continue
+            key, width = str(number), levels[number].dim
+            if kind == 'next_latent':
+                self.latent_dynamics[key] = LatentDynamics(
+                    width, hidden_dim=dynamics_hidden_dim, num_layers=dynamics_num_layers
                 )
-                self.chunk_summarizers[str(i)] = summarizer or ChunkSummarizer(
-                    dim_embed=dim_embed, dim=level.dim, compression=level.compression, stride=level.stride
+                self.chunk_summarizers[key] = chunk_summarizers[number] or ChunkSummarizer(
+                    dim_embed=dim_embed, dim=width, compression=c, stride=levels[number].stride
+                )
+            elif kind == 'prophet':
+                self.to_prophet[key] = Linear(width, c * num_tokens, bias=False)
+            elif kind == 'quantized':
+                self.to_quantized[key] = Linear(width, quantizer_codebooks * quantizer_codebook_size, bias=False)
+                self.quantizers[key] = RandomProjectionQuantizer(
+                    width, codebooks=quantizer_codebooks, size=quantizer_codebook_size, dim_code=quantizer_dim
                 )
 
         # a last norm that no loss reads still shapes the embeddings that forward returns, yet cannot be trained
 
         for i, norm in enumerate(self.norms):
-            trained = i in self.predict_from or str(i) in self.latent_dynamics
-            if not trained and self.compressors[i].to_recon is None:
+            if i not in ends:
                 make_buffers(norm)
 
         self.register_load_state_dict_pre_hook(adapt_published_keys)
@@ -281,6 +472,8 @@ class HierarchicalTransformer(
         return_logits_and_embeds: bool = False,
         ablate_hierarchical_merge: bool = False,
         *,
+        return_quantized_ids: bool = False,
+        return_contributions: bool = False,
         labels: Tensor | None = None,
         counts: Tensor | None = None,
         state: State | None = None,
@@ -300,7 +493,10 @@ class HierarchicalTransformer(
                 `(batch, ceil(n / stride), dim)` for each level.
             return_hierarchical_embeds: return the levels' final embeddings, likewise.
             return_logits_and_embeds: return both logits and final embeddings.
-            ablate_hierarchical_merge: leave the merges out, to see what they are worth.
+            ablate_hierarchical_merge: leave the merges out, to see what they are worth. `ablate` silences one level.
+            return_quantized_ids: return the ids that a quantizer names the levels' tokens by, for each level `(batch,
+                ceil(n / stride), codebooks)`, or None where it has no quantized loss.
+            return_contributions: return logits, and for each merge what each level gave to it, as `Contribution`s.
             labels: with `return_loss`, the targets `(batch, n)` of all of `ids`, instead of `ids` shifted by one.
                 Those equal to `ignore_index` are left out.
             counts: with `return_loss`, what the parts of the loss are divided by, as `count_targets` counts it. With
@@ -318,9 +514,13 @@ class HierarchicalTransformer(
             'return_hierarchical_token_embeds': return_hierarchical_token_embeds,
             'return_hierarchical_embeds': return_hierarchical_embeds,
             'return_logits_and_embeds': return_logits_and_embeds,
+            'return_quantized_ids': return_quantized_ids,
+            'return_contributions': return_contributions,
         }
         if sum(map(bool, wanted.values())) > 1:
             raise ValueError(f'forward returns one thing, got {", ".join(name for name in wanted if wanted[name])}')
+        if return_quantized_ids and not self.quantizers:
+            raise ValueError('return_quantized_ids needs a quantized_loss_weight above 0, which no level has')
         for name, given in (('labels', labels), ('counts', counts)):
             if given is not None and not return_loss:
                 raise ValueError(f'{name} are for return_loss = True, which was not given')
@@ -341,150 +541,335 @@ class HierarchicalTransformer(
             state = self.initial_state(ids.shape[0])
         elif ids.shape[1] > self.seq_len:
             raise ValueError(f'ids must have at most seq_len = {self.seq_len} tokens in a pass, got {ids.shape[1]}')
+        contributions: list[Contribution] | None = [] if return_contributions else None
         position = 0 if state is None else state.position
-
-        embeds = self.token_emb(ids)
-        token_embeds, state = self.compress(embeds, state)
-        if return_hierarchical_token_embeds and state is None:
-            return token_embeds
-        final, predict_from, state = self.run_layers(token_embeds, state, position, ablate_hierarchical_merge)
-        if state is not None:
-            in_place = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-            state = replace(state, position=position + ids.shape[1], written=state.written if in_place else [])
-            if in_place:
-                state.written[:] = [state.position]
+        read, state = self.read(ids, state, position, ablate_hierarchical_merge, contributions)
 
         output: tuple[Any, ...]
         if return_hierarchical_token_embeds:
-            output = (token_embeds,)
+            output = (read.inputs,)
         elif return_hierarchical_embeds:
-            output = (final,)
+            output = (read.tokens,)
+        elif return_quantized_ids:
+            output = (self.quantize(read),)
         elif return_logits_and_embeds:
-            output = (self.to_logits(predict_from), final)
+            output = (self.to_logits(read.predict_from), read.tokens)
+        elif return_contributions:
+            # a copy: where layers are computed again, they tell again what they gave
+            output = (self.to_logits(read.predict_from), list(contributions or ()))
         elif labels is None:
-            output = (self.to_logits(predict_from),)
+            output = (self.to_logits(read.predict_from),)
         else:
-            output = self.losses(predict_from, final, embeds, ids, labels, position, counts)
+            output = self.losses(read, ids, labels, position, counts)
 
         if return_state:
             output = (*output, state)
         return output if len(output) > 1 else output[0]
 
-    def compress(self, embeds: Tensor, state: State | None) -> tuple[list[Tensor], State | None]:
-        """The levels' tokens from the embeddings `(batch, n, max(dim))`."""
-        tokens, kept = [], []
-        for i, (compress, norm) in enumerate(zip(self.compressors, self.post_token_emb_norms, strict=True)):
-            x, before = compress(embeds, state and state.embeds[i], state.position if state else 0)
-            # the stream stays in the dtype of the weights, also where autocast has it multiplied in another
-            tokens.append(norm(x.to(norm.weight.dtype)))
-            kept.append(before)
-        return tokens, state and replace(state, embeds=tuple(kept))
+    def read(
+        self,
+        ids: Tensor,
+        state: State | None,
+        position: int,
+        ablate_merge: bool,
+        contributions: list[Contribution] | None,
+    ) -> tuple[Read, State | None]:
+        """All levels' tokens from ids `(batch, n)` that begin at `position`, and the state after them."""
+        kept = Kept(
+            [None] * len(self.levels),
+            [[None] * len(self.levels) for _ in self.layers],
+            [None] * len(self.hierarchical_merges),
+        )
+        silent = self.silent
+        if ablate_merge:
+            merges: list[Any] = [None] * len(self.hierarchical_merges)
+            kept.coarse[:] = [] if state is None else state.coarse[:-1]
+        else:
+            merges = list(self.hierarchical_merges)
+        run = self.run_hourglass if self.arrangement == 'hourglass' else self.run_parallel
 
-    def run_layers(
-        self, tokens: list[Tensor], state: State | None, position: int, ablate_merge: bool
-    ) -> tuple[list[Tensor], Tensor, State | None]:
-        """The levels' final embeddings, and those of them that predict, side by side at each position."""
-        blocks, coarse = [], []
-        for i in range(len(self.layers)):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                ran = checkpoint(
-                    self.run_layer, i, tokens, state, position, ablate_merge,
-                    use_reentrant=False, preserve_rng_state=False,
-                )  # fmt: skip
-            else:
-                ran = self.run_layer(i, tokens, state, position, ablate_merge)
-            tokens, kept, last = ran
-            blocks.append(kept)
-            coarse.append(last)
-
+        embeds = self.token_emb(ids)
+        inputs, tokens, codes = run(embeds, state, position, merges, silent, contributions, kept)
         tokens = [norm(x) for norm, x in zip(self.norms, tokens, strict=True)]
+
+        members = [self.levels[i] for i in self.predict_from]
         predict_from, last = concat_levels(
             [tokens[i] for i in self.predict_from],
-            [self.levels[i] for i in self.predict_from],
+            [level.stride for level in members],
             None if state is None else state.coarse[-1],
             position,
         )
+        unheard = [k for k, level in enumerate(members) if level.compression in silent]
+        predict_from = without(predict_from, [level.dim for level in members], unheard)
+
         if state is not None:
-            state = replace(state, blocks=tuple(blocks), coarse=(*coarse, last))  # type: ignore[arg-type]
-        return tokens, predict_from, state
+            in_place = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            state = replace(
+                state,
+                position=position + ids.shape[1],
+                written=state.written if in_place else [],
+                embeds=tuple(kept.embeds),
+                blocks=tuple(map(tuple, kept.blocks)),  # type: ignore[arg-type]
+                coarse=(*kept.coarse, last),  # type: ignore[arg-type]
+            )
+            if in_place:
+                state.written[:] = [state.position]
+        return Read(embeds, codes, inputs, tokens, predict_from), state
+
+    def run_parallel(
+        self,
+        embeds: Tensor,
+        state: State | None,
+        position: int,
+        merges: Sequence[nn.Module | None],
+        silent: Collection[int],
+        contributions: list[Contribution] | None,
+        kept: Kept,
+    ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+        """Levels side by side: what their first blocks get, what their last ones give, and the coarsest map."""
+        sources, starts, codes = [embeds] * len(self.levels), [position] * len(self.levels), None
+        if self.autoencoder is not None:
+            before = kept.embeds if state is None else state.embeds
+            maps, kept.embeds[:] = self.autoencoder(embeds, before, position)
+            sources = [maps[i] for i in range(len(self.levels))]
+            starts = [-(-position // self.autoencoder.grids[i]) for i in range(len(self.levels))]
+            codes = maps[self.order[-1]]
+        inputs = []
+        for i, (source, start) in enumerate(zip(sources, starts, strict=True)):
+            x, after = self.compress(i, source, state if self.autoencoder is None else None, start)
+            inputs.append(x)
+            if self.autoencoder is None:
+                kept.embeds[i] = after
+
+        tokens = inputs
+        for i, merge in enumerate(merges or [None] * len(self.layers)):
+            tokens, kept.blocks[i][:], coarse = self.recomputed(
+                self.run_layer, i, tokens, state, position, merge, silent, contributions
+            )
+            if merge is not None:
+                kept.coarse[i] = coarse
+        return inputs, tokens, codes
 
     def run_layer(
-        self, i: int, tokens: list[Tensor], state: State | None, position: int, ablate_merge: bool
-    ) -> tuple[list[Tensor], tuple[BlockState | None, ...], Coarse | None]:
+        self,
+        i: int,
+        tokens: list[Tensor],
+        state: State | None,
+        position: int,
+        merge: nn.Module | None,
+        silent: Collection[int],
+        contributions: list[Contribution] | None,
+    ) -> tuple[list[Tensor], list[BlockState | None], Coarse | None]:
         """Every level's block and the merge of layer `i`; their states, where there is one."""
-        mixed = [
-            block(x, state and state.blocks[i][j], self.levels[j].length(position))
-            for j, (block, x) in enumerate(zip(self.layers[i], tokens, strict=True))  # type: ignore[call-overload]
-        ]
-        tokens = [x for x, _ in mixed]
-        coarse = None if state is None else state.coarse[i]
-        if self.hierarchical_merges and not ablate_merge:
-            tokens, coarse = self.hierarchical_merges[i](tokens, coarse, position)
-        return tokens, tuple(kept for _, kept in mixed), coarse
+        mixed = [self.run_block(i, j, x, state, position) for j, x in enumerate(tokens)]
+        tokens, coarse = [x for x, _ in mixed], None
+        if merge is not None:
+            tokens, coarse = merge(tokens, state and state.coarse[i], position, silent, contributions)
+        return tokens, [after for _, after in mixed], coarse
+
+    def run_hourglass(
+        self,
+        embeds: Tensor,
+        state: State | None,
+        position: int,
+        merges: Sequence[nn.Module | None],
+        silent: Collection[int],
+        contributions: list[Contribution] | None,
+        kept: Kept,
+    ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+        """Levels one inside the other: what their first blocks get, and what their last ones give."""
+        inputs, tokens = [embeds] * len(self.levels), [embeds] * len(self.levels)
+
+        def run_level(k: int, finer: Tensor, start: int) -> Tensor:
+            """The k-th level in the order of compression and all inside it, from tokens of the one around it."""
+            j = self.order[k]
+            x, kept.embeds[j] = self.compress(j, finer, state, start)
+            inputs[j] = x
+            start = self.levels[j].length(position)
+            for i in range(len(self.layers)):
+                if i == len(self.layers) // 2 and k + 1 < len(self.order):
+                    inner, merge = run_level(k + 1, x, start), merges[k]
+                    if merge is not None:
+                        (x, _), kept.coarse[k] = self.recomputed(
+                            merge, [x, inner], state and state.coarse[k], start, silent, contributions
+                        )
+                x, kept.blocks[i][j] = self.recomputed(self.run_block, i, j, x, state, position)
+            tokens[j] = x
+            return x
+
+        run_level(0, embeds, position)
+        return inputs, tokens, None
+
+    def recomputed(self, fn: Callable[..., Any], *args: Any) -> Any:
+        """`fn(*args)`, computed again in the backward pass where `gradient_checkpointing` asks for that."""
+        if not self.gradient_checkpointing or not torch.is_grad_enabled():
+            return fn(*args)
+        return checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False)
+
+    def compress(self, i: int, finer: Tensor, state: State | None, position: int) -> tuple[Tensor, Tensor | None]:
+        """Level i's tokens of finer ones `(batch, n, dim)`, the first of index `position`."""
+        norm = self.post_token_emb_norms[i]
+        x, after = self.compressors[i](finer, state and state.embeds[i], position)
+        # the stream stays in the dtype of the weights, also where autocast has it multiplied in another
+        return norm(x.to(norm.weight.dtype)), after
+
+    def run_block(
+        self, i: int, j: int, x: Tensor, state: State | None, position: int
+    ) -> tuple[Tensor, BlockState | None]:
+        """Layer `i` of level `j`."""
+        return self.layers[i][j](x, state and state.blocks[i][j], self.levels[j].length(position))  # type: ignore[index]
+
+    def source(self, i: int, dim_embed: int) -> dict[str, int]:
+        """What a level's compressor looks at: of which width, how many of them, how far apart."""
+        level = self.levels[i]
+        if self.autoencoder is not None:
+            # the map has summed up the window
+            return dict(dim_in=dim_embed, taps=1, stride=level.stride // self.autoencoder.grids[i])
+        place = self.order.index(i)
+        if self.arrangement == 'parallel' or place == 0:
+            return dict(dim_in=dim_embed)
+        finer = self.levels[self.order[place - 1]]
+        return dict(
+            dim_in=finer.dim,
+            taps=level.compression // finer.compression,
+            stride=level.stride // finer.stride,
+            dilation=finer.compression // finer.stride,
+        )
+
+    @contextmanager
+    def ablate(self, *hierarchies: int) -> Iterator[HierarchicalTransformer]:
+        """Inside, levels of these compressions say nothing: `with model.ablate(8): loss, _ = model(ids, ...)`.
+
+        Merges and logits read zeros in their place (by attention: attend to the others alone), while they go on
+        themselves: so the loss shows what their word is worth. In an hourglass, with a level all those inside it fall
+        silent.
+
+        Raises ValueError where there is no such level, or none would be left to predict.
+        """
+        compressions = [level.compression for level in self.levels]
+        if not hierarchies or any(not is_int(c) or c not in compressions for c in hierarchies):
+            raise ValueError(f'ablate takes one or more of hierarchies {compressions}, got {hierarchies}')
+        silent = self.silent | set(hierarchies)
+        if all(compressions[i] in silent for i in self.predict_from):
+            raise ValueError(f'ablate must leave a level to predict, got {hierarchies}')
+        before, self.silent = self.silent, silent
+        try:
+            yield self
+        finally:
+            self.silent = before
+
+    # losses
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """What each part of the loss is multiplied by, by the names of `LossParts.named`."""
+        return {part.name: part.weight for part in self.parts}
 
     def losses(
-        self,
-        predict_from: Tensor,
-        tokens: Sequence[Tensor],
-        embeds: Tensor,
-        ids: Tensor,
-        labels: Tensor,
-        position: int,
-        counts: Tensor | None,
+        self, read: Read, ids: Tensor, labels: Tensor, position: int, counts: Tensor | None
     ) -> tuple[Tensor, LossParts]:
         """The loss and its parts. What the levels' tokens stand for is sought in `ids`, which begin at `position`."""
-        own = LossCounts(*[None] * 3) if counts is None else self.split_counts(counts)
-        ce = cross_entropy(predict_from, self.to_logits.weight, labels, self.ignore_index, count=own.ce)
-        recon = self.reconstruction_loss(tokens, ids, position, own.recon)
-        per_level = self.next_latent_losses(tokens, embeds, ids, position, own.next_latent)
-        weights = [level.next_latent_loss_weight for level in self.levels]
-        next_latent = torch.stack([weight * loss for weight, loss in zip(weights, per_level, strict=True)]).sum()
-        loss = ce + next_latent + self.recon_loss_weight * recon
-        return loss, LossParts(ce, next_latent, recon, per_level)
+        own = {} if counts is None else self.split_counts(counts)
+        quantized: Any = self.quantize(read)
+        named = {}
+        for part in self.parts:
+            kind, i = part.kind, part.level
+            x = read.predict_from if i is None else read.tokens[i]
+            count = own.get(part.name)
+            targets, ignore_index = self.targets(part, ids, labels, position)
+            if i is not None and kind == 'next_latent':
+                named[part.name] = self.next_latent_loss(i, x, read.embeds, targets != ignore_index, position, count)
+                continue
+            if kind == 'quantized':
+                x, targets = x[:, :-1], quantized[i][:, 1:].masked_fill(targets == ignore_index, ignore_index)
+            elif kind == 'autoencoder':
+                x = self.autoencoder.decode(read.codes, position)  # type: ignore[union-attr, arg-type]
+            named[part.name] = cross_entropy(
+                x,
+                self.head(part).weight,
+                targets,
+                ignore_index,
+                count=None if count is None else count[0],
+                sample=self.recon_sample if kind == 'recon' and torch.is_grad_enabled() else 1.0,
+            )
+
+        weighted = {part.name: part.weight * named[part.name] for part in self.parts}
+        zero = named['ce'].new_zeros(())
+        return sum(weighted.values(), zero), LossParts(
+            ce=named['ce'],
+            next_latent=sum((weighted[part.name] for part in self.parts if part.kind == 'next_latent'), zero),
+            recon=sum((named[part.name] for part in self.parts if part.kind == 'recon'), zero),
+            next_latent_per_hierarchy=tuple(
+                named.get(f'next_latent/{level.compression}x', zero) for level in self.levels
+            ),
+            named=named,
+        )
+
+    def head(self, part: Part) -> Any:
+        """The linear map to the logits of a part that is a cross entropy."""
+        heads: dict[str, Any] = {'prophet': self.to_prophet, 'quantized': self.to_quantized}
+        if part.level is None:
+            return self.to_logits if part.kind == 'ce' else self.autoencoder.to_ids  # type: ignore[union-attr]
+        return self.compressors[part.level].to_recon if part.kind == 'recon' else heads[part.kind][str(part.level)]
+
+    def targets(self, part: Part, ids: Tensor, labels: Tensor, position: int) -> tuple[Tensor, int]:
+        """What a part of the loss asks for, and which id it does not."""
+        kind, _, i, c = part
+        if kind == 'ce':
+            return labels, self.ignore_index
+        if i is None:
+            # the autoencoder's: all ids, window by window
+            c = self.autoencoder.coarsest  # type: ignore[union-attr]
+            windows = dict(compression=c, stride=c, offset=-position % c, ignore_index=self.recon_ignore_index)
+            return seen_ids(ids, **windows).flatten(1), self.recon_ignore_index
+        stride = self.levels[i].stride
+        offset = -position % stride
+        if kind == 'recon':
+            windows = dict(compression=c, stride=stride, offset=offset, ignore_index=self.recon_ignore_index)
+            return seen_ids(ids, **windows), self.recon_ignore_index
+        if kind == 'prophet':
+            windows = dict(compression=c, stride=stride, offset=offset, ignore_index=self.ignore_index)
+            return coming_ids(labels, **windows), self.ignore_index
+        # the others ask for level tokens, of which those do not count that end in an ignored id
+        last = ids[:, offset::stride]
+        if kind == 'quantized':
+            last = last[:, 1:, None].expand(-1, -1, len(self.quantizers[str(i)].codebook))  # type: ignore[arg-type]
+            # its ids are of another vocabulary, so that none is the ignored one
+            return torch.where(last == self.ignore_index, -1, 0), -1
+        return last, self.ignore_index
 
     def count_targets(self, ids: Tensor, labels: Tensor | None = None, *, position: int = 0) -> Tensor:
-        """How many targets each part of the loss of these ids `(batch, n)` averages over: `(parts,)`, int64.
+        """How many targets each part of the loss of these ids `(batch, n)` averages over: `(counts,)`, int64.
 
         ids and labels are those of `forward`, `position` that of the state they would be read with. Batches that are
         learnt from together, on several devices or one after the other, are given the sum over all of them as
         `counts`: then their losses sum to the loss of one large batch, however unevenly targets are ignored.
         """
         ids, labels = self.check_labels(ids, labels)
-        counts = [(labels != self.ignore_index).sum()]
-        for level, compressor in zip(self.levels, self.compressors, strict=True):
-            if compressor.to_recon is not None:
-                seen = seen_ids(ids, **self.recon_windows(level, position))
-                counts.append((seen != self.recon_ignore_index).sum())
-        for i in self.latent_dynamics:
-            counts += rollout_counts(self.latent_targets(self.levels[int(i)], ids, position), len(self.rollout_weights))
+        counts = []
+        for part in self.parts:
+            targets, ignore_index = self.targets(part, ids, labels, position)
+            counted = targets != ignore_index
+            # a rollout counts at each of its steps
+            counts += (
+                rollout_counts(counted, len(self.rollout_weights)) if part.kind == 'next_latent' else [counted.sum()]
+            )
         return torch.stack(counts)
 
-    def split_counts(self, counts: Tensor) -> LossCounts:
-        """The counts of each part, for each level that has it."""
-        with_recon = sum(compressor.to_recon is not None for compressor in self.compressors)
-        steps = len(self.rollout_weights)
-        expected = 1 + with_recon + steps * len(self.latent_dynamics)
-        if not isinstance(counts, Tensor) or counts.shape != (expected,):
+    def split_counts(self, counts: Tensor) -> dict[str, Sequence[Tensor]]:
+        """The counts of each part: one, or one for each step of a rollout."""
+        sizes = [len(self.rollout_weights) if part.kind == 'next_latent' else 1 for part in self.parts]
+        if not isinstance(counts, Tensor) or counts.shape != (sum(sizes),):
             got = tuple(counts.shape) if isinstance(counts, Tensor) else type(counts).__name__
-            raise ValueError(f'counts must be what count_targets returns, of shape ({expected},), got {got}')
-        each = counts.unbind()
-        rollouts = each[1 + with_recon :]
-        return LossCounts(
-            each[0], each[1 : 1 + with_recon], [rollouts[i : i + steps] for i in range(0, len(rollouts), steps)]
-        )
+            raise ValueError(f'counts must be what count_targets returns, of shape ({sum(sizes)},), got {got}')
+        return {part.name: each.unbind() for part, each in zip(self.parts, counts.split(sizes), strict=True)}
 
-    def recon_windows(self, level: Level, position: int) -> dict[str, int]:
-        """Where a level's compressor looks in ids that begin at `position`."""
-        return dict(
-            compression=level.compression,
-            stride=level.stride,
-            offset=-position % level.stride,
-            ignore_index=self.recon_ignore_index,
-        )
-
-    def latent_targets(self, level: Level, ids: Tensor, position: int) -> Tensor:
-        """Which of a level's tokens count as targets, `(batch, ceil(n / stride))`."""
-        return ids[:, -position % level.stride :: level.stride] != self.ignore_index
+    def quantize(self, read: Read) -> list[Tensor | None]:
+        """The ids of each level's tokens, where it has a quantizer."""
+        tokens = read.inputs if self.quantize_from == 'compressed' else read.tokens
+        return [
+            self.quantizers[str(i)](x.detach()) if str(i) in self.quantizers else None for i, x in enumerate(tokens)
+        ]
 
     def initial_state(self, batch_size: int) -> State:
         """The state of a model that has read nothing, in the dtype and on the device of its weights.
@@ -506,34 +891,38 @@ class HierarchicalTransformer(
             cache = (*rows, level.heads, reach + 1, level.dim_head)
             return BlockState(zeros(*shift), zeros(*shift), zeros(*cache), zeros(*cache))
 
-        def coarse(levels: Sequence[Level]) -> tuple[Tensor | None, ...]:
-            return tuple(zeros(batch_size, 1, level.dim) if level.stride > 1 else None for level in levels)
+        def reached(i: int) -> tuple[int, int]:
+            """How many tokens a level's compressor reaches back to, and their width."""
+            if self.autoencoder is not None and str(i) in self.autoencoder.encoders:
+                return self.autoencoder.encoders[str(i)].windows.before, like.shape[1]  # type: ignore[union-attr, return-value]
+            return self.compressors[i].before, self.compressors[i].dim_in  # type: ignore[return-value]
 
+        predicting = [self.levels[i] for i in self.predict_from]
         return State(
             position=0,
             spec=self._state_spec,
-            embeds=tuple(
-                zeros(batch_size, level.compression - 1, like.shape[1]) if level.compression > 1 else None
-                for level in self.levels
-            ),
+            embeds=tuple(zeros(batch_size, *reached(i)) if reached(i)[0] else None for i in range(len(self.levels))),
             blocks=tuple(tuple(block_state(level) for level in self.levels) for _ in self.layers),
             coarse=(
-                *(coarse(self.levels) for _ in self.layers),
-                coarse([self.levels[i] for i in self.predict_from]),
+                *(merge.initial_state(batch_size, like) for merge in self.hierarchical_merges),  # type: ignore[operator]
+                tuple(zeros(batch_size, 1, level.dim) if level.stride > 1 else None for level in predicting),
             ),
         )
 
     @property
     def _state_spec(self) -> tuple[Any, ...]:
         """What the shape of a state hangs on, and what it means."""
-        return (self.seq_len, len(self.layers), tuple(self.predict_from), *self.levels)
+        layout = (self.arrangement, self.autoencoder is not None, *self.merge_kind)
+        return (self.seq_len, len(self.layers), tuple(self.predict_from), *layout, *self.levels)
 
     def check_state(self, state: State, ids: Tensor) -> None:
         """Refuses a state that is not of this model, or not for these ids."""
         if not isinstance(state, State):
             raise ValueError(f'state must be what return_state gave, got {type(state).__name__}')
         if state.spec != self._state_spec:
-            raise ValueError('state is of another model: its levels, depth, seq_len or predicting levels differ')
+            raise ValueError(
+                'state is of another model: its levels, depth, seq_len, arrangement, merges or predicting levels differ'
+            )
         if not torch.compiler.is_compiling() and state.consumed:
             raise ValueError(
                 f'state at position {state.position} was consumed by a chunk that came after it: '
@@ -560,250 +949,84 @@ class HierarchicalTransformer(
             raise ValueError(f'labels must have the shape of ids {tuple(ids.shape)}, got {tuple(labels.shape)}')
         return ids, labels
 
-    def reconstruction_loss(
-        self, tokens: Sequence[Tensor], ids: Tensor, position: int = 0, counts: Sequence[Tensor] | None = None
-    ) -> Tensor:
-        """The sum over compressed levels of how well their final tokens give back the ids they were made of."""
-        loss = tokens[0].new_zeros(())
-        given = iter(counts or ())
-        for x, level, compressor in zip(tokens, self.levels, self.compressors, strict=True):
-            if compressor.to_recon is not None:
-                loss = loss + reconstruction_loss(
-                    x,
-                    compressor.to_recon.weight,  # type: ignore[arg-type, union-attr]
-                    ids,
-                    **self.recon_windows(level, position),
-                    sample=self.recon_sample if torch.is_grad_enabled() else 1.0,
-                    count=next(given, None),
-                )
-        return loss
-
-    def next_latent_losses(
+    def next_latent_loss(
         self,
-        tokens: Sequence[Tensor],
+        i: int,
+        x: Tensor,
         embeds: Tensor,
-        ids: Tensor,
-        position: int = 0,
-        counts: Sequence[Sequence[Tensor]] | None = None,
-    ) -> tuple[Tensor, ...]:
-        """Each level's next-latent loss before its weight, zero where the weight is."""
+        valid: Tensor,
+        position: int,
+        counts: Sequence[Tensor] | None,
+    ) -> Tensor:
+        """That of level i, whose final tokens are x."""
         if self.detach_summaries:
             embeds = embeds.detach()
-
-        losses = []
-        given = iter(counts or ())
-        for i, (x, level) in enumerate(zip(tokens, self.levels, strict=True)):
-            if str(i) not in self.latent_dynamics:
-                losses.append(x.new_zeros(()))
-                continue
-            offset = -position % level.stride
-            summarizer = self.chunk_summarizers[str(i)]
-            if isinstance(summarizer, ChunkSummarizer):
-                summaries = summarizer(embeds, offset)
-            else:
-                # a module from outside knows no offset, so its chunk begins with the first token of its level
-                summaries = summarizer(embeds[:, offset:]) if x.shape[1] else x
-            if not isinstance(summaries, Tensor) or summaries.shape != x.shape:
-                got = tuple(summaries.shape) if isinstance(summaries, Tensor) else type(summaries).__name__
-                raise ValueError(
-                    f'chunk_summarizers of hierarchy {level.compression} must return shape {tuple(x.shape)}, got {got}'
-                )
-            loss = next_latent_loss(
-                x,
-                summaries,
-                self.latent_targets(level, ids, position),
-                dynamics=self.latent_dynamics[str(i)],
-                loss_fn=self.latent_loss_fn,
-                rollout_weights=self.rollout_weights,
-                decay=self.rollout_decay,
-                counts=next(given, None),
-            )
-            losses.append(loss)
-        return tuple(losses)
-
-    @torch.no_grad()
-    def generate(
-        self,
-        prompt: Tensor | Sequence[Tensor],
-        seq_len: int,
-        temperature: float = 1.0,
-        filter_thres: float = 0.9,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        stop_ids: Sequence[int] | None = None,
-        generator: torch.Generator | None = None,
-        use_cache: bool = True,
-        return_state: bool = False,
-        state: State | None = None,
-    ) -> Any:
-        """Samples `seq_len` new ids after `prompt`: `(batch, n)` to `(batch, seq_len)`, without the prompt.
-
-        The prompt is read in one pass, each new id in a step that costs the same however many came before. There
-        is no limit to their number.
-
-        Args:
-            prompt: ids to go on from, at least one a row; or a list of `(n,)`, prompts of unequal length, each of
-                which gets what it would get alone.
-            seq_len: how many new ids.
-            temperature: divides the logits; 0 takes the likeliest id each time.
-            filter_thres: share of the vocabulary, the least likely, that is never drawn; acts only where none of
-                the next three is given.
-            top_k: draw from that many of the likeliest ids.
-            top_p: draw from the likeliest ids that together reach this probability.
-            min_p: draw from ids of at least this share of the likeliest one's probability.
-            stop_ids: ids that end a row. It is filled up with the one that ended it, and once all rows have ended
-                fewer than `seq_len` ids are returned.
-            generator: where randomness comes from, for the same ids again.
-            use_cache: False reads everything from position 0 at each step: the same ids, slowly.
-            return_state: return `(ids, state)`, with a state that has read the prompt and all new ids.
-            state: what was read before the prompt. It is consumed.
-
-        Raises:
-            ValueError: an empty prompt, or one of the wrong rank, dtype or range; a setting that is not allowed.
-        """
-        reader, prompts, sampler, stops = self._prepare_generation(
-            prompt,
-            seq_len,
-            temperature=temperature,
-            filter_thres=filter_thres,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            stop_ids=stop_ids,
-            generator=generator,
-            use_cache=use_cache,
-            state=state,
-        )
-        if return_state and len({len(row) for row in prompts}) > 1:
-            raise ValueError(
-                'prompt must have rows of equal length where return_state is given: a state has one position'
-            )
-
-        new = generate(reader, prompts, seq_len, sampler=sampler, stop_ids=stops)
-        if not return_state:
-            return new
-        reader.read(new[:, -1:] if seq_len else torch.stack(prompts))
-        return new, reader.state
-
-    def stream(self, prompt: Tensor | Sequence[Tensor], seq_len: int, **settings: Any) -> Stream:
-        """The ids of `generate` as they come, `(batch,)` each. Takes its settings but `return_state`.
-
-        What it returns is iterated over; its `state` is the state after the prompt and what came, and ends the stream.
-
-        Raises:
-            ValueError: as `generate`; or prompts of unequal length.
-        """
-        if unknown := sorted(set(settings) - (set(signature(self.generate).parameters) - {'return_state'})):
-            raise ValueError(f'stream takes the settings of generate but return_state, got {", ".join(unknown)}')
-        reader, prompts, sampler, stops = self._prepare_generation(prompt, seq_len, **settings)
-        if len({len(row) for row in prompts}) > 1:
-            raise ValueError('prompt must have rows of equal length: stream yields their ids together')
-        return Stream(reader, prompts, seq_len, sampler=sampler, stop_ids=stops)
-
-    def _prepare_generation(
-        self,
-        prompt: Tensor | Sequence[Tensor],
-        seq_len: int,
-        *,
-        stop_ids: Sequence[int] | None = None,
-        use_cache: bool = True,
-        state: State | None = None,
-        **sampling: Any,
-    ) -> tuple[Reader, list[Tensor], Sampler, list[int]]:
-        """What the generation loop runs on, once all of it is seen to be allowed."""
-        if isinstance(prompt, (list, tuple)):
-            if not prompt:
-                raise ValueError('prompt must hold at least one row, got an empty list')
-            prompts = [
-                check_ids('prompt', row[None] if isinstance(row, Tensor) else row, self.num_tokens) for row in prompt
-            ]
-            prompts = [row[0] for row in prompts]
+        level, summarizer = self.levels[i], self.chunk_summarizers[str(i)]
+        offset = -position % level.stride
+        if isinstance(summarizer, ChunkSummarizer):
+            summaries = summarizer(embeds, offset)
         else:
-            prompts = list(check_ids('prompt', prompt, self.num_tokens))
-
-        check_int('seq_len', seq_len, 0)
-        stops = list(stop_ids or ())
-        for stop in stops:
-            if not is_int(stop) or not 0 <= stop < self.num_tokens:
-                raise ValueError(f'stop_ids must be in [0, {self.num_tokens}), got {stop!r}')
-        if state is not None and not use_cache:
-            raise ValueError('use_cache = False reads from position 0, so it takes no state')
-        if state is not None:
-            self.check_state(state, torch.stack([row[:1] for row in prompts]))
-
-        return Reader(self, state, use_cache=use_cache), prompts, Sampler(**sampling), stops
-
-    @torch.no_grad()
-    def score(self, ids: Tensor | bytes, *, chunk_size: int | None = None, return_log_probs: bool = False) -> Any:
-        """How many bits the model needs for each id after the first: bits per byte, for a model of bytes.
-
-        One pass with the state carried along, so each id is predicted from all that the model can remember, in
-        memory that does not grow with the length.
-
-        Args:
-            ids: `(n,)` or `(batch, n)` of any length from 2 up, or bytes.
-            chunk_size: how many ids are read at a time, `seq_len` by default. Changes no number.
-            return_log_probs: also return the natural logarithm of each id's probability, `(..., n - 1)`.
-
-        Returns a float, or `(float, log_probs)`: the mean over all ids but each row's first and those equal to
-        `ignore_index`.
-
-        Raises:
-            ValueError: ids of the wrong rank, dtype, length or range, or nothing but ignored ones.
-        """
-        if isinstance(ids, (bytes, bytearray)):
-            ids = torch.frombuffer(bytearray(ids), dtype=torch.uint8) if ids else torch.empty(0, dtype=torch.uint8)
-        single = isinstance(ids, Tensor) and ids.ndim == 1
-        rows = ids[None] if single else ids
-        # chunk by chunk, since a long text of bytes is eight times as large as the ids that are read
-        check_ids('ids', rows[:, :2] if isinstance(rows, Tensor) and rows.ndim == 2 else rows, self.num_tokens)
-        if rows.shape[1] < 2:
-            raise ValueError(f'ids must have at least 2 tokens to predict one from another, got {rows.shape[1]}')
-        chunk_size = check_int('chunk_size', self.seq_len if chunk_size is None else chunk_size)
-
-        device = self.token_emb.weight.device
-        total, count, state, log_probs = 0.0, 0, None, []
-        for begin in range(0, rows.shape[1] - 1, chunk_size):
-            window = check_ids('ids', rows[:, begin : begin + chunk_size + 1], self.num_tokens).to(device)
-            logits, state = self(window[:, :-1], state=state, return_state=True)
-            targets = window[:, 1:]
-            picked = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
-            picked = picked.gather(-1, targets[..., None])[..., 0]
-            counted = targets != self.ignore_index
-            # added up on the CPU: not every device has float64
-            total -= (picked * counted).cpu().double().sum().item()
-            count += int(counted.sum())
-            if return_log_probs:
-                log_probs.append(picked)
-
-        if not count:
-            raise ValueError(f'ids must hold more than ignore_index = {self.ignore_index}, got nothing else to predict')
-        bits = total / count / math.log(2)
-        if not return_log_probs:
-            return bits
-        joined = torch.cat(log_probs, dim=1)
-        return bits, joined[0] if single else joined
+            # a module from outside knows no offset, so its chunk begins with the first token of its level
+            summaries = summarizer(embeds[:, offset:]) if x.shape[1] else x
+        if not isinstance(summaries, Tensor) or summaries.shape != x.shape:
+            got = tuple(summaries.shape) if isinstance(summaries, Tensor) else type(summaries).__name__
+            raise ValueError(
+                f'chunk_summarizers of hierarchy {level.compression} must return shape {tuple(x.shape)}, got {got}'
+            )
+        return next_latent_loss(
+            x,
+            summaries,
+            valid,
+            dynamics=self.latent_dynamics[str(i)],
+            loss_fn=self.latent_loss_fn,
+            rollout_weights=self.rollout_weights,
+            decay=self.rollout_decay,
+            counts=counts,
+        )
 
 
-def check_ids(name: str, ids: Any, num_tokens: int, also: int | None = None) -> Tensor:
-    """The ids `(batch, n)` as int64, any integer dtype taken. Refuses others than `[0, num_tokens)` and `also`."""
-    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ValueError(f'{name} must be a tensor of integers, got {getattr(ids, "dtype", type(ids).__name__)}')
-    if ids.ndim != 2:
-        raise ValueError(f'{name} must have shape (batch, seq), got {tuple(ids.shape)}')
-    if 0 in ids.shape:
-        raise ValueError(f'{name} must hold at least one token, got shape {tuple(ids.shape)}')
-    ids = ids.long()
+def find_receivers(
+    merge_into: Any, compressions: Sequence[int], predict_level: int, predict_from: Collection[int]
+) -> list[int]:
+    """Which levels merges add to, by their index."""
+    if merge_into == 'all':
+        return list(range(len(compressions)))
+    if merge_into == 'predict':
+        return [predict_level]
+    if not isinstance(merge_into, (tuple, list)) or not merge_into or set(merge_into) - set(compressions):
+        raise ValueError(
+            f"merge_into must be 'predict', 'all' or a tuple of hierarchies {list(compressions)}, got {merge_into!r}"
+        )
+    into = [i for i, c in enumerate(compressions) if c in merge_into]
+    if not set(into) & set(predict_from):
+        raise ValueError(
+            f'merge_into must name a level that predicts, {[compressions[i] for i in predict_from]}: nothing would '
+            f'come of what others hear, got {merge_into!r}'
+        )
+    return into
 
-    # reading values would make an accelerator wait, or break a compiled graph
-    if ids.device.type == 'cpu' and not torch.compiler.is_compiling():
-        allowed = ids if also is None else ids[ids != also]
-        if allowed.numel():
-            low, high = (int(value) for value in allowed.aminmax())
-            if low < 0 or high >= num_tokens:
-                raise ValueError(f'{name} must be in [0, {num_tokens}), got values from {low} to {high}')
-    return ids
+
+def check_hourglass(levels: Sequence[Level], predict_hierarchy: int) -> None:
+    """Refuses levels, finer ones first, that do not fit into one another."""
+    if predict_hierarchy != levels[0].compression:
+        raise ValueError(
+            f"arrangement = 'hourglass' predicts from its finest level, got predict_hierarchy {predict_hierarchy!r}"
+        )
+    for finer, coarser in pairwise(levels):
+        if coarser.stride < finer.stride:
+            raise ValueError(
+                "hierarchical_stride must not fall from a level to a coarser one in arrangement = 'hourglass', got "
+                f'{finer.stride} for hierarchy {finer.compression} and {coarser.stride} for {coarser.compression}'
+            )
+
+
+def find_alike(name: str, what: str, kinds: Sequence[Any], takes_part: Sequence[bool]) -> list[tuple[int, int]]:
+    """Pairs of a level and the first that is of the same kind. Raises ValueError where there is none."""
+    first: dict[Any, int] = {}
+    pairs = [(i, first[kind]) for i, kind in enumerate(kinds) if takes_part[i] and first.setdefault(kind, i) != i]
+    if not pairs:
+        raise ValueError(f'{name} needs levels of equal {what}, got {list(kinds)}')
+    return pairs
 
 
 def make_buffers(module: nn.Module) -> None:

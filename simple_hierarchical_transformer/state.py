@@ -88,12 +88,13 @@ class State:
     spec: tuple[Any, ...]
     """What the model that made it is built like: another model refuses it."""
     embeds: tuple[Tensor | None, ...]
-    """For each level with compression c > 1 the last c - 1 embeddings `(batch, c - 1, dim_embed)`."""
+    """For each level what its compressor still reaches back to: of embeddings the last c - 1, `(batch, c - 1,
+    dim_embed)`, where its tokens are made of them; None where it looks at one token alone."""
     blocks: tuple[tuple[BlockState, ...], ...]
     """For each layer, for each level."""
     coarse: tuple[tuple[Tensor | None, ...], ...]
-    """For each layer and for the logits, each strided level's last token `(batch, 1, dim)`, which stands for all
-    positions up to its next."""
+    """For each merge and for the logits, each level's last tokens `(batch, kept, dim)`: of a strided level the one that
+    stands for all positions up to its next, where a merge attends those that it reaches back to."""
     written: list[int] = field(default_factory=list, compare=False, repr=False)
     """The position that its tensors were written for last, shared by all states that share them; empty at first."""
 

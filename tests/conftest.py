@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from torch import Tensor
 os.environ['HF_HUB_OFFLINE'] = '1'
 
 from simple_hierarchical_transformer import HierarchicalTransformer
+from simple_hierarchical_transformer.levels import COMPRESSORS
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = sorted((Path(__file__).parent / 'golden').glob('*.safetensors'))
@@ -80,35 +82,78 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     predict_all = draw(st.booleans())
     # one level must say something at each position
     fine = draw(st.integers(0, count - 1))
+    arrangement = draw(st.sampled_from(['hourglass', 'parallel']))
+    if arrangement == 'hourglass':
+        fine = hierarchies.index(min(hierarchies))
     strides[fine] = 1
+    if arrangement == 'hourglass':
+        order = sorted(range(count), key=hierarchies.__getitem__)
+        for finer, coarser in pairwise(order):
+            strides[coarser] = max(strides[coarser], strides[finer])
 
     def each(values: st.SearchStrategy[Any]) -> Any:
         return draw(st.one_of(values, st.tuples(*[values] * count)))
 
-    return dict(
-        num_tokens=11,
-        dim=each(st.sampled_from([4, 7, 8])),
-        depth=draw(st.integers(1, 2)),
-        seq_len=SEQ_LEN,
-        dim_head=each(st.sampled_from([2, 4])),
-        heads=each(st.integers(1, 2)),
-        ff_mult=each(st.sampled_from([1, 2.5])),
-        hierarchies=tuple(hierarchies),
-        hierarchical_stride=tuple(strides),
-        window_sizes=each(st.sampled_from([None, 0, 1, 3, 6])),
-        hierarchy_merge_all=draw(st.booleans()),
-        predict_hierarchy=hierarchies[fine],
-        predict_use_all_hierarchy=predict_all,
-        recon_loss_weight=draw(st.sampled_from([0.0, 0.1])),
-        next_latent_loss_weight=each(st.sampled_from([0.0, 0.25])),
-        next_latent_loss_type=draw(st.sampled_from(['mse_and_cosine_sim', 'mse', 'smooth_l1'])),
-        num_rollouts=draw(st.integers(1, 3)),
-        dynamic_rollout_loss_weight=draw(st.booleans()),
-        detach_summaries=draw(st.booleans()),
-        dynamics_num_layers=draw(st.integers(1, 3)),
-        ignore_index=draw(st.sampled_from([0, -1])),
-        recon_ignore_index=draw(st.sampled_from([0, -1])),
-        attn_backend=draw(st.sampled_from(['auto', 'local-attention'])),
+    def either(*settings: dict[str, Any]) -> dict[str, Any]:
+        """One group of settings out of several; none half of the time, so that plain models are met too."""
+        return draw(st.one_of(st.just({}), st.sampled_from(settings)))
+
+    extra: dict[str, Any] = {}
+    if arrangement == 'parallel':
+        receivers = draw(st.lists(st.sampled_from(hierarchies), unique=True))
+        extra |= either(
+            {'merge_into': 'all'}, {'merge_into': (hierarchies[fine], *set(receivers) - {hierarchies[fine]})}
+        )
+    if arrangement == 'parallel' and max(hierarchies) > 1:
+        extra |= either({'autoencoder': True})
+    if 'autoencoder' not in extra:
+        extra |= {'compressor': each(st.sampled_from(COMPRESSORS))}
+    if count > 1:
+        extra |= either(*({'merge': 'attention', 'merge_window': window} for window in (0, 2)))
+        alike = dict(dim=8, dim_head=2, heads=2, ff_mult=1)
+        extra |= either(
+            {'share_feed_forward': True, **alike},
+            *({'share_attention': True, 'window_sizes': window, **alike} for window in (None, 3, 'auto')),
+        )
+    extra |= either(
+        {'prophet_loss_weight': each(st.sampled_from([0.0, 0.2]))},
+        {
+            'quantized_loss_weight': each(st.sampled_from([0.0, 0.2])),
+            'quantize_from': draw(st.sampled_from(['compressed', 'output'])),
+            'quantizer_codebooks': draw(st.integers(1, 2)),
+            'quantizer_codebook_size': 5,
+            'quantizer_dim': 3,
+        },
+    )
+
+    return (
+        dict(
+            num_tokens=11,
+            dim=each(st.sampled_from([4, 7, 8])),
+            depth=draw(st.integers(1, 2)),
+            seq_len=SEQ_LEN,
+            dim_head=each(st.sampled_from([2, 4])),
+            heads=each(st.integers(1, 2)),
+            ff_mult=each(st.sampled_from([1, 2.5])),
+            hierarchies=tuple(hierarchies),
+            hierarchical_stride=tuple(strides),
+            window_sizes=each(st.sampled_from([None, 0, 1, 3, 6, 'auto'])),
+            hierarchy_merge_all=arrangement == 'parallel' and 'merge_into' not in extra and draw(st.booleans()),
+            predict_hierarchy=hierarchies[fine],
+            predict_use_all_hierarchy=predict_all,
+            recon_loss_weight=draw(st.sampled_from([0.0, 0.1])),
+            next_latent_loss_weight=each(st.sampled_from([0.0, 0.25])),
+            next_latent_loss_type=draw(st.sampled_from(['mse_and_cosine_sim', 'mse', 'smooth_l1'])),
+            num_rollouts=draw(st.integers(1, 3)),
+            dynamic_rollout_loss_weight=draw(st.booleans()),
+            detach_summaries=draw(st.booleans()),
+            dynamics_num_layers=draw(st.integers(1, 3)),
+            ignore_index=draw(st.sampled_from([0, -1])),
+            recon_ignore_index=draw(st.sampled_from([0, -1])),
+            attn_backend=draw(st.sampled_from(['auto', 'local-attention'])),
+            arrangement=arrangement,
+        )
+        | extra
     )
 
 

@@ -74,6 +74,7 @@ def test_losses_equal_the_definitions_written_out(config: dict[str, Any], n: int
         read, targets = ids[:, :-1], ids[:, 1:]
         logits, latents = model(read, return_logits_and_embeds=True)
         embeds = model.token_emb(read)
+        compressed = model(read, return_hierarchical_token_embeds=True)
 
     def mean(values: list[Tensor]) -> Tensor:
         return torch.stack(values).mean() if values else torch.zeros((), dtype=torch.float64)
@@ -83,6 +84,7 @@ def test_losses_equal_the_definitions_written_out(config: dict[str, Any], n: int
     )
 
     recon = torch.zeros((), dtype=torch.float64)
+    others = torch.zeros((), dtype=torch.float64)
     next_latent = torch.zeros((), dtype=torch.float64)
     for index, level in enumerate(model.levels):
         c, s, x = level.compression, level.stride, latents[index]
@@ -98,6 +100,36 @@ def test_losses_equal_the_definitions_written_out(config: dict[str, Any], n: int
                         if position >= 0 and read[b, position] != config['recon_ignore_index']:
                             seen.append(-given_back[k, read[b, position]])
             recon = recon + mean(seen)
+
+        if level.prophet_loss_weight > 0 and (c > 1 or index not in model.predict_from):
+            foreseen = []
+            for b in range(2):
+                for j in range(m):
+                    said = model.to_prophet[str(index)](x[b, j]).view(c, 11).log_softmax(-1)
+                    for k in range(c):
+                        position = j * s + 1 + k
+                        if position <= n and ids[b, position] != ignored:
+                            foreseen.append(-said[k, ids[b, position]])
+            torch.testing.assert_close(parts.named[f'prophet/{c}x'], mean(foreseen))
+            others = others + level.prophet_loss_weight * mean(foreseen)
+
+        if level.quantized_loss_weight > 0:
+            quantizer, named = model.quantizers[str(index)], []
+            of = compressed[index] if config['quantize_from'] == 'compressed' else x
+            for b in range(2):
+                for j in range(m - 1):
+                    said = model.to_quantized[str(index)](x[b, j]).view(-1, 5).log_softmax(-1)
+                    if read[b, (j + 1) * s] == ignored:
+                        continue
+                    vector = of[b, j + 1]
+                    vector = (vector - vector.mean()) / (vector.var(correction=0) + 1e-5).sqrt()
+                    for k, (projection, codebook) in enumerate(
+                        zip(quantizer.projection, quantizer.codebook, strict=True)
+                    ):
+                        near = [F.cosine_similarity(vector @ projection, code, dim=0) for code in codebook]
+                        named.append(-said[k, torch.stack(near).argmax()])
+            torch.testing.assert_close(parts.named[f'quantized/{c}x'], mean(named))
+            others = others + level.quantized_loss_weight * mean(named)
 
         if level.next_latent_loss_weight > 0:
             dynamics, summarize = model.latent_dynamics[str(index)], model.chunk_summarizers[str(index)]
@@ -127,7 +159,11 @@ def test_losses_equal_the_definitions_written_out(config: dict[str, Any], n: int
     torch.testing.assert_close(parts.ce, ce)
     torch.testing.assert_close(parts.recon, recon)
     torch.testing.assert_close(parts.next_latent, next_latent)
-    torch.testing.assert_close(loss, ce + next_latent + config['recon_loss_weight'] * recon)
+    if 'autoencoder' in parts.named:
+        others = others + 0.1 * parts.named['autoencoder']
+    torch.testing.assert_close(loss, ce + next_latent + config['recon_loss_weight'] * recon + others)
+    weighted = sum(model.loss_weights[name] * part for name, part in parts.named.items())
+    torch.testing.assert_close(loss, weighted)
 
 
 def test_parts_unpack_as_the_published_four() -> None:
@@ -205,8 +241,8 @@ def test_detach_summaries_decides_over_gradients_to_embeddings(detach: bool) -> 
 
     # with the latents themselves out of the way, summaries are the one way from this loss to the embeddings
     embeds = model.token_emb(ids)
-    latents = [torch.randn(2, 21, 8, dtype=torch.float64) for _ in range(2)]
-    loss = model.next_latent_losses(latents, embeds, ids)[1]
+    latents = torch.randn(2, 21, 8, dtype=torch.float64)
+    loss = model.next_latent_loss(1, latents, embeds, ids != 0, 0, None)
     loss.backward()
     assert (model.token_emb.weight.grad is None) == detach
 

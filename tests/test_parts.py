@@ -24,7 +24,7 @@ def level(compression: int = 1, stride: int = 1, dim: int = 6, window: int | Non
 @given(c=POWERS.filter(lambda c: c > 1), s=POWERS, n=st.integers(1, 30))
 def test_compressor_is_a_causal_strided_convolution(c: int, s: int, n: int) -> None:
     s = min(s, c)
-    compressor = Compressor(level(c, s), dim_embed=5, num_tokens=7, reconstruct=False).double()
+    compressor = Compressor(level(c, s), dim_in=5).double()
     x = torch.randn(2, n, 5, dtype=torch.float64)
 
     wide, narrow = compressor.compress_fn[1].conv, compressor.compress_fn[3]
@@ -38,10 +38,10 @@ def test_compressor_is_a_causal_strided_convolution(c: int, s: int, n: int) -> N
 
 def test_level_without_compression_keeps_or_projects_embeddings() -> None:
     x = torch.randn(2, 9, 6)
-    same = Compressor(level(dim=6), dim_embed=6, num_tokens=7, reconstruct=True)
+    same = Compressor(level(dim=6), dim_in=6, num_tokens=7)
     assert torch.equal(same(x)[0], x)
     assert not list(same.parameters())
-    projected = Compressor(level(dim=4), dim_embed=6, num_tokens=7, reconstruct=True)
+    projected = Compressor(level(dim=4), dim_in=6, num_tokens=7)
     assert torch.equal(projected(x)[0], x @ projected.compress_fn.weight.T)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +160,10 @@ def test_levels_share_out_the_parameters(config: dict[str, Any]) -> None:
     counts = cost.parameters_by_level(model)
     assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
     assert set(counts) == {*range(len(model.levels)), None}
-    blocks = [sum(p.numel() for layer in model.layers for p in layer[i].parameters()) for i in range(len(model.levels))]
-    assert all(counts[i] >= block for i, block in enumerate(blocks))
+    names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for i in range(len(model.levels)):
+        own = [p for layer in model.layers for p in layer[i].parameters() if names[id(p)] == 1]
+        assert counts[i] >= sum(p.numel() for p in own)
 
 
 @pytest.mark.parametrize(
@@ -169,6 +172,10 @@ def test_levels_share_out_the_parameters(config: dict[str, Any]) -> None:
         dict(hierarchies=1, dim=32),
         dict(hierarchies=1, dim=32, window_sizes=7),
         dict(hierarchies=(1, 4), hierarchical_stride=(1, 4), dim=(16, 32)),
+        dict(hierarchies=(1, 4), hierarchical_stride=(1, 4), dim=(16, 32), merge='attention', merge_into='all'),
+        dict(hierarchies=(1, 2, 8), hierarchical_stride=(1, 2, 8), dim=(16, 8, 32), arrangement='hourglass'),
+        dict(hierarchies=(1, 4), hierarchical_stride=(1, 4), dim=16, autoencoder=True, prophet_loss_weight=0.1),
+        dict(hierarchies=(1, 4), hierarchical_stride=(1, 4), dim=16, share_feed_forward=True, compressor='linear'),
     ],
 )
 def test_operations_are_those_that_torch_counts(changes: dict[str, Any]) -> None:
@@ -178,13 +185,12 @@ def test_operations_are_those_that_torch_counts(changes: dict[str, Any]) -> None
         num_tokens=50, depth=2, seq_len=n, dim_head=8, heads=2, **changes, next_latent_loss_weight=0.0
     )
     weights = forms_at_once = 0.0
-    for name, p in model.named_parameters():
-        if p.ndim >= 2 and 'token_emb' not in name:
-            level = cost.level_of(name)
-            each = 2 * p.numel() * n / (1 if level is None else model.levels[level].stride)
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if p.ndim >= 2 and 'token_emb' not in name and not name.endswith('bias'):
+            each = 2 * p.numel() * n / cost.apart(model, name)
             weights += each
             # with logits, the two products of their gradient
-            forms_at_once += 2 * each * ('to_logits' in name or 'to_recon' in name)
+            forms_at_once += 2 * each * any(head in name for head in ('to_logits', 'to_recon', 'to_prophet', 'to_ids'))
 
     with FlopCounterMode(display=False) as counter:
         model(torch.randint(1, 50, (1, n + 1)), return_loss=True)

@@ -19,40 +19,69 @@ LEVEL_AT = {
     'norms': 1,
     'latent_dynamics': 1,
     'chunk_summarizers': 1,
+    'to_prophet': 1,
+    'to_quantized': 1,
+    'autoencoder': 2,
 }
 
 
 def level_of(name: str) -> int | None:
     """Which level a parameter of that name belongs to, None where to all."""
     parts = name.split('.')
-    return int(parts[LEVEL_AT[parts[0]]]) if parts[0] in LEVEL_AT else None
+    at = LEVEL_AT.get(parts[0])
+    return int(parts[at]) if at is not None and parts[at].isdigit() else None
 
 
 def parameters_by_level(model: HierarchicalTransformer) -> dict[int | None, int]:
-    """How many parameters each level has; under None those of embeddings, merges and logits, which serve all."""
+    """How many parameters each level has; under None those that serve several: embeddings, merges, shared ones."""
     counts: Counter[int | None] = Counter(dict.fromkeys((*range(len(model.levels)), None), 0))
-    for name, parameter in model.named_parameters():
-        counts[level_of(name)] += parameter.numel()
+    owners: dict[nn.Parameter, set[int | None]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(parameter, set()).add(level_of(name))
+    for parameter, levels in owners.items():
+        counts[levels.pop() if len(levels) == 1 else None] += parameter.numel()
     return dict(counts)
 
 
 def step_flops(model: HierarchicalTransformer, length: int) -> float:
     """Operations that a sequence of `length` takes to learn from: forward once, backward twice as many.
 
-    Products with weights and those of attention, two operations for a multiplication and an addition.
+    Products with weights and those of attention within levels, two operations for a multiplication and an addition.
     """
     total = 0.0
-    for name, parameter in model.named_parameters():
-        if parameter.ndim < 2 or name.startswith('token_emb'):
-            continue
-        level = level_of(name)
-        stride = 1 if level is None else model.levels[level].stride
-        total += 2 * parameter.numel() * length / stride
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.ndim >= 2 and not name.startswith('token_emb') and not name.endswith('bias'):
+            total += 2 * parameter.numel() * length / apart(model, name)
     for each in model.levels:
         row = length / each.stride / each.phases
         keys = row / 2 if each.window is None else min(each.window + 1, row / 2)
         total += len(model.layers) * 4 * length / each.stride * keys * each.heads * each.dim_head
     return 3 * total
+
+
+def apart(model: HierarchicalTransformer, name: str) -> int:
+    """How many positions the tokens that a weight is multiplied with stand apart."""
+    parts, strides = name.split('.'), [level.stride for level in model.levels]
+    if parts[0] == 'hierarchical_merges':
+        merge: Any = model.hierarchical_merges[int(parts[1])]
+        # an hourglass' merges live between two levels, whose strides count from the finer one's
+        finest = strides[model.order[int(parts[1])]] if model.arrangement == 'hourglass' else 1
+        if parts[2] == 'receivers':
+            member = int(parts[5 if parts[4] == 'to_kv' else 3])
+            return finest * merge.strides[member]
+        return finest
+    if parts[0] == 'autoencoder':
+        if parts[1] == 'encoders':
+            return model.autoencoder.grids[int(parts[2])]  # type: ignore[union-attr]
+        # a decoder splits each of the tokens of a level's map, one for each of the ids that it sums up
+        return 1 if parts[1] == 'to_ids' else model.levels[int(parts[2])].compression
+    level = level_of(name)
+    if level is None:
+        return 1
+    if 'to_scores' in parts or 'to_values' in parts:
+        # formed for each of the finer tokens that are pooled
+        return strides[level] // model.compressors[level].stride  # type: ignore[operator, return-value]
+    return strides[level]
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype = torch.float32) -> float:

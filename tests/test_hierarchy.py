@@ -1,0 +1,573 @@
+"""Every way to compress, arrange and merge levels, and to train them: the contracts, and what each says it does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate.utils.operations import convert_to_fp32
+from conftest import SEQ_LEN, Golden, build
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from vector_quantize_pytorch import RandomProjectionQuantizer as PublishedQuantizer
+
+from simple_hierarchical_transformer import HierarchicalTransformer, LossParts
+from simple_hierarchical_transformer.compress import Compressor
+from simple_hierarchical_transformer.levels import Level
+from simple_hierarchical_transformer.losses import RandomProjectionQuantizer
+from simple_hierarchical_transformer.merge import AttentionMerge
+from simple_hierarchical_transformer.training.cost import level_of
+
+BASE: dict[str, Any] = dict(
+    num_tokens=11,
+    dim=(8, 12, 8),
+    depth=2,
+    seq_len=SEQ_LEN,
+    dim_head=4,
+    heads=(2, 1, 2),
+    ff_mult=2,
+    hierarchies=(1, 8, 4),
+    hierarchical_stride=(1, 4, 2),
+    window_sizes=(3, None, 2),
+    ignore_index=-1,
+    recon_ignore_index=-1,
+)
+
+
+class Newest(nn.Module):
+    """A compressor from outside, that takes channels of the oldest and the newest token in a window."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(2 * dim, 12)
+
+    def forward(self, windows: Tensor) -> Tensor:
+        return self.proj(torch.cat((windows[:, :, 0], windows[:, :, -1]), dim=-1))
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    'prophet': dict(prophet_loss_weight=(0.1, 0.2, 0.3)),
+    'quantized compressed': dict(quantized_loss_weight=0.1, quantizer_codebook_size=7, quantizer_dim=4),
+    'quantized output': dict(
+        quantized_loss_weight=(0.0, 0.1, 0.2), quantize_from='output', quantizer_codebooks=2, quantizer_codebook_size=7
+    ),
+    'merge into all': dict(merge_into='all'),
+    'merge into two': dict(merge_into=(8, 1)),
+    'merge by attention': dict(merge='attention'),
+    'merge by attention over the last': dict(merge='attention', merge_window=3, merge_into='all'),
+    'shared attention': dict(share_attention=True, heads=2),
+    'shared feed-forward': dict(share_feed_forward=True),
+    'attention compressor': dict(compressor='attention'),
+    'mean compressor': dict(compressor='mean'),
+    'linear compressor': dict(compressor='linear'),
+    'a compressor a level': dict(compressor=('conv', 'attention', 'mean')),
+    'own compressor': dict(compressor=('conv', Newest(12), 'conv')),
+    'autoencoder': dict(autoencoder=True),
+    'autoencoder, strides out of order': dict(autoencoder=True, hierarchical_stride=(1, 2, 4)),
+    'hourglass': dict(arrangement='hourglass', depth=3),
+    'hourglass as published': dict(arrangement='hourglass', hierarchical_stride=(1, 8, 4)),
+    'hourglass by attention': dict(
+        arrangement='hourglass', merge='attention', merge_window=2, compressor='attention',
+        predict_use_all_hierarchy=True,
+    ),
+    'hourglass of coarse levels': dict(
+        arrangement='hourglass', hierarchies=(2, 8, 4), hierarchical_stride=(1, 4, 1), compressor='linear'
+    ),
+    'windows of half': dict(window_sizes='auto'),
+}  # fmt: skip
+options = pytest.mark.parametrize('option', OPTIONS.values(), ids=OPTIONS)
+
+
+@options
+def test_causal_to_the_bit(option: dict[str, Any]) -> None:
+    model, ids = build({**BASE, **option}), torch.randint(0, 11, (2, SEQ_LEN))
+    with torch.no_grad():
+        before, tokens_before = model(ids, return_logits_and_embeds=True)
+        for at in (0, 1, 7, 8, 9, 30, SEQ_LEN - 1):
+            changed = ids.clone()
+            changed[:, at] = (ids[:, at] + 1) % 11
+            after, tokens_after = model(changed, return_logits_and_embeds=True)
+            assert torch.equal(before[:, :at], after[:, :at])
+            assert not torch.equal(before[:, at], after[:, at])
+            for x, y, level in zip(tokens_before, tokens_after, model.levels, strict=True):
+                assert torch.equal(x[:, : level.length(at)], y[:, : level.length(at)])
+
+
+@options
+@pytest.mark.parametrize('grad', [False, True])
+def test_chunks_equal_one_pass(option: dict[str, Any], grad: bool) -> None:
+    model, ids = build({**BASE, **option}), torch.randint(0, 11, (2, SEQ_LEN))
+    with torch.set_grad_enabled(grad):
+        whole, tokens = model(ids, return_logits_and_embeds=True)
+        for sizes in ([1] * SEQ_LEN, [3, 1, 7, 8, 2, 27], [13, 35]):
+            state, outs = None, []
+            for chunk in ids.split(sizes, dim=1):
+                *out, state = model(chunk, return_logits_and_embeds=True, return_state=True, state=state)
+                outs.append(out)
+            logits, levels = zip(*outs, strict=True)
+            torch.testing.assert_close(torch.cat(logits, dim=1), whole, rtol=0, atol=1e-10)
+            for each, x in zip(zip(*levels, strict=True), tokens, strict=True):
+                torch.testing.assert_close(torch.cat(each, dim=1), x, rtol=0, atol=1e-10)
+
+
+@options
+def test_learns_one_batch_in_all_parts(option: dict[str, Any]) -> None:
+    """Every part of the loss falls, every weight has a gradient, and recomputing layers changes none of it."""
+    config = {**BASE, **option}
+    model, again = build(config).float(), build({**config, 'gradient_checkpointing': True}).float()
+    ids = torch.randint(0, 11, (2, 25))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    history = []
+    for step in range(25):
+        loss, parts = model(ids, return_loss=True)
+        loss.backward()
+        assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+        if step == 0:
+            again(ids, return_loss=True)[0].backward()
+            for p, q in zip(model.parameters(), again.parameters(), strict=True):
+                torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append({name: part.item() for name, part in parts.named.items()})
+    for name in set(history[0]) - {name for name in history[0] if name.startswith('next_latent')}:
+        assert history[-1][name] < 0.9 * history[0][name], name
+
+
+@options
+def test_generates_the_same_with_and_without_a_state(option: dict[str, Any]) -> None:
+    model, prompt = build({**BASE, **option}), torch.randint(0, 11, (2, 5))
+    new = model.generate(prompt, 20, temperature=0)
+    assert torch.equal(new, model.generate(prompt, 20, temperature=0, use_cache=False))
+
+
+@pytest.mark.parametrize(
+    'option',
+    [
+        dict(OPTIONS['hourglass by attention'], prophet_loss_weight=0.1),
+        dict(autoencoder=True, share_feed_forward=True, quantized_loss_weight=0.1),
+    ],
+    ids=str,
+)
+def test_compiles_and_runs_in_half_precision(option: dict[str, Any]) -> None:
+    model, ids = build({**BASE, 'depth': 1, **option}), torch.randint(0, 11, (2, 25))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    (loss, parts), (same, _) = compiled(ids, return_loss=True), model(ids, return_loss=True)
+    assert isinstance(parts, LossParts)
+    wanted = list(model.parameters())
+    torch.testing.assert_close(torch.autograd.grad(loss, wanted), torch.autograd.grad(same, wanted))
+
+    model = model.float()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        loss, parts = model(ids, return_loss=True)
+    loss.backward()
+    for part in parts.named.values():
+        assert part.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), same, rtol=0.03, atol=0.03)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize('option', ['merge by attention over the last', 'hourglass', 'autoencoder'])
+def test_hears_of_what_the_fine_window_cannot_see(option: str) -> None:
+    """The first id comes again at the end: a copy over a distance that only coarse levels reach."""
+    torch.manual_seed(0)
+    small = dict(num_tokens=8, dim=24, depth=2, seq_len=24, dim_head=12, heads=2, window_sizes=(1, None))
+    levels = dict(hierarchies=(1, 4), hierarchical_stride=(1, 4), recon_loss_weight=0.0, next_latent_loss_weight=0.0)
+    model = HierarchicalTransformer(**{**OPTIONS[option], **small, **levels})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(100):
+        ids = torch.randint(1, 8, (32, 22))
+        ids[:, -1] = ids[:, 0]
+        labels = torch.zeros_like(ids)
+        labels[:, -2] = ids[:, -1]
+        loss, _ = model(ids, return_loss=True, labels=labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.5 < torch.tensor(7.0).log()
+
+
+# compressing
+
+
+def a_level(compression: int, stride: int, compressor: str, dim: int = 6) -> Level:
+    return Level(compression, stride, dim, 4, 2, 2, None, 0.0, compressor=compressor)
+
+
+@given(
+    c=st.sampled_from([2, 4, 8]), s=st.sampled_from([1, 2, 4, 8]), dilation=st.sampled_from([1, 2]),
+    n=st.integers(1, 30), dim=st.sampled_from([5, 6]),
+)  # fmt: skip
+def test_compressors_written_out(c: int, s: int, dilation: int, n: int, dim: int) -> None:
+    s = min(s, c)
+    x = torch.randn(2, n, dim, dtype=torch.float64)
+
+    def window(j: int) -> list[Tensor | None]:
+        at = [j * s - (c - 1 - k) * dilation for k in range(c)]
+        return [x[:, i] if i >= 0 else None for i in at]
+
+    def build_one(kind: str, **settings: Any) -> Compressor:
+        made = Compressor(a_level(c, s, kind), dim_in=dim, dilation=dilation, **settings).double()
+        for parameter in made.parameters():
+            nn.init.normal_(parameter)
+        return made
+
+    zero = torch.zeros(2, dim, dtype=torch.float64)
+    linear, mean, attention = (build_one(kind) for kind in ('linear', 'mean', 'attention'))
+    own = build_one('module', module=nn.Sequential(nn.Flatten(2), nn.Linear(c * dim, 6)))
+    made = {pool: pool(x)[0] for pool in (linear, mean, attention, own)}
+    for j in range(-(-n // s)):
+        tokens = [zero if token is None else token for token in window(j)]
+
+        weight = linear.compress_fn.proj.weight.unflatten(1, (dim, c))
+        torch.testing.assert_close(made[linear][:, j], sum(t @ weight[:, :, k].T for k, t in enumerate(tokens)))
+
+        average = sum(tokens) / c
+        torch.testing.assert_close(made[mean][:, j], average @ mean.compress_fn.proj.weight.T if dim != 6 else average)
+
+        pool, heads = attention.compress_fn, []
+        for h in range(2):
+            scores, values = [], []
+            for k, token in enumerate(window(j)):
+                if token is not None:
+                    scores.append(token @ pool.to_scores.weight[h] + pool.place_bias[h, k])
+                    values.append(token @ pool.to_values.weight[4 * h : 4 * h + 4].T)
+            share = torch.stack(scores).softmax(0)
+            heads.append((share[..., None] * torch.stack(values)).sum(0))
+        torch.testing.assert_close(made[attention][:, j], torch.cat(heads, -1) @ pool.to_out.weight.T)
+
+        torch.testing.assert_close(made[own][:, j], own.compress_fn.module[1](torch.cat(tokens, dim=-1)))
+
+
+@given(n=st.integers(1, 24), strides=st.sampled_from([(1, 2, 2), (1, 2, 8), (1, 1, 4), (1, 2, 1)]))
+def test_autoencoder_written_out(n: int, strides: tuple[int, ...]) -> None:
+    config = dict(BASE, dim=6, hierarchies=(1, 2, 8), hierarchical_stride=strides, autoencoder=True)
+    config |= dict(recon_loss_weight=0.0, next_latent_loss_weight=0.0)
+    model, ids = build(config), torch.randint(0, 11, (2, n))
+    encode = {2: model.autoencoder.encoders['1'].proj.weight, 8: model.autoencoder.encoders['2'].proj.weight}
+    embeds = model.token_emb(ids)
+
+    def at(c: int, position: int) -> Tensor:
+        """The map of compression c at a position."""
+        if position < 0:
+            return torch.zeros(2, 6, dtype=torch.float64)
+        if c == 1:
+            return embeds[:, position]
+        finer, taps = (1, 2) if c == 2 else (2, 4)
+        weight = encode[c].unflatten(1, (6, taps))
+        return F.silu(sum(at(finer, position - (taps - 1 - k) * finer) @ weight[:, :, k].T for k in range(taps)))
+
+    tokens = model(ids, return_hierarchical_token_embeds=True)
+    for x, level, norm in zip(tokens, model.levels, model.post_token_emb_norms, strict=True):
+        assert x.shape[1] == level.length(n)
+        for j in range(x.shape[1]):
+            torch.testing.assert_close(x[:, j], norm(at(level.compression, j * level.stride)))
+
+    # every eighth token of the coarsest map gives back the eight ids that it has seen
+    _, parts = model(ids, labels=ids, return_loss=True)
+    coarse, fine = model.autoencoder.decoders['2'], model.autoencoder.decoders['1']
+    missed = []
+    for end in range(0, n, 8):
+        x = F.silu(coarse(at(8, end))).chunk(4, dim=-1)
+        x = [part for each in x for part in F.silu(fine(each)).chunk(2, dim=-1)]
+        for k, part in enumerate(x):
+            if end - 7 + k >= 0:
+                said = model.autoencoder.to_ids(part).log_softmax(-1)
+                missed.append(-said.gather(1, ids[:, end - 7 + k, None])[:, 0])
+    torch.testing.assert_close(parts.named['autoencoder'], torch.cat(missed).mean())
+
+
+def test_a_compressor_of_the_wrong_shape_is_named() -> None:
+    model = HierarchicalTransformer(**{**BASE, 'compressor': ('conv', nn.Identity(), 'conv')})
+    with pytest.raises(ValueError, match=r'compressor must return shape \(2, 3, 12\) for windows \(2, 3, 8, 12\), got'):
+        model(torch.zeros(2, 9, dtype=torch.long))
+
+
+# arranging
+
+
+@pytest.mark.parametrize('strides', [(1, 2, 4), (1, 4, 8), (1, 1, 1)])
+@pytest.mark.parametrize('depth', [1, 2, 3])
+def test_hourglass_written_out(strides: tuple[int, ...], depth: int) -> None:
+    dims, compressions = (8, 12, 6), (1, 4, 8)
+    model = build(
+        dict(BASE, dim=dims, depth=depth, hierarchies=compressions, hierarchical_stride=strides, heads=1,
+             arrangement='hourglass')
+    )  # fmt: skip
+    n = 29
+    ids = torch.randint(0, 11, (2, n))
+
+    def inside(j: int, finer: Tensor) -> Tensor:
+        if j == 0:
+            x = F.linear(finer, model.compressors[0].compress_fn.weight)
+        else:
+            # the finer level's tokens that stand for the c positions up to here
+            taps, tokens = compressions[j] // compressions[j - 1], []
+            pool = model.compressors[j].compress_fn
+            for position in range(0, n, strides[j]):
+                at = [position - (taps - 1 - k) * compressions[j - 1] for k in range(taps)]
+                window = [finer[:, i // strides[j - 1]] if i >= 0 else torch.zeros_like(finer[:, 0]) for i in at]
+                hidden = F.silu(F.conv1d(torch.stack(window, -1), pool[1].conv.weight, pool[1].conv.bias))
+                tokens.append(F.conv1d(hidden, pool[3].weight, pool[3].bias)[:, :, 0])
+            x = torch.stack(tokens, dim=1)
+        x = model.post_token_emb_norms[j](x)
+        blocks = [layer[j] for layer in model.layers]
+        half = depth // 2 if j < 2 else depth
+        for block in blocks[:half]:
+            x = block(x)[0]
+        if j < 2:
+            inner = inside(j + 1, x)
+            back = [inner[:, i * strides[j] // strides[j + 1]] for i in range(x.shape[1])]
+            x = x + model.hierarchical_merges[j].net(torch.cat((x, torch.stack(back, 1)), dim=-1))
+        for block in blocks[half:]:
+            x = block(x)[0]
+        return x
+
+    expected = model.to_logits(model.norms[0](inside(0, model.token_emb(ids))))
+    torch.testing.assert_close(model(ids), expected)
+
+
+def test_attention_is_shared_by_levels_that_are_alike() -> None:
+    config = dict(BASE, dim=(8, 8, 8), heads=2, window_sizes=(3, None, 2))
+    shared, apart = build(dict(config, share_attention=True)), build(config)
+    count = sum(p.numel() for p in apart.layers[0][0].attn.parameters())
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (shared, apart)]
+    # two layers, in each of which two of three levels have a window
+    assert sizes[1] - sizes[0] == 2 * count
+
+    apart.load_state_dict(shared.state_dict())
+    ids = torch.randint(0, 11, (2, 30))
+    torch.testing.assert_close(shared(ids), apart(ids))
+    assert shared.layers[0][2].attn.to_qkv is shared.layers[0][0].attn.to_qkv
+    assert shared.layers[0][1].attn.to_qkv is not shared.layers[0][0].attn.to_qkv
+    assert shared.layers[0][2].attn.window == 2
+
+
+def test_feed_forward_is_shared_by_levels_that_are_alike() -> None:
+    shared, apart = build(dict(BASE, share_feed_forward=True)), build(BASE)
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (shared, apart)]
+    assert sizes[1] - sizes[0] == 2 * sum(p.numel() for p in apart.layers[0][0].ff.parameters())
+    apart.load_state_dict(shared.state_dict())
+    ids = torch.randint(0, 11, (2, 30))
+    torch.testing.assert_close(shared(ids), apart(ids))
+
+
+def test_auto_window_is_half_of_the_level() -> None:
+    model = HierarchicalTransformer(
+        num_tokens=11, dim=8, depth=1, seq_len=48,
+        hierarchies=(1, 4, 16, 32), window_sizes=('auto', 'auto', None, 'auto'),
+    )  # fmt: skip
+    assert [level.window for level in model.levels] == [24, 6, None, 1]
+
+
+# merging
+
+
+@pytest.mark.parametrize('window', [0, 1, 3])
+@pytest.mark.parametrize('strides', [(1, 4, 2), (2, 4, 1)])
+def test_attention_merge_written_out(window: int, strides: tuple[int, ...]) -> None:
+    dims, into = (6, 3, 5), (0, 1)
+    levels = [Level(c, s, d, 4, 2, 2, None, 0.0) for c, s, d in zip((2, 8, 4), strides, dims, strict=True)]
+    merge = AttentionMerge(levels, into, window=window).double()
+    for parameter in merge.parameters():
+        nn.init.normal_(parameter)
+    n = 11
+    tokens = [torch.randn(2, -(-n // s), d, dtype=torch.float64) for s, d in zip(strides, dims, strict=True)]
+    merged, _ = merge(tokens)
+    assert merged[2] is tokens[2]
+
+    for i in into:
+        to = merge.receivers[str(i)]
+        for j in range(tokens[i].shape[1]):
+            query = to.to_q(merge.norms[i](tokens[i][:, j])).unflatten(-1, (2, 4))
+            scores, values = [], []
+            for other in range(3):
+                for back in range(window + 1):
+                    k = j * strides[i] // strides[other] - back
+                    if k >= 0:
+                        key, value = (
+                            to.to_kv[other](merge.norms[other](tokens[other][:, k])).unflatten(-1, (2, 2, 4)).unbind(1)
+                        )
+                        scores.append((query * key).sum(-1) / 2 + to.bias[:, other, back])
+                        values.append(value)
+            share = torch.stack(scores).softmax(0)
+            update = to.to_out((share[..., None] * torch.stack(values)).sum(0).flatten(1))
+            torch.testing.assert_close(merged[i][:, j], tokens[i][:, j] + update)
+
+
+def test_merges_reach_those_named() -> None:
+    ids, plain = torch.randint(0, 11, (2, 20)), build(BASE)
+    for into, receive in (('predict', {0}), ('all', {0, 1, 2}), ((8, 1), {0, 1}), ((1,), {0})):
+        model = build(dict(BASE, merge_into=into, depth=1))
+        final, alone = (model(ids, return_hierarchical_embeds=True, ablate_hierarchical_merge=a) for a in (False, True))
+        assert {i for i in range(3) if not torch.equal(final[i], alone[i])} == receive
+    older, newer = build(dict(BASE, hierarchy_merge_all=True)), build(dict(BASE, merge_into='all'))
+    assert torch.equal(older(ids), newer(ids))
+    assert torch.equal(build(dict(BASE, merge_into=(1,)))(ids), plain(ids))
+
+
+# what levels are worth
+
+
+@pytest.mark.parametrize('option', ['merge into all', 'merge by attention', 'hourglass'])
+def test_a_silent_level_is_not_heard(option: str) -> None:
+    config = {**BASE, **OPTIONS[option]}
+    model, ids = build(config), torch.randint(0, 11, (2, 20))
+    plain = model(ids)
+    with model.ablate(8) as silent:
+        assert silent is model
+        without = model(ids)
+        with model.ablate(4):
+            alone = model(ids)
+        assert torch.equal(model(ids), without)
+    assert torch.equal(model(ids), plain)
+    assert len({tuple(x.flatten().tolist()) for x in (plain, without, alone)}) == 3
+
+    # whatever the level's own weights are
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if level_of(name) == 1:
+                parameter.mul_(2)
+    assert not torch.equal(model(ids), plain)
+    with model.ablate(8):
+        torch.testing.assert_close(model(ids), without)
+
+
+def test_ablation_is_zero_in_the_level_s_columns() -> None:
+    config = dict(BASE, predict_use_all_hierarchy=True, merge_into='all')
+    model, ids = build(config), torch.randint(0, 11, (2, 20))
+    with model.ablate(8):
+        silent = model(ids)
+        state, chunks = None, []
+        for chunk in ids.split([3, 6, 11], dim=1):
+            out, state = model(chunk, return_state=True, state=state)
+            chunks.append(out)
+        torch.testing.assert_close(torch.cat(chunks, dim=1), silent)
+    with torch.no_grad():
+        model.to_logits.weight[:, 8:20] = 0
+    columns = (torch.arange(28) < 8) | (torch.arange(28) >= 20)
+    for merge in model.hierarchical_merges:
+        merge.net.register_forward_pre_hook(lambda _, inputs: (inputs[0] * columns,))
+    torch.testing.assert_close(model(ids), silent)
+
+
+def test_ablation_refuses() -> None:
+    model = HierarchicalTransformer(**BASE)
+    for hierarchies, message in (
+        ((2,), r'ablate takes one or more of hierarchies \[1, 8, 4\], got \(2,\)'),
+        ((), 'got '),
+        ((1,), 'ablate must leave a level to predict'),
+    ):
+        with pytest.raises(ValueError, match=message), model.ablate(*hierarchies):
+            pass
+    assert not model.silent
+
+
+@pytest.mark.parametrize('merge', ['concat', 'attention'])
+def test_contributions_are_what_a_level_s_silence_moves(merge: str) -> None:
+    model = build(dict(BASE, depth=1, merge=merge, merge_into=(1, 8), merge_window=2 if merge == 'attention' else 0))
+    ids = torch.randint(0, 11, (2, 20))
+    logits, (found,) = model(ids, return_contributions=True)
+    assert torch.equal(logits, model(ids))
+
+    blocks = [model.layers[0][j](x)[0] for j, x in enumerate(model(ids, return_hierarchical_token_embeds=True))]
+    merged, _ = model.hierarchical_merges[0](blocks)
+    for place, c in enumerate((1, 8, 4)):
+        others, _ = model.hierarchical_merges[0](blocks, silent={c})
+        for receiver, i in ((1, 0), (8, 1)):
+            moved = (merged[i] - others[i]).norm(dim=-1)
+            assert moved.min() > 0
+            torch.testing.assert_close(found.norms[receiver][..., place], moved)
+
+    assert set(found.weights) == {1, 8}
+    weights = found.weights[1]
+    if merge == 'attention':
+        assert weights.shape == (2, 20, 2, 3, 3)
+        torch.testing.assert_close(weights.sum(dim=(-1, -2)), torch.ones(2, 20, 2, dtype=torch.float64))
+        # at the first position nothing stands before
+        assert not weights[:, 0, :, :, 1:].any()
+    else:
+        norm, read, *_ = model.hierarchical_merges[0].net
+        squares = (read.weight * norm.gamma).square().sum(0)
+        expected = torch.stack((squares[:8].sum(), squares[8:20].sum(), squares[20:].sum())) / squares.sum()
+        torch.testing.assert_close(weights, expected)
+
+
+def test_contributions_and_quantized_ids_in_chunks() -> None:
+    model = build(dict(BASE, merge='attention', merge_window=2, quantized_loss_weight=(0.0, 0.1, 0.1)))
+    ids = torch.randint(0, 11, (2, 30))
+    with torch.no_grad():
+        _, whole = model(ids, return_contributions=True)
+        named = model(ids, return_quantized_ids=True)
+        first, again, state = model(ids[:, :13], return_contributions=True, return_state=True)
+        _, more, _ = model(ids[:, 13:], return_contributions=True, return_state=True, state=state)
+        begun, state = model(ids[:, :13], return_quantized_ids=True, return_state=True)
+        rest, _ = model(ids[:, 13:], return_quantized_ids=True, return_state=True, state=state)
+    for x, y, z in zip(whole, again, more, strict=True):
+        torch.testing.assert_close(torch.cat((y.norms[1], z.norms[1]), dim=1), x.norms[1])
+        torch.testing.assert_close(torch.cat((y.weights[1], z.weights[1]), dim=1), x.weights[1])
+    assert first.shape == (2, 13, 11)
+    assert named[0] is begun[0] is rest[0] is None
+    for x, y, z in zip(named[1:], begun[1:], rest[1:], strict=True):
+        assert torch.equal(torch.cat((y, z), dim=1), x)
+
+
+# losses
+
+
+def test_quantizer_names_what_the_published_one_names() -> None:
+    ours = RandomProjectionQuantizer(12, codebooks=3, size=50, dim_code=8)
+    x = torch.randn(4, 100, 12)
+    for k in range(3):
+        theirs = PublishedQuantizer(dim=12, codebook_size=50, codebook_dim=8)
+        theirs.rand_projs.copy_(ours.projection[k, None])
+        theirs.vq._codebook.embed.copy_(ours.codebook[k, None])
+        assert torch.equal(ours(x)[..., k], theirs(x))
+    assert len(ours(x).unique()) > 40
+
+
+def test_quantizer_is_saved_and_never_trained() -> None:
+    model = HierarchicalTransformer(**BASE, quantized_loss_weight=0.1)
+    assert not [name for name, _ in model.named_parameters() if name.startswith('quantizers')]
+    assert 'quantizers.1.codebook' in model.state_dict()
+
+
+def test_parts_are_named_and_unpack_as_four() -> None:
+    model = HierarchicalTransformer(
+        **{**BASE, 'next_latent_loss_weight': (0.1, 0.0, 0.0)}, prophet_loss_weight=0.1,
+        quantized_loss_weight=(0.0, 0.0, 0.1), autoencoder=True, autoencoder_loss_weight=0.3,
+    )  # fmt: skip
+    _, parts = model(torch.randint(0, 11, (2, 25)), return_loss=True)
+    weights = {
+        'ce': 1.0, 'recon/8x': 0.1, 'recon/4x': 0.1, 'prophet/8x': 0.1, 'prophet/4x': 0.1, 'quantized/4x': 0.1,
+        'next_latent/1x': 0.1, 'autoencoder': 0.3,
+    }  # fmt: skip
+    assert model.loss_weights == weights
+    assert list(parts.named) == list(weights)
+    ce, next_latent, recon, per_hierarchy = parts
+    assert (ce, recon) == (parts.ce, parts.recon) == (parts[0], parts[2])
+    assert len(parts) == 4
+    torch.testing.assert_close(recon, parts.named['recon/8x'] + parts.named['recon/4x'])
+    torch.testing.assert_close(next_latent, 0.1 * per_hierarchy[0])
+    assert per_hierarchy[1] == 0
+
+    # what wraps models walks over what they return
+    halved = tree_map(lambda t: t / 2, parts)
+    assert isinstance(halved, LossParts)
+    torch.testing.assert_close(halved.named['prophet/8x'], parts.named['prophet/8x'] / 2)
+    assert convert_to_fp32((parts,))[0].ce.dtype == torch.float32
+
+
+def test_golden_weights_go_into_models_with_more_losses(golden: Golden) -> None:
+    """And weights with parts for losses go into models without."""
+    extra = dict(prophet_loss_weight=0.1, quantized_loss_weight=0.1)
+    more = HierarchicalTransformer(**golden.config, **extra).double()
+    missing, unexpected = more.load_state_dict(golden.model().state_dict(), strict=False)
+    assert not unexpected
+    assert all(name.startswith(('to_prophet', 'to_quantized', 'quantizers', 'norms')) for name in missing)
+    golden.model().load_state_dict(more.state_dict())
+    torch.testing.assert_close(more(golden.tensors['ids']), golden.model()(golden.tensors['ids']))
