@@ -216,7 +216,7 @@ class RandomProjectionQuantizer(nn.Module):
 
     x is normed to mean 0 and variance 1, projected, and named after the nearest direction in a codebook, for each of
     several codebooks: `(..., dim)` to `(..., codebooks)`, int64 in `[0, size)`. BEST-RQ: Chiu et al. 2022, arXiv
-    2202.01855, eq. 1; with several codebooks: Zhang et al. 2023, arXiv 2303.01037, section 3.2.
+    2202.01855; with several codebooks: Zhang et al. 2023, arXiv 2303.01037.
     """
 
     projection: Tensor
