@@ -129,7 +129,7 @@ def report(held: dict[str, Any]) -> None:
         '',
         f'Validation bits per byte after {minutes:g} minutes of training, {seeds} seeds: mean and standard deviation; '
         'the difference to the default is taken seed by seed. '
-        f'{held["machine"]}. Made by `python benchmarks/ablations.py --data {held["data"]}`.',
+        f'{held["machine"]}. Made by `python benchmarks/ablations.py --data {held["data"]} --minutes {minutes:g}`.',
         '',
         f'All runs are `train.py --preset cpu` (2 x 512 bytes a step, AdamW), {held["valid_bytes"]:,} bytes of the '
         f'validation split, in windows of 512, with the model {sizes}, and one option changed. Every run has the same '

@@ -543,6 +543,9 @@ class HierarchicalTransformer(
             raise ValueError(f'ids must have at most seq_len = {self.seq_len} tokens in a pass, got {ids.shape[1]}')
         contributions: list[Contribution] | None = [] if return_contributions else None
         position = 0 if state is None else state.position
+        if return_hierarchical_token_embeds and state is None and self.arrangement == 'parallel':
+            # levels are compressed before anything else is done
+            return self.compress_all(self.token_emb(ids), None, 0)[0]
         read, state = self.read(ids, state, position, ablate_hierarchical_merge, contributions)
 
         output: tuple[Any, ...]
@@ -627,20 +630,7 @@ class HierarchicalTransformer(
         kept: Kept,
     ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
         """Levels side by side: what their first blocks get, what their last ones give, and the coarsest map."""
-        sources, starts, codes = [embeds] * len(self.levels), [position] * len(self.levels), None
-        if self.autoencoder is not None:
-            before = kept.embeds if state is None else state.embeds
-            maps, kept.embeds[:] = self.autoencoder(embeds, before, position)
-            sources = [maps[i] for i in range(len(self.levels))]
-            starts = [-(-position // self.autoencoder.grids[i]) for i in range(len(self.levels))]
-            codes = maps[self.order[-1]]
-        inputs = []
-        for i, (source, start) in enumerate(zip(sources, starts, strict=True)):
-            x, after = self.compress(i, source, state if self.autoencoder is None else None, start)
-            inputs.append(x)
-            if self.autoencoder is None:
-                kept.embeds[i] = after
-
+        inputs, codes, kept.embeds[:] = self.compress_all(embeds, state, position)
         tokens = inputs
         for i, merge in enumerate(merges or [None] * len(self.layers)):
             tokens, kept.blocks[i][:], coarse = self.recomputed(
@@ -705,6 +695,19 @@ class HierarchicalTransformer(
         if not self.gradient_checkpointing or not torch.is_grad_enabled():
             return fn(*args)
         return checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False)
+
+    def compress_all(
+        self, embeds: Tensor, state: State | None, position: int
+    ) -> tuple[list[Tensor], Tensor | None, list[Tensor | None]]:
+        """All levels' tokens of embeddings that begin at `position`, the coarsest map, and the states after them."""
+        levels = range(len(self.levels))
+        if self.autoencoder is None:
+            made = [self.compress(i, embeds, state, position) for i in levels]
+            return [x for x, _ in made], None, [after for _, after in made]
+        before = [None] * len(levels) if state is None else state.embeds
+        maps, after = self.autoencoder(embeds, before, position)
+        starts = [-(-position // self.autoencoder.grids[i]) for i in levels]
+        return [self.compress(i, maps[i], None, starts[i])[0] for i in levels], maps[self.order[-1]], after
 
     def compress(self, i: int, finer: Tensor, state: State | None, position: int) -> tuple[Tensor, Tensor | None]:
         """Level i's tokens of finer ones `(batch, n, dim)`, the first of index `position`."""

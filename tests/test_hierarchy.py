@@ -455,6 +455,16 @@ def test_ablation_is_zero_in_the_level_s_columns() -> None:
     torch.testing.assert_close(model(ids), silent)
 
 
+def test_a_compiled_model_hears_of_ablation() -> None:
+    model, ids = build(BASE), torch.randint(0, 11, (2, 20))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend='eager')
+    for _ in range(2):
+        torch.testing.assert_close(compiled(ids), model(ids))
+        with model.ablate(8):
+            torch.testing.assert_close(compiled(ids), model(ids))
+
+
 def test_ablation_refuses() -> None:
     model = HierarchicalTransformer(**BASE)
     for hierarchies, message in (
