@@ -146,7 +146,8 @@ def gather_all(
     if states:
         tensors |= gather_segments(states, gather_rows)
     if average is not None:
-        tensors |= {f'{WEIGHTS}.{name}': tensor for name, tensor in gather_weights(model, keep=keep).items()}
+        weights, shared = gather_weights(model, keep=keep), shared_names(model)
+        tensors |= {f'{WEIGHTS}.{name}': tensor for name, tensor in weights.items() if name not in shared}
     return gather_weights(model, average, keep=keep), tensors
 
 
