@@ -120,7 +120,9 @@ def report(held: dict[str, Any]) -> None:
         step = statistics.mean(60_000 * minutes / run['steps'] for run in found)
         size = found[0]['parameters']
         delta = '' if name == DEFAULT else f'{apart:+.3f} ± {apart_spread:.3f}'
-        rows.append((apart, f'| {name} | {bits:.3f} ± {spread:.3f} | {delta} | {step:.0f} | {size / 1e6:.2f} |'))
+        steps = [run['steps'] for run in found]
+        score = f'{bits:.3f} ± {spread:.3f} | {delta} | {step:.0f} | {min(steps)} to {max(steps)}'
+        rows.append((apart, f'| {name} | {score} | {size / 1e6:.2f} |'))
 
     seeds = len(base)
     sizes = ', '.join(f'`{key} = {value!r}`' for key, value in BASE.items())
@@ -133,10 +135,11 @@ def report(held: dict[str, Any]) -> None:
         '',
         f'All runs are `train.py --preset cpu` (2 x 512 bytes a step, AdamW), {held["valid_bytes"]:,} bytes of the '
         f'validation split, in windows of 512, with the model {sizes}, and one option changed. Every run has the same '
-        'time, so an option pays for what it costs. Sorted from what helps to what hurts.',
+        'time, so an option pays for what it costs, and for what else the machine had to do: where the steps of one '
+        'option lie far apart, so may its scores by chance. Sorted by the difference.',
         '',
-        '| option | bits per byte | to the default | ms a step | parameters, M |',
-        '|---|---|---|---|---|',
+        '| option | bits per byte | to the default | ms a step | steps | parameters, M |',
+        '|---|---|---|---|---|---|',
         *(row for _, row in sorted(rows)),
         '',
         '![difference of each option to the default](ablations.png)',

@@ -157,6 +157,19 @@ class ModulePool(nn.Module):
         return out
 
 
+def pool(
+    fn: nn.Module, windows: Windows, x: Tensor, state: Tensor | None, position: int
+) -> tuple[Tensor, Tensor | None]:
+    """What `fn`, one of the kinds above, makes of tokens `(batch, seq, dim)`, the first of index `position`.
+
+    The state is the `windows.before` tokens that came before, and comes back as those that do for what follows; where
+    there is none, zeros stand before the sequence and nothing is kept.
+    """
+    padded = F.pad(x, (0, 0, windows.before, 0)) if state is None else torch.cat((state, x), dim=1)
+    tokens = fn(padded, -position % windows.stride, max(windows.before - position, 0))
+    return tokens, keep(state, padded[:, -windows.before :])
+
+
 class Compressor(nn.Module):
     """Makes a level's tokens of finer ones: token `j` sees those of index `j * stride` and before, in its window.
 
@@ -192,8 +205,7 @@ class Compressor(nn.Module):
             level.compression if taps is None else taps, level.stride if stride is None else stride, dilation
         )
         self.dim_in = dim_in
-        self.stride = windows.stride
-        self.before = windows.before
+        self.windows = windows
         self.compress_fn: nn.Module
 
         if module is not None:
@@ -210,14 +222,11 @@ class Compressor(nn.Module):
         self.to_recon = Linear(level.dim, level.compression * num_tokens, bias=False) if reconstructs else None  # type: ignore[operator]
 
     def forward(self, x: Tensor, state: Tensor | None = None, position: int = 0) -> tuple[Tensor, Tensor | None]:
-        """Tokens `(batch, seq, dim_in)`, the first of index `position`; the state is the `before` that came before."""
-        offset = -position % self.stride
+        """Tokens `(batch, seq, dim_in)`, the first of index `position`; the state is those before, as for `pool`."""
         if isinstance(self.compress_fn, (nn.Identity, Linear)):
-            return self.compress_fn(x[:, offset :: self.stride]), None
-
-        padded = F.pad(x, (0, 0, self.before, 0)) if state is None else torch.cat((state, x), dim=1)
-        tokens = self.compress_fn(padded, offset, max(self.before - position, 0))
-        return tokens, None if state is None else keep(state, padded[:, -self.before :])
+            stride = self.windows.stride
+            return self.compress_fn(x[:, -position % stride :: stride]), None
+        return pool(self.compress_fn, self.windows, x, state, position)
 
 
 class Autoencoder(nn.Module):
@@ -263,10 +272,8 @@ class Autoencoder(nn.Module):
         for i in self.order:
             if str(i) in self.encoders:
                 encode: Any = self.encoders[str(i)]
-                windows, state, start = encode.windows, states[i], -(-position // grid)
-                padded = F.pad(x, (0, 0, windows.before, 0)) if state is None else torch.cat((state, x), dim=1)
-                x = F.silu(encode(padded, -start % windows.stride, max(windows.before - start, 0)))
-                kept[i], grid = keep(state, padded[:, -windows.before :]), self.grids[i]
+                x, kept[i] = pool(encode, encode.windows, x, states[i], -(-position // grid))
+                x, grid = F.silu(x), self.grids[i]
             maps[i] = x
         return maps, kept
 

@@ -194,10 +194,7 @@ def seen_ids(ids: Tensor, *, compression: int, stride: int, ignore_index: int, o
 
     Before the first of ids `(batch, seq)` stands `ignore_index`.
     """
-    padded = F.pad(ids, (compression - 1, 0), value=ignore_index)[:, offset:]
-    if padded.shape[1] < compression:
-        return ids.new_empty(len(ids), 0, compression)
-    return padded.unfold(1, compression, stride)
+    return id_windows(F.pad(ids, (compression - 1, 0), value=ignore_index)[:, offset:], compression, stride)
 
 
 def coming_ids(labels: Tensor, *, compression: int, stride: int, ignore_index: int, offset: int = 0) -> Tensor:
@@ -205,10 +202,12 @@ def coming_ids(labels: Tensor, *, compression: int, stride: int, ignore_index: i
 
     labels: `(batch, seq)`, the id that comes after each position. After the last of them stands `ignore_index`.
     """
-    padded = F.pad(labels, (0, compression - 1), value=ignore_index)[:, offset:]
-    if padded.shape[1] < compression:
-        return labels.new_empty(len(labels), 0, compression)
-    return padded.unfold(1, compression, stride)
+    return id_windows(F.pad(labels, (0, compression - 1), value=ignore_index)[:, offset:], compression, stride)
+
+
+def id_windows(ids: Tensor, size: int, stride: int) -> Tensor:
+    """Every window of that size, `stride` apart, `(batch, windows, size)`; none where ids `(batch, n)` are fewer."""
+    return ids.unfold(1, size, stride) if ids.shape[1] >= size else ids.new_empty(len(ids), 0, size)
 
 
 class RandomProjectionQuantizer(nn.Module):

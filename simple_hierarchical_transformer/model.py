@@ -61,10 +61,18 @@ class Read(NamedTuple):
     """Those of the levels that predict, side by side at each position: `(batch, n, sum of their dims)`."""
 
 
-class Kept(NamedTuple):
-    """A state in the making: lists that are filled as a pass goes along."""
+class Pass(NamedTuple):
+    """What goes along while a chunk is read: its context, and the state after it in the making."""
 
+    state: State | None
+    position: int
+    merges: Sequence[nn.Module | None]
+    """None for each one that is left out."""
+    silent: Collection[int]
+    """Compressions of the levels that are not heard."""
+    contributions: list[Contribution] | None
     embeds: list[Tensor | None]
+    """Of the next state, as all that follow: filled as levels are run."""
     blocks: list[list[BlockState | None]]
     coarse: list[Coarse | None]
 
@@ -578,21 +586,17 @@ class HierarchicalTransformer(
         contributions: list[Contribution] | None,
     ) -> tuple[Read, State | None]:
         """All levels' tokens from ids `(batch, n)` that begin at `position`, and the state after them."""
-        kept = Kept(
-            [None] * len(self.levels),
-            [[None] * len(self.levels) for _ in self.layers],
-            [None] * len(self.hierarchical_merges),
-        )
-        silent = self.silent
+        merges: list[nn.Module | None] = list(self.hierarchical_merges)
+        coarse: list[Coarse | None] = [None] * len(merges)
         if ablate_merge:
-            merges: list[Any] = [None] * len(self.hierarchical_merges)
-            kept.coarse[:] = [] if state is None else state.coarse[:-1]
-        else:
-            merges = list(self.hierarchical_merges)
+            merges = [None] * len(merges)
+            coarse = coarse if state is None else list(state.coarse[:-1])
+        blocks: list[list[BlockState | None]] = [[None] * len(self.levels) for _ in self.layers]
+        now = Pass(state, position, merges, self.silent, contributions, [None] * len(self.levels), blocks, coarse)
         run = self.run_hourglass if self.arrangement == 'hourglass' else self.run_parallel
 
         embeds = self.token_emb(ids)
-        inputs, tokens, codes = run(embeds, state, position, merges, silent, contributions, kept)
+        inputs, tokens, codes = run(embeds, now)
         tokens = [norm(x) for norm, x in zip(self.norms, tokens, strict=True)]
 
         members = [self.levels[i] for i in self.predict_from]
@@ -602,7 +606,7 @@ class HierarchicalTransformer(
             None if state is None else state.coarse[-1],
             position,
         )
-        unheard = [k for k, level in enumerate(members) if level.compression in silent]
+        unheard = [k for k, level in enumerate(members) if level.compression in now.silent]
         predict_from = without(predict_from, [level.dim for level in members], unheard)
 
         if state is not None:
@@ -611,83 +615,60 @@ class HierarchicalTransformer(
                 state,
                 position=position + ids.shape[1],
                 written=state.written if in_place else [],
-                embeds=tuple(kept.embeds),
-                blocks=tuple(map(tuple, kept.blocks)),  # type: ignore[arg-type]
-                coarse=(*kept.coarse, last),  # type: ignore[arg-type]
+                embeds=tuple(now.embeds),
+                blocks=tuple(map(tuple, now.blocks)),  # type: ignore[arg-type]
+                coarse=(*now.coarse, last),  # type: ignore[arg-type]
             )
             if in_place:
                 state.written[:] = [state.position]
         return Read(embeds, codes, inputs, tokens, predict_from), state
 
-    def run_parallel(
-        self,
-        embeds: Tensor,
-        state: State | None,
-        position: int,
-        merges: Sequence[nn.Module | None],
-        silent: Collection[int],
-        contributions: list[Contribution] | None,
-        kept: Kept,
-    ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+    def run_parallel(self, embeds: Tensor, now: Pass) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
         """Levels side by side: what their first blocks get, what their last ones give, and the coarsest map."""
-        inputs, codes, kept.embeds[:] = self.compress_all(embeds, state, position)
+        inputs, codes, now.embeds[:] = self.compress_all(embeds, now.state, now.position)
         tokens = inputs
-        for i, merge in enumerate(merges or [None] * len(self.layers)):
-            tokens, kept.blocks[i][:], coarse = self.recomputed(
-                self.run_layer, i, tokens, state, position, merge, silent, contributions
-            )
-            if merge is not None:
-                kept.coarse[i] = coarse
+        for i in range(len(self.layers)):
+            tokens, now.blocks[i][:], coarse = self.recomputed(self.run_layer, i, tokens, now)
+            if coarse is not None:
+                now.coarse[i] = coarse
         return inputs, tokens, codes
 
     def run_layer(
-        self,
-        i: int,
-        tokens: list[Tensor],
-        state: State | None,
-        position: int,
-        merge: nn.Module | None,
-        silent: Collection[int],
-        contributions: list[Contribution] | None,
+        self, i: int, tokens: list[Tensor], now: Pass
     ) -> tuple[list[Tensor], list[BlockState | None], Coarse | None]:
-        """Every level's block and the merge of layer `i`; their states, where there is one."""
-        mixed = [self.run_block(i, j, x, state, position) for j, x in enumerate(tokens)]
+        """Every level's block and the merge of layer `i`, where there is one; their states, where there are any."""
+        mixed = [self.run_block(i, j, x, now) for j, x in enumerate(tokens)]
         tokens, coarse = [x for x, _ in mixed], None
+        # a level by itself has none
+        merge = now.merges[i] if now.merges else None
         if merge is not None:
-            tokens, coarse = merge(tokens, state and state.coarse[i], position, silent, contributions)
+            before = now.state and now.state.coarse[i]
+            tokens, coarse = merge(tokens, before, now.position, now.silent, now.contributions)
         return tokens, [after for _, after in mixed], coarse
 
-    def run_hourglass(
-        self,
-        embeds: Tensor,
-        state: State | None,
-        position: int,
-        merges: Sequence[nn.Module | None],
-        silent: Collection[int],
-        contributions: list[Contribution] | None,
-        kept: Kept,
-    ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+    def run_hourglass(self, embeds: Tensor, now: Pass) -> tuple[list[Tensor], list[Tensor], None]:
         """Levels one inside the other: what their first blocks get, and what their last ones give."""
         inputs, tokens = [embeds] * len(self.levels), [embeds] * len(self.levels)
 
         def run_level(k: int, finer: Tensor, start: int) -> Tensor:
             """The k-th level in the order of compression and all inside it, from tokens of the one around it."""
             j = self.order[k]
-            x, kept.embeds[j] = self.compress(j, finer, state, start)
+            x, now.embeds[j] = self.compress(j, finer, now.state, start)
             inputs[j] = x
-            start = self.levels[j].length(position)
+            start = self.levels[j].length(now.position)
             for i in range(len(self.layers)):
                 if i == len(self.layers) // 2 and k + 1 < len(self.order):
-                    inner, merge = run_level(k + 1, x, start), merges[k]
+                    inner, merge = run_level(k + 1, x, start), now.merges[k]
                     if merge is not None:
-                        (x, _), kept.coarse[k] = self.recomputed(
-                            merge, [x, inner], state and state.coarse[k], start, silent, contributions
+                        before = now.state and now.state.coarse[k]
+                        (x, _), now.coarse[k] = self.recomputed(
+                            merge, [x, inner], before, start, now.silent, now.contributions
                         )
-                x, kept.blocks[i][j] = self.recomputed(self.run_block, i, j, x, state, position)
+                x, now.blocks[i][j] = self.recomputed(self.run_block, i, j, x, now)
             tokens[j] = x
             return x
 
-        run_level(0, embeds, position)
+        run_level(0, embeds, now.position)
         return inputs, tokens, None
 
     def recomputed(self, fn: Callable[..., Any], *args: Any) -> Any:
@@ -716,11 +697,9 @@ class HierarchicalTransformer(
         # the stream stays in the dtype of the weights, also where autocast has it multiplied in another
         return norm(x.to(norm.weight.dtype)), after
 
-    def run_block(
-        self, i: int, j: int, x: Tensor, state: State | None, position: int
-    ) -> tuple[Tensor, BlockState | None]:
+    def run_block(self, i: int, j: int, x: Tensor, now: Pass) -> tuple[Tensor, BlockState | None]:
         """Layer `i` of level `j`."""
-        return self.layers[i][j](x, state and state.blocks[i][j], self.levels[j].length(position))  # type: ignore[index]
+        return self.layers[i][j](x, now.state and now.state.blocks[i][j], self.levels[j].length(now.position))  # type: ignore[index]
 
     def source(self, i: int, dim_embed: int) -> dict[str, int]:
         """What a level's compressor looks at: of which width, how many of them, how far apart."""
@@ -896,9 +875,9 @@ class HierarchicalTransformer(
 
         def reached(i: int) -> tuple[int, int]:
             """How many tokens a level's compressor reaches back to, and their width."""
-            if self.autoencoder is not None and str(i) in self.autoencoder.encoders:
-                return self.autoencoder.encoders[str(i)].windows.before, like.shape[1]  # type: ignore[union-attr, return-value]
-            return self.compressors[i].before, self.compressors[i].dim_in  # type: ignore[return-value]
+            encodes = self.autoencoder is not None and str(i) in self.autoencoder.encoders
+            reads: Any = self.autoencoder.encoders[str(i)] if encodes else self.compressors[i]  # type: ignore[union-attr]
+            return reads.windows.before, self.compressors[i].dim_in  # type: ignore[return-value]
 
         predicting = [self.levels[i] for i in self.predict_from]
         return State(

@@ -56,13 +56,21 @@ def gather(named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]
 
 
 def gather_weights(model: nn.Module, average: WeightAverage | None = None, *, keep: bool = True) -> dict[str, Tensor]:
-    """The state dict, of a model that may be sharded; that of its average, where there is one."""
+    """The state dict, of a model that may be sharded; that of its average, where there is one.
+
+    What has several names is there under the first of them.
+    """
     reshard(model)
+    shared = shared_names(model)
+
+    def held() -> dict[str, Tensor]:
+        return gather(((name, each) for name, each in model.state_dict().items() if name not in shared), keep)
+
     if average is None:
-        return gather(model.state_dict().items(), keep)
+        return held()
     with average.applied():
         # copies, since the model's own tensors change back
-        return {name: tensor.clone() for name, tensor in gather(model.state_dict().items(), keep).items()}
+        return {name: tensor.clone() for name, tensor in held().items()}
 
 
 def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool = True) -> dict[str, Tensor]:
@@ -146,8 +154,7 @@ def gather_all(
     if states:
         tensors |= gather_segments(states, gather_rows)
     if average is not None:
-        weights, shared = gather_weights(model, keep=keep), shared_names(model)
-        tensors |= {f'{WEIGHTS}.{name}': tensor for name, tensor in weights.items() if name not in shared}
+        tensors |= {f'{WEIGHTS}.{name}': tensor for name, tensor in gather_weights(model, keep=keep).items()}
     return gather_weights(model, average, keep=keep), tensors
 
 

@@ -80,7 +80,7 @@ def apart(model: HierarchicalTransformer, name: str) -> int:
         return 1
     if 'to_scores' in parts or 'to_values' in parts:
         # formed for each of the finer tokens that are pooled
-        return strides[level] // model.compressors[level].stride  # type: ignore[operator, return-value]
+        return strides[level] // model.compressors[level].windows.stride  # type: ignore[operator, return-value]
     return strides[level]
 
 
