@@ -169,7 +169,15 @@ class Run:
         self.model = self.accelerator.unwrap_model(self.wrapped)
         self.call = torch.compile(self.wrapped) if s.compile else self.wrapped
         self.average = WeightAverage(self.model, s.ema) if s.ema else None
-        self.losses = ['loss', *self.model.loss_weights]
+        # curves that runs of other settings have too, then each part that is on
+        always = [
+            'loss',
+            'ce',
+            'next_latent',
+            'recon',
+            *(f'next_latent/{level.compression}x' for level in model.levels),
+        ]
+        self.losses = list(dict.fromkeys((*always, *model.loss_weights)))
 
     def restore(self, folder: Path, record: dict[str, Any]) -> None:
         try:
@@ -221,7 +229,10 @@ class Run:
                 self.states += after
                 # gradients are averaged over processes, and each loss is a share of the sum
                 self.accelerator.backward(loss * self.world)
-            losses += torch.stack((loss, *parts.named.values())).detach()
+            each = dict(loss=loss, ce=parts.ce, next_latent=parts.next_latent, recon=parts.recon)
+            per_level = zip(self.model.levels, parts.next_latent_per_hierarchy, strict=True)
+            each |= {f'next_latent/{level.compression}x': part for level, part in per_level} | parts.named
+            losses += torch.stack([each[name] for name in self.losses]).detach()
         norm = full(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.s.clip))
         # which all processes have the same
         return torch.cat((losses, norm.detach()[None].to(losses) / self.world))
