@@ -230,9 +230,9 @@ class Run:
                 # gradients are averaged over processes, and each loss is a share of the sum
                 self.accelerator.backward(loss * self.world)
             each = dict(loss=loss, ce=parts.ce, next_latent=parts.next_latent, recon=parts.recon)
-            per_level = zip(self.model.levels, parts.next_latent_per_hierarchy, strict=True)
-            each |= {f'next_latent/{level.compression}x': part for level, part in per_level} | parts.named
-            losses += torch.stack([each[name] for name in self.losses]).detach()
+            each |= parts.named
+            # a curve of a loss that is off is one of zeros
+            losses += torch.stack([each.get(name, torch.zeros_like(loss)) for name in self.losses]).detach()
         norm = full(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.s.clip))
         # which all processes have the same
         return torch.cat((losses, norm.detach()[None].to(losses) / self.world))

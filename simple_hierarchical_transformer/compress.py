@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .levels import Level
+from .levels import Level, check_output
 from .linear import Linear, Part, linear
 from .state import keep
 
@@ -23,7 +23,8 @@ class Windows(nn.Module):
     """The `taps` tokens, `dilation` apart, that end at each token whose index is a multiple of `stride`.
 
     x: `(batch, before + seq, dim)`, the `before = (taps - 1) * dilation` tokens before the sequence and the sequence,
-    of which token `offset` is the first with a window. Returns `(batch, ceil((seq - offset) / stride), dim * taps)`.
+    of which token `offset` is the first with a window. Returns `(batch, ceil((seq - offset) / stride), dim * taps)`;
+    `unfolded` is a view, `(batch, ceil((seq - offset) / stride), dim, taps)`.
     """
 
     def __init__(self, taps: int, stride: int, dilation: int = 1) -> None:
@@ -34,10 +35,10 @@ class Windows(nn.Module):
         self.before = (taps - 1) * dilation
 
     def forward(self, x: Tensor, offset: int = 0) -> Tensor:
-        batch, length, dim = x.shape
-        if length - offset <= self.before:
-            return x.new_empty(batch, 0, dim * self.taps)
-        return x[:, offset:].unfold(1, self.before + 1, self.stride)[..., :: self.dilation].flatten(2)
+        return self.unfolded(x, offset).flatten(2)
+
+    def unfolded(self, x: Tensor, offset: int = 0) -> Tensor:
+        return x[:, offset:].unfold(1, self.before + 1, self.stride)[..., :: self.dilation]
 
     def indices(self, count: int, offset: int, device: torch.device) -> Tensor:
         """Where in x the tokens of the first `count` windows stand: `(count, taps)`."""
@@ -98,7 +99,7 @@ class MeanPool(nn.Module):
     """The mean of the window, brought to the level's width.
 
     What stands before the first token counts as zeros. The norm that follows in the model makes a mean over those
-    that exist of it.
+    that exist of it, up to its eps.
     """
 
     def __init__(self, windows: Windows, dim_in: int, dim: int) -> None:
@@ -107,15 +108,16 @@ class MeanPool(nn.Module):
         self.proj: nn.Module = nn.Identity() if dim_in == dim else Linear(dim_in, dim, bias=False)
 
     def forward(self, x: Tensor, offset: int, absent: int) -> Tensor:
-        return self.proj(self.windows(x, offset).unflatten(-1, (-1, self.windows.taps)).mean(dim=-1))
+        return self.proj(self.windows.unfolded(x, offset).mean(dim=-1))
 
 
 class AttentionPool(nn.Module):
     """Learned queries, one a head, attend over the tokens of the window, with a learned bias for each place in it.
 
     Of a learned query and the matrix of the keys only the product matters, so that is what is learnt: a score for
-    each head and token. Scores and values are formed once a token and not once a window. Perceiver's cross-attention,
-    with a window for its input: Jaegle et al. 2021, arXiv 2103.03206.
+    each head and token. In a pass scores and values are formed once a token and not once a window; with a state, the
+    tokens before the chunk have theirs formed again. Perceiver's cross-attention, with a window for its input: Jaegle
+    et al. 2021, arXiv 2103.03206.
     """
 
     def __init__(self, windows: Windows, dim_in: int, dim: int, *, heads: int, dim_head: int) -> None:
@@ -129,17 +131,20 @@ class AttentionPool(nn.Module):
         self.to_out = Linear(inner, dim, bias=False)
 
     def forward(self, x: Tensor, offset: int, absent: int) -> Tensor:
-        taps = self.windows.taps
-        scores = self.windows(self.to_scores(x), offset).unflatten(-1, (self.heads, taps))
+        scores = self.windows.unfolded(self.to_scores(x), offset)
         exists = self.windows.indices(scores.shape[1], offset, x.device) >= absent
         scores = (scores + self.place_bias).masked_fill(~exists[:, None], -torch.inf)
-        values = self.windows(self.to_values(x), offset).unflatten(-1, (self.heads, -1, taps))
+        values = self.windows.unfolded(self.to_values(x), offset).unflatten(2, (self.heads, -1))
         weights = scores.softmax(dim=-1).to(values.dtype)
         return self.to_out((values @ weights[..., None]).flatten(2))
 
 
 class ModulePool(nn.Module):
-    """A module from outside: windows `(batch, tokens, taps, dim_in)`, oldest first, to `(batch, tokens, dim)`."""
+    """A module from outside: windows `(windows, taps, dim_in)`, oldest token first, to `(windows, dim)`.
+
+    It is given all windows of all sequences in a row, and has no way of telling which of them belong together: as long
+    as it treats each row by itself, it is causal.
+    """
 
     def __init__(self, windows: Windows, dim: int, module: nn.Module) -> None:
         super().__init__()
@@ -148,25 +153,28 @@ class ModulePool(nn.Module):
         self.module = module
 
     def forward(self, x: Tensor, offset: int, absent: int) -> Tensor:
-        windows = self.windows(x, offset).unflatten(-1, (x.shape[-1], self.windows.taps)).transpose(2, 3)
-        out = self.module(windows)
-        expected = (*windows.shape[:2], self.dim)
-        if not isinstance(out, Tensor) or out.shape != expected:
-            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise ValueError(f'compressor must return shape {expected} for windows {tuple(windows.shape)}, got {got}')
-        return out
+        windows = self.windows.unfolded(x, offset).transpose(2, 3)
+        rows = windows.flatten(0, 1)
+        out = check_output('compressor', self.module(rows), (len(rows), self.dim), rows)
+        return out.unflatten(0, windows.shape[:2])
 
 
 def pool(
-    fn: nn.Module, windows: Windows, x: Tensor, state: Tensor | None, position: int
+    fn: nn.Module, windows: Windows, dim: int, x: Tensor, state: Tensor | None, position: int
 ) -> tuple[Tensor, Tensor | None]:
-    """What `fn`, one of the kinds above, makes of tokens `(batch, seq, dim)`, the first of index `position`.
+    """What `fn`, one of the kinds above, makes of tokens `(batch, seq, dim_in)`, the first of index `position`.
+
+    That is `(batch, ceil(seq / windows.stride), dim)`, or as many as end in the chunk.
 
     The state is the `windows.before` tokens that came before, and comes back as those that do for what follows; where
     there is none, zeros stand before the sequence and nothing is kept.
     """
     padded = F.pad(x, (0, 0, windows.before, 0)) if state is None else torch.cat((state, x), dim=1)
-    tokens = fn(padded, -position % windows.stride, max(windows.before - position, 0))
+    offset = -position % windows.stride
+    # where no window ends, there is nothing to do
+    tokens = (
+        fn(padded, offset, max(windows.before - position, 0)) if offset < x.shape[1] else x.new_empty(len(x), 0, dim)
+    )
     return tokens, keep(state, padded[:, -windows.before :])
 
 
@@ -204,7 +212,7 @@ class Compressor(nn.Module):
         windows = Windows(
             level.compression if taps is None else taps, level.stride if stride is None else stride, dilation
         )
-        self.dim_in = dim_in
+        self.dim_in, self.dim = dim_in, level.dim
         self.windows = windows
         self.compress_fn: nn.Module
 
@@ -226,7 +234,7 @@ class Compressor(nn.Module):
         if isinstance(self.compress_fn, (nn.Identity, Linear)):
             stride = self.windows.stride
             return self.compress_fn(x[:, -position % stride :: stride]), None
-        return pool(self.compress_fn, self.windows, x, state, position)
+        return pool(self.compress_fn, self.windows, self.dim, x, state, position)
 
 
 class Autoencoder(nn.Module):
@@ -272,7 +280,7 @@ class Autoencoder(nn.Module):
         for i in self.order:
             if str(i) in self.encoders:
                 encode: Any = self.encoders[str(i)]
-                x, kept[i] = pool(encode, encode.windows, x, states[i], -(-position // grid))
+                x, kept[i] = pool(encode, encode.windows, x.shape[-1], x, states[i], -(-position // grid))
                 x, grid = F.silu(x), self.grids[i]
             maps[i] = x
         return maps, kept

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,14 @@ def check_number(name: str, value: Any, minimum: float = 0.0) -> float:
 def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f'{name} must be one of {", ".join(allowed)}, got {value!r}')
+
+
+def check_output(name: str, out: Any, expected: tuple[int, ...], given: Tensor) -> Tensor:
+    """What a module from outside returned, where it has the shape `expected`."""
+    if not isinstance(out, Tensor) or out.shape != expected:
+        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f'{name} must return shape {tuple(expected)} for an input {tuple(given.shape)}, got {got}')
+    return out
 
 
 def check_sequence(name: str, value: Any) -> None:
@@ -148,7 +156,7 @@ def build_levels(
             allowed = ', '.join(COMPRESSORS)
             raise ValueError(f'compressor must be one of {allowed}, or a module, got {compress!r} for hierarchy {c}')
         if w == 'auto':
-            w = max(seq_len // c // 2, 1)
+            w = max(seq_len // c // 2, 1) if seq_len >= c else None
         elif isinstance(w, str):
             raise ValueError(f"window_sizes must be integers, None or 'auto', got {w!r}")
         elif w is not None:

@@ -24,7 +24,7 @@ MIN_CHUNK_ROWS = 128
 LatentLoss = Callable[[Tensor, Tensor], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LossParts:
     """The losses that `(loss, parts)` is made of. Unpacks as `ce, next_latent, recon, next_latent_per_hierarchy`.
 
@@ -235,8 +235,13 @@ class RandomProjectionQuantizer(nn.Module):
         x = F.layer_norm(x.to(self.projection.dtype), x.shape[-1:])
         with nullcontext() if autocast_dtype(x.device) is None else torch.autocast(x.device.type, enabled=False):
             # the length of a projection does not change which direction is nearest
-            ids = [((x @ p) @ c.t()).argmax(dim=-1) for p, c in zip(self.projection, self.codebook, strict=True)]
-        return torch.stack(ids, dim=-1)
+            ids = [
+                torch.cat(
+                    [(rows @ p @ c.t()).argmax(dim=-1) for rows in x.flatten(0, -2).split(max(CHUNK // len(c), 1))]
+                )
+                for p, c in zip(self.projection, self.codebook, strict=True)
+            ]
+        return torch.stack(ids, dim=-1).view(*x.shape[:-1], -1)
 
 
 def mse(pred: Tensor, target: Tensor) -> Tensor:

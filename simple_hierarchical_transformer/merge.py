@@ -6,10 +6,11 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .levels import Level
-from .linear import Chain, Linear
+from .linear import Chain, Linear, linear
 from .norm import RMSNorm
 from .state import keep
 
@@ -23,7 +24,8 @@ class Contribution(NamedTuple):
     """`(batch, tokens, levels)`: how far the update moves, as a Euclidean norm, where a level is left out of it."""
     weights: dict[int, Tensor]
     """For merging by attention its weights `(batch, tokens, heads, levels, 1 + merge_window)`, the token at hand first;
-    for merging by concatenation each level's share `(levels,)` of the squared weights that read."""
+    for merging by concatenation each level's share `(levels,)` of the squared weights that read. 0 for a level that is
+    silent."""
 
 
 def concat_levels(
@@ -45,7 +47,7 @@ def concat_levels(
         if begun and last is not None:
             x = torch.cat((last, x), dim=1)
         # a chunk may be too short to have one
-        kept.append(keep(last, x[:, -1:]) if x.shape[1] else last)
+        kept.append(keep(last, x[:, -1:] if x.shape[1] or last is None else last))
         columns.append(x if stride == 1 else x.repeat_interleave(stride, dim=1)[:, begun : begun + n])
 
     return torch.cat(columns, dim=-1), coarse and tuple(kept)
@@ -87,15 +89,11 @@ class HierarchicalMerge(nn.Module):
             Linear(2 * dim_out, dim_out),
         )
 
-    @property
-    def kept(self) -> list[int]:
-        """How many tokens of each level a state keeps."""
-        return [int(stride > 1) for stride in self.strides]
-
     def initial_state(self, batch_size: int, like: Tensor) -> Coarse:
+        """Each strided level's last token, `(batch, 1, dim)`."""
         return tuple(
-            like.new_zeros(batch_size, count, dim) if count else None
-            for count, dim in zip(self.kept, self.dims, strict=True)
+            like.new_zeros(batch_size, 1, dim) if stride > 1 else None
+            for stride, dim in zip(self.strides, self.dims, strict=True)
         )
 
     def forward(
@@ -109,9 +107,9 @@ class HierarchicalMerge(nn.Module):
         """`silent` levels, by their compression, are left out; what each gives is added to `contributions`."""
         out = [i for i, c in enumerate(self.compressions) if c in silent]
         gathered, coarse = self.gather(tokens, coarse, position)
-        updates, weights = self.updates(gathered, out)
+        updates = self.updates(gathered, out)
         if contributions is not None:
-            contributions.append(self.contribution(gathered, updates, weights, out))
+            contributions.append(self.contribution(gathered, updates, out))
 
         merged = list(tokens)
         for i, update in zip(self.into, updates, strict=True):
@@ -123,38 +121,42 @@ class HierarchicalMerge(nn.Module):
         joined, coarse = concat_levels(tokens, self.strides, coarse, position)
         return (joined, position), coarse
 
-    def updates(self, gathered: Any, silent: Collection[int]) -> tuple[list[Tensor], list[Tensor]]:
-        """For each receiving level what is added to its tokens, and the weights that made it."""
+    def updates(self, gathered: Any, silent: Collection[int]) -> list[Tensor]:
+        """For each receiving level what is added to its tokens."""
         joined, position = gathered
-        pooled = self.net(without(joined, self.dims, silent))
+        joined = without(joined, self.dims, silent)
         sizes = [self.dims[i] for i in self.into]
-        strides = [self.strides[i] for i in self.into]
-        updates = [
-            update[:, -position % stride :: stride]
-            for update, stride in zip(pooled.split(sizes, dim=-1), strides, strict=True)
-        ]
-        return updates, []
+        if all(self.strides[i] == 1 for i in self.into):
+            return list(self.net(joined).split(sizes, dim=-1))
 
-    def weights(self, found: list[Tensor]) -> list[Tensor]:
+        # a strided level has no use for what is pooled between its tokens
+        norm, to_inner, act, to_out = list[Any](self.net)
+        inner = to_inner(joined, after=norm)
+        return [
+            linear(inner[:, -position % self.strides[i] :: self.strides[i]], weight, bias, after=act)
+            for i, weight, bias in zip(self.into, to_out.weight.split(sizes), to_out.bias.split(sizes), strict=True)
+        ]
+
+    def weights(self, gathered: Any, silent: Collection[int]) -> list[Tensor]:
         """For each receiving level, how much each level weighs."""
         norm, to_inner, *_ = list[Any](self.net)
         squares = (to_inner.weight * norm.gamma).square().sum(dim=0)
-        shares = torch.stack([each.sum() for each in squares.split(self.dims)]) / squares.sum()
+        shares = torch.stack([each.sum() for each in without(squares, self.dims, silent).split(self.dims)])
+        # where nobody is heard, nobody has a share
+        shares = shares / shares.sum().clamp(min=torch.finfo(shares.dtype).tiny)
         return [shares for _ in self.into]
 
     @torch.no_grad()
-    def contribution(
-        self, gathered: Any, updates: Sequence[Tensor], found: list[Tensor], silent: Collection[int]
-    ) -> Contribution:
+    def contribution(self, gathered: Any, updates: Sequence[Tensor], silent: Collection[int]) -> Contribution:
         moved = []
         for each in range(len(self.dims)):
-            others, _ = self.updates(gathered, {*silent, each})
+            others = self.updates(gathered, {*silent, each})
             moved.append([(update - other).norm(dim=-1) for update, other in zip(updates, others, strict=True)])
         receivers = [self.compressions[i] for i in self.into]
         norms = [torch.stack(each, dim=-1) for each in zip(*moved, strict=True)]
         return Contribution(
             dict(zip(receivers, norms, strict=True)),
-            dict(zip(receivers, [w.detach() for w in self.weights(found)], strict=True)),
+            dict(zip(receivers, self.weights(gathered, silent), strict=True)),
         )
 
 
@@ -172,13 +174,33 @@ class Receiver(nn.Module):
         self.to_out = Linear(inner, level.dim, bias=False)
 
 
+class Heard(NamedTuple):
+    """What one level receives of another: keys and values, as they stand to the receiver's tokens.
+
+    The receiver's tokens fall into groups that hear the same: `repeats` of them, where the other level's tokens stand
+    farther apart than its own, else each is a group of its own.
+    """
+
+    kv: Tensor
+    """`(batch, rows, 2, heads, dim_head)`; of which row `window` is the newest that the first group hears."""
+    apart: int
+    """How many rows groups stand apart."""
+    repeats: int
+    lead: int
+    """How many of the first group's tokens came before the chunk."""
+    token: int
+    """The index of the newest token that the first group hears."""
+
+
 class AttentionMerge(HierarchicalMerge):
     """Each receiving level's token attends over all levels' tokens at its position, and the `window` before each.
 
     A level's token at a position is its last up to there. Tokens are normed, and projected from their level's width;
     a learned bias for each head says which level a key is of, and how long ago. Vaswani et al. 2017, arXiv 1706.03762.
 
-    Time and memory `O(tokens * levels * (1 + window))`. Its state are each level's last tokens.
+    Keys are views of what was projected: none is gathered, and scores are formed key by key, since each query has
+    keys of its own and only a few. Time and memory `O(tokens * levels * (1 + window))`. Its state are the keys and
+    values of each level's last tokens.
     """
 
     def __init__(
@@ -191,66 +213,91 @@ class AttentionMerge(HierarchicalMerge):
         self.norms = nn.ModuleList(RMSNorm(dim) for dim in self.dims)
         self.receivers = nn.ModuleDict({str(i): Receiver(levels[i], self.dims, self.window) for i in self.into})
 
-    @property
-    def kept(self) -> list[int]:
-        return [self.window + int(stride > 1) for stride in self.strides]
+    def initial_state(self, batch_size: int, like: Tensor) -> Coarse:
+        """For each receiver, each level's last keys and values that its next token may still reach back to."""
+        held = []
+        for i in self.into:
+            to: Any = self.receivers[str(i)]
+            for stride in self.strides:
+                count = self.window + int(stride > self.strides[i])
+                held.append(like.new_zeros(batch_size, count, 2 * to.to_q.out_features) if count else None)
+        return tuple(held)
 
     def gather(self, tokens: Sequence[Tensor], coarse: Coarse | None, position: int) -> tuple[Any, Coarse | None]:
-        rows, kept, begins = [], [], []
-        for x, stride, norm, last in zip(
-            tokens, self.strides, self.norms, coarse or (None,) * len(tokens), strict=True
-        ):
-            begin = -(-position // stride)
-            if last is not None:
-                x, begin = torch.cat((last, x), dim=1), begin - last.shape[1]
-                last = keep(last, x[:, -last.shape[1] :])
-            kept.append(last)
-            rows.append(norm(x))
-            begins.append(begin)
-        counts = [x.shape[1] for x in tokens]
-        return (rows, begins, counts, position), coarse and tuple(kept)
-
-    def updates(self, gathered: Any, silent: Collection[int]) -> tuple[list[Tensor], list[Tensor]]:
-        updates, weights = [], []
+        before = iter(coarse or (None,) * len(self.into) * len(tokens))
+        kept: list[Tensor | None] = []
+        gathered = []
         for i in self.into:
-            if len(silent) == len(self.dims):
-                # nobody is left to attend to
-                update, weight = self.attend(i, (), *gathered)
-                update, weight = torch.zeros_like(update), torch.zeros_like(weight)
-            else:
-                update, weight = self.attend(i, silent, *gathered)
-            updates.append(update)
-            weights.append(weight)
-        return updates, weights
+            to: Any = self.receivers[str(i)]
+            first, heard = -(-position // self.strides[i]), []
+            for j, (x, norm, stride) in enumerate(zip(tokens, self.norms, self.strides, strict=True)):
+                repeats, apart = max(stride // self.strides[i], 1), max(self.strides[i] // stride, 1)
+                lead, token = first % repeats, first // repeats * apart
+                last = next(before)
+                # the index of the first row
+                begin = -(-position // stride)
+                kv = to.to_kv[j](x, after=norm) if x.shape[1] or last is None else last
+                if last is not None:
+                    begin -= last.shape[1]
+                    kv = torch.cat((last.to(kv.dtype), kv), dim=1) if x.shape[1] else kv
+                    last = keep(last, kv[:, -last.shape[1] :])
+                kept.append(last)
+                # what stands before the first token is masked
+                ahead = token - self.window - begin
+                kv = kv[:, ahead:] if ahead >= 0 else F.pad(kv, (0, 0, -ahead, 0))
+                heard.append(Heard(kv.unflatten(-1, (2, to.heads, -1)), apart, repeats, lead, token))
+            query = to.to_q(tokens[i], after=self.norms[i]).unflatten(-1, (to.heads, -1))
+            gathered.append((to, query, heard))
+        return gathered, coarse and tuple(kept)
 
-    def attend(
-        self, i: int, silent: Collection[int], rows: list[Tensor], begins: list[int], counts: list[int], position: int
-    ) -> tuple[Tensor, Tensor]:
-        to: Any = self.receivers[str(i)]
-        stride, device = self.strides[i], rows[i].device
-        # the position of each receiving token
-        first = -(-position // stride)
-        at = (first + torch.arange(counts[i], device=device)) * stride
-        back = torch.arange(1 + self.window, device=device)
+    def updates(self, gathered: Any, silent: Collection[int]) -> list[Tensor]:
+        return [self.attend(to, query, heard, silent)[0] for to, query, heard in gathered]
 
-        keys, values, seen = [], [], []
-        for j, (x, begin) in enumerate(zip(rows, begins, strict=True)):
-            token = (at // self.strides[j])[:, None] - back
-            kv = to.to_kv[j](x).unflatten(-1, (2, to.heads, -1))
-            # (batch, tokens, 1 + window, heads, dim_head), twice
-            kv = kv.index_select(1, (token - begin).clamp(min=0).flatten()).unflatten(1, token.shape)
-            keys.append(kv[:, :, :, 0])
-            values.append(kv[:, :, :, 1])
-            seen.append(token >= 0 if j not in silent else torch.zeros_like(token, dtype=torch.bool))
-        key, value, mask = torch.cat(keys, dim=2), torch.cat(values, dim=2), torch.cat(seen, dim=1)
+    def weights(self, gathered: Any, silent: Collection[int]) -> list[Tensor]:
+        return [self.attend(to, query, heard, silent)[1] for to, query, heard in gathered]
 
-        own = rows[i][:, rows[i].shape[1] - counts[i] :]
-        query = to.to_q(own).unflatten(-1, (to.heads, -1))
-        scores = torch.einsum('bnhd,bnkhd->bnhk', query, key) * query.shape[-1] ** -0.5
-        scores = scores.to(to.bias.dtype) + to.bias.flatten(1)
-        weights = scores.masked_fill(~mask[:, None], -torch.inf).softmax(dim=-1)
-        out = torch.einsum('bnhk,bnkhd->bnhd', weights.to(value.dtype), value)
-        return to.to_out(out.flatten(2)), weights.unflatten(-1, (len(rows), -1))
+    def attend(self, to: Any, query: Tensor, heard: Sequence[Heard], silent: Collection[int]) -> tuple[Tensor, Tensor]:
+        """The update `(batch, tokens, dim)`, and its weights `(batch, tokens, heads, levels, 1 + window)`."""
+        batch, count, heads, _ = query.shape
+        none = to.bias.new_zeros(batch, count, heads, len(heard), 1 + self.window) if silent or not count else None
+        members = [j for j in range(len(heard)) if j not in silent]
+        if none is not None and (not members or not count):
+            return to.bias.new_zeros(batch, count, to.to_out.out_features), none
+        back = torch.arange(1 + self.window, device=query.device)
+        query = query * query.shape[-1] ** -0.5
 
-    def weights(self, found: list[Tensor]) -> list[Tensor]:
-        return found
+        scores, values = [], []
+        for level in (heard[j] for j in members):
+            groups = in_groups(query, level)
+            # newest first, each (batch, groups, 1, heads, dim_head)
+            end = (groups.shape[1] - 1) * level.apart + 1
+            rows = [level.kv[:, self.window - b : self.window - b + end : level.apart, None] for b in range(len(back))]
+            values.append([row[:, :, :, 1] for row in rows])
+            score = torch.stack([(groups * row[:, :, :, 0]).sum(dim=-1) for row in rows], dim=-1)
+            if self.window:
+                token = level.token + level.apart * torch.arange(groups.shape[1], device=query.device)
+                score = score.masked_fill((token[:, None] < back)[:, None, None], -torch.inf)
+            scores.append(score.flatten(1, 2)[:, level.lead : level.lead + count])
+        found = torch.stack(scores, dim=-2).to(to.bias.dtype) + to.bias[:, members]
+        found = found.flatten(-2).softmax(dim=-1).view_as(found)
+
+        out: Any = 0
+        for j, level_weights, rows in zip(members, found.unbind(dim=-2), values, strict=True):
+            shares = in_groups(level_weights.to(query.dtype), heard[j])
+            part: Any = sum(share[..., None] * row for share, row in zip(shares.unbind(dim=-1), rows, strict=True))
+            out = out + part.flatten(1, 2)[:, heard[j].lead : heard[j].lead + count]
+        weights = found if none is None else none.index_copy(3, torch.tensor(members, device=none.device), found)
+        return to.to_out(out.flatten(2)), weights
+
+
+def in_groups(x: Tensor, heard: Heard) -> Tensor:
+    """Of a receiver's tokens `(batch, tokens, ...)` those that hear the same together: `(batch, groups, repeats, ...)`.
+
+    The first and the last group are filled up with zeros.
+    """
+    if heard.repeats == 1:
+        return x[:, :, None]
+    tail = -(heard.lead + x.shape[1]) % heard.repeats
+    if heard.lead or tail:
+        x = F.pad(x, (0, 0) * (x.ndim - 2) + (heard.lead, tail))
+    return x.unflatten(1, (-1, heard.repeats))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +17,17 @@ from torch.utils.checkpoint import checkpoint
 from .block import HierarchicalBlock
 from .compress import Autoencoder, Compressor
 from .generate import Generative, check_ids
-from .levels import Level, build_levels, check_choice, check_int, check_number, check_sequence, is_int, per_level
+from .levels import (
+    Level,
+    build_levels,
+    check_choice,
+    check_int,
+    check_number,
+    check_output,
+    check_sequence,
+    is_int,
+    per_level,
+)
 from .linear import Linear
 from .losses import (
     ChunkSummarizer,
@@ -42,7 +53,7 @@ WINDOWED_FREQS = re.compile(r'(layers\.\d+\.\d+\.attn\.)attn_fn\.rel_pos\.inv_fr
 # parts that exist only where a loss uses them
 OPTIONAL_KEYS = re.compile(
     r'(latent_dynamics\.\d+|chunk_summarizers\.\d+|compressors\.\d+\.to_recon|to_prophet\.\d+|to_quantized\.\d+'
-    r'|quantizers\.\d+|autoencoder\.decoders\.\d+|autoencoder\.to_ids)\.'
+    r'|quantizers\.\d+|autoencoder\.decoders\.\d+|autoencoder\.to_ids|hierarchical_merges\.\d+\.receivers\.\d+)\.'
 )
 
 
@@ -120,9 +131,11 @@ class HierarchicalTransformer(
             the other half (the larger one, where `depth` is odd). Nawrot et al. 2021, arXiv 2110.13711, where
             `hierarchical_stride` equals `hierarchies`.
         compressor: how a level's tokens are made: 'conv', 'linear', 'mean', 'attention' (learned queries pool the
-            window), or a module that maps windows `(batch, tokens, taps, dim_in)`, oldest first, to `(batch, tokens,
-            dim)`. Taps are the `c` embeddings up to the token's position, zeros before the first; in an hourglass, the
-            finer level's tokens that stand for them. Levels that sum up one token take no notice of a name.
+            window), or a module that maps windows `(windows, taps, dim_in)`, oldest token first, to `(windows, dim)`.
+            Taps are the `c` embeddings up to the token's position, zeros before the first; in an hourglass, the finer
+            level's tokens that stand for them. Levels that sum up one token take no notice of a name. A module is
+            given all windows of a batch in a row, and must treat each by itself (no batch norm) for the model to be
+            causal.
         autoencoder: a causal convolutional encoder in front, whose feature maps feed the levels in the compressors'
             place, and a decoder that reconstructs the ids from the coarsest.
         share_attention: one set of attention weights a layer for levels of equal `dim`, `heads` and `dim_head` that
@@ -306,8 +319,11 @@ class HierarchicalTransformer(
         )
         if hierarchy_merge_all and len(into) < len(levels):
             raise ValueError(f'hierarchy_merge_all merges into all, and merge_into is {merge_into!r}')
-        if merge_window and merge != 'attention':
-            raise ValueError(f"merge_window is for merge = 'attention', got {merge_window} with {merge!r}")
+        if merge_window and (merge != 'attention' or len(levels) == 1):
+            raise ValueError(
+                f"merge_window is for merge = 'attention' of several hierarchies, got {merge_window} with {merge!r} of "
+                f'{len(levels)}'
+            )
         # finer levels first
         self.order = sorted(range(len(levels)), key=lambda i: compressions[i])
         if arrangement == 'hourglass':
@@ -319,12 +335,12 @@ class HierarchicalTransformer(
         if autoencoder:
             if arrangement == 'hourglass':
                 raise ValueError("autoencoder feeds levels side by side, and arrangement is 'hourglass'")
-            if compressor != 'conv':
+            if set(per_level('compressor', compressor, len(levels))) != {'conv'}:
                 raise ValueError(f"autoencoder takes the compressors' place, and compressor is {compressor!r}")
             if max(compressions) == 1:
                 raise ValueError(f'autoencoder needs a hierarchy that compresses, got {compressions}')
         self.arrangement = arrangement
-        self.merge_kind = (merge, merge_window)
+        self.merge_kind = (merge, merge_window, tuple(into))
         # compressions of the levels that are not heard at the moment
         self.silent: frozenset[int] = frozenset()
 
@@ -411,6 +427,13 @@ class HierarchicalTransformer(
             ('next_latent', [level.next_latent_loss_weight for level in levels]),
         ):
             self.parts += [Part(kind, w, i, compressions[i]) for i, w in enumerate(weights) if w > 0]
+        if any(level.prophet_loss_weight for level in levels) and not any(
+            part.kind == 'prophet' for part in self.parts
+        ):
+            warnings.warn(
+                'prophet_loss_weight builds nothing: that of level 1x, which predicts, is the cross entropy',
+                stacklevel=2,
+            )
         if self.autoencoder is not None and self.autoencoder.to_ids is not None:
             self.parts.append(Part('autoencoder', autoencoder_loss_weight))
         # a level whose last tokens are read by nothing is not trained at its end
@@ -551,9 +574,11 @@ class HierarchicalTransformer(
             raise ValueError(f'ids must have at most seq_len = {self.seq_len} tokens in a pass, got {ids.shape[1]}')
         contributions: list[Contribution] | None = [] if return_contributions else None
         position = 0 if state is None else state.position
-        if return_hierarchical_token_embeds and state is None and self.arrangement == 'parallel':
+        of_inputs = return_hierarchical_token_embeds or (return_quantized_ids and self.quantize_from == 'compressed')
+        if of_inputs and state is None and self.arrangement == 'parallel':
             # levels are compressed before anything else is done
-            return self.compress_all(self.token_emb(ids), None, 0)[0]
+            inputs = self.compress_all(self.token_emb(ids), None, 0)[0]
+            return self.quantize(inputs) if return_quantized_ids else inputs
         read, state = self.read(ids, state, position, ablate_hierarchical_merge, contributions)
 
         output: tuple[Any, ...]
@@ -562,7 +587,7 @@ class HierarchicalTransformer(
         elif return_hierarchical_embeds:
             output = (read.tokens,)
         elif return_quantized_ids:
-            output = (self.quantize(read),)
+            output = (self.quantize(self.quantized(read)),)
         elif return_logits_and_embeds:
             output = (self.to_logits(read.predict_from), read.tokens)
         elif return_contributions:
@@ -724,7 +749,7 @@ class HierarchicalTransformer(
 
         Merges and logits read zeros in their place (by attention: attend to the others alone), while they go on
         themselves: so the loss shows what their word is worth. In an hourglass, with a level all those inside it fall
-        silent.
+        silent, since nothing else would pass on what they say.
 
         Raises ValueError where there is no such level, or none would be left to predict.
         """
@@ -732,6 +757,8 @@ class HierarchicalTransformer(
         if not hierarchies or any(not is_int(c) or c not in compressions for c in hierarchies):
             raise ValueError(f'ablate takes one or more of hierarchies {compressions}, got {hierarchies}')
         silent = self.silent | set(hierarchies)
+        if self.arrangement == 'hourglass':
+            silent |= {c for c in compressions if c > min(hierarchies)}
         if all(compressions[i] in silent for i in self.predict_from):
             raise ValueError(f'ablate must leave a level to predict, got {hierarchies}')
         before, self.silent = self.silent, silent
@@ -752,7 +779,7 @@ class HierarchicalTransformer(
     ) -> tuple[Tensor, LossParts]:
         """The loss and its parts. What the levels' tokens stand for is sought in `ids`, which begin at `position`."""
         own = {} if counts is None else self.split_counts(counts)
-        quantized: Any = self.quantize(read)
+        quantized: Any = self.quantize(self.quantized(read))
         named = {}
         for part in self.parts:
             kind, i = part.kind, part.level
@@ -846,9 +873,12 @@ class HierarchicalTransformer(
             raise ValueError(f'counts must be what count_targets returns, of shape ({sum(sizes)},), got {got}')
         return {part.name: each.unbind() for part, each in zip(self.parts, counts.split(sizes), strict=True)}
 
-    def quantize(self, read: Read) -> list[Tensor | None]:
+    def quantized(self, read: Read) -> list[Tensor]:
+        """Each level's tokens that are quantized."""
+        return read.inputs if self.quantize_from == 'compressed' else read.tokens
+
+    def quantize(self, tokens: Sequence[Tensor]) -> list[Tensor | None]:
         """The ids of each level's tokens, where it has a quantizer."""
-        tokens = read.inputs if self.quantize_from == 'compressed' else read.tokens
         return [
             self.quantizers[str(i)](x.detach()) if str(i) in self.quantizers else None for i, x in enumerate(tokens)
         ]
@@ -895,7 +925,10 @@ class HierarchicalTransformer(
     def _state_spec(self) -> tuple[Any, ...]:
         """What the shape of a state hangs on, and what it means."""
         layout = (self.arrangement, self.autoencoder is not None, *self.merge_kind)
-        return (self.seq_len, len(self.layers), tuple(self.predict_from), *layout, *self.levels)
+        # what trains a level is no matter of what it remembers
+        untrained = dict(next_latent_loss_weight=0.0, prophet_loss_weight=0.0, quantized_loss_weight=0.0)
+        levels = (replace(level, **untrained) for level in self.levels)  # type: ignore[arg-type]
+        return (self.seq_len, len(self.layers), tuple(self.predict_from), *layout, *levels)
 
     def check_state(self, state: State, ids: Tensor) -> None:
         """Refuses a state that is not of this model, or not for these ids."""
@@ -950,14 +983,9 @@ class HierarchicalTransformer(
         else:
             # a module from outside knows no offset, so its chunk begins with the first token of its level
             summaries = summarizer(embeds[:, offset:]) if x.shape[1] else x
-        if not isinstance(summaries, Tensor) or summaries.shape != x.shape:
-            got = tuple(summaries.shape) if isinstance(summaries, Tensor) else type(summaries).__name__
-            raise ValueError(
-                f'chunk_summarizers of hierarchy {level.compression} must return shape {tuple(x.shape)}, got {got}'
-            )
         return next_latent_loss(
             x,
-            summaries,
+            check_output(f'chunk_summarizers of hierarchy {level.compression}', summaries, x.shape, embeds),
             valid,
             dynamics=self.latent_dynamics[str(i)],
             loss_fn=self.latent_loss_fn,
@@ -975,11 +1003,13 @@ def find_receivers(
         return list(range(len(compressions)))
     if merge_into == 'predict':
         return [predict_level]
-    if not isinstance(merge_into, (tuple, list)) or not merge_into or set(merge_into) - set(compressions):
+    named = merge_into if isinstance(merge_into, (tuple, list)) else ()
+    if not named or any(not is_int(c) or c not in compressions or named.count(c) > 1 for c in named):
         raise ValueError(
-            f"merge_into must be 'predict', 'all' or a tuple of hierarchies {list(compressions)}, got {merge_into!r}"
+            f"merge_into must be 'predict', 'all' or a tuple of hierarchies {list(compressions)} that differ, got "
+            f'{merge_into!r}'
         )
-    into = [i for i, c in enumerate(compressions) if c in merge_into]
+    into = [i for i, c in enumerate(compressions) if c in named]
     if not set(into) & set(predict_from):
         raise ValueError(
             f'merge_into must name a level that predicts, {[compressions[i] for i in predict_from]}: nothing would '

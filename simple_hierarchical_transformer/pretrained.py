@@ -21,6 +21,9 @@ CONFIG_FILE = 'config.json'
 WEIGHTS_FILE = 'model.safetensors'
 CARD_FILE = 'README.md'
 
+# the entry of a file's metadata that has the further names of tensors, each with the first
+SHARED = 'shared'
+
 # raised when a folder is written that older versions would misread
 FORMAT = 1
 HEADER = ('format', 'library_version')
@@ -199,14 +202,15 @@ def shared_names(model: nn.Module) -> dict[str, str]:
 
 
 def save_weights(model: nn.Module, path: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
-    """Writes a safetensors file, each shared tensor once, its further names among the file's metadata.
+    """Writes a safetensors file, each shared tensor once, its further names in the file's metadata.
 
     Raises OSError where it cannot.
     """
     shared = shared_names(model)
     state = model.state_dict() if state_dict is None else state_dict
     held = {name: tensor.detach().contiguous() for name, tensor in state.items() if name not in shared}
-    write_tensors(held, path, {'format': 'pt', **shared})
+    # one entry, since several stand in the file in an order that differs from process to process
+    write_tensors(held, path, {SHARED: json.dumps(shared, sort_keys=True)} if shared else {'format': 'pt'})
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -234,8 +238,8 @@ def load_weights(model: nn.Module, path: str | Path, device: str = 'cpu') -> Non
     Raises ValueError where the file is torn, RuntimeError where it does not fit the model.
     """
     weights, metadata = read_tensors(path, device)
-    for name, kept in metadata.items():
-        if name != 'format' and kept in weights:
+    for name, kept in json.loads(metadata.get(SHARED, '{}')).items():
+        if kept in weights:
             tie(model, name, kept)
             weights[name] = weights[kept]
     model.load_state_dict(weights)

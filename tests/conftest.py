@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ settings.register_profile(
     'suite',
     deadline=None,
     derandomize=True,
-    max_examples=40,
+    max_examples=30,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile('suite')
@@ -111,10 +112,9 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     if count > 1:
         extra |= either(*({'merge': 'attention', 'merge_window': window} for window in (0, 2)))
         alike = dict(dim=8, dim_head=2, heads=2, ff_mult=1)
-        extra |= either(
-            {'share_feed_forward': True, **alike},
-            *({'share_attention': True, 'window_sizes': window, **alike} for window in (None, 3, 'auto')),
-        )
+        shared = {'share_feed_forward': True, **alike}
+        windows = [{'share_attention': True, 'window_sizes': window, **alike} for window in (None, 3, 'auto')]
+        extra |= either(shared, *windows, *(shared | window for window in windows))
     extra |= either(
         {'prophet_loss_weight': each(st.sampled_from([0.0, 0.2]))},
         {
@@ -160,7 +160,8 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
 def build(config: dict[str, Any], seed: int = 0) -> HierarchicalTransformer:
     """A float64 model in which nothing is left at the zeros and ones it starts with."""
     torch.manual_seed(seed)
-    model = HierarchicalTransformer(**config).double()
+    # modules among the arguments are this model's own
+    model = HierarchicalTransformer(**deepcopy(config)).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

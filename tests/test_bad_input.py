@@ -86,13 +86,17 @@ GOOD: dict[str, Any] = dict(num_tokens=11, dim=8, depth=1, seq_len=16, dim_head=
         (dict(predict_hierarchy=True), 'predict_hierarchy must be one of hierarchies [1], got True'),
         (dict(merge='mean'), "merge must be one of concat, attention, got 'mean'"),
         (dict(merge_window=-1), 'merge_window must be an integer of at least 0, got -1'),
-        (dict(merge_window=2), "merge_window is for merge = 'attention', got 2 with 'concat'"),
+        (dict(merge_window=2, hierarchies=(1, 2)), "of several hierarchies, got 2 with 'concat' of 2"),
         (
             dict(hierarchies=(1, 2), merge_into='some'),
-            "merge_into must be 'predict', 'all' or a tuple of hierarchies [1, 2], got 'some'",
+            "merge_into must be 'predict', 'all' or a tuple of hierarchies [1, 2] that differ, got 'some'",
         ),
-        (dict(hierarchies=(1, 2), merge_into=(1, 4)), 'or a tuple of hierarchies [1, 2], got (1, 4)'),
-        (dict(hierarchies=(1, 2), merge_into=()), 'or a tuple of hierarchies [1, 2], got ()'),
+        (dict(hierarchies=(1, 2), merge_into=(1, 4)), 'or a tuple of hierarchies [1, 2] that differ, got (1, 4)'),
+        (dict(hierarchies=(1, 2), merge_into=()), 'or a tuple of hierarchies [1, 2] that differ, got ()'),
+        *(
+            (dict(hierarchies=(1, 2), merge_into=into), f'or a tuple of hierarchies [1, 2] that differ, got {into}')
+            for into in ((True,), (1, 1), ([1],))
+        ),
         (dict(hierarchies=(1, 2), merge_into=(2,)), 'merge_into must name a level that predicts, [1]: nothing would'),
         (
             dict(hierarchies=(1, 2), merge_into=(1,), hierarchy_merge_all=True),
@@ -120,6 +124,10 @@ GOOD: dict[str, Any] = dict(num_tokens=11, dim=8, depth=1, seq_len=16, dim_head=
         (
             dict(autoencoder=True, hierarchies=(1, 2), compressor='mean'),
             "autoencoder takes the compressors' place, and compressor is 'mean'",
+        ),
+        (
+            dict(hierarchies=1, merge='attention', merge_window=2),
+            "merge_window is for merge = 'attention' of several hierarchies, got 2 with 'attention' of 1",
         ),
         (dict(autoencoder='yes'), "autoencoder must be True or False, got 'yes'"),
         (dict(autoencoder_loss_weight=-1), 'autoencoder_loss_weight must be a finite number of at least 0, got -1'),

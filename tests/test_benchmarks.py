@@ -39,6 +39,7 @@ def test_ablations_go_on_where_they_stopped(
     ablations: Any, monkeypatch: pytest.MonkeyPatch, corpus: Path, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(ablations.BASE, 'dim', 8)
+    monkeypatch.setattr(ablations, 'ROUNDS', 1)
 
     def ask(*args: object) -> dict[str, Any]:
         monkeypatch.setattr(sys, 'argv', ['ablations.py', '--data', str(corpus), *map(str, args)])

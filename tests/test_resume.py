@@ -25,12 +25,12 @@ from safetensors.torch import load_file
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.training import checkpoints
 
-# all that a step's outcome hangs on: states of segments, drawn losses, averages, two optimizers in one
+# all that a step's outcome hangs on: states of segments, drawn losses, averages, two optimizers in one, shared weights
 SETTINGS: tuple[object, ...] = (
     '--preset', 'cpu', '--steps', 24, '--every', 7, '--checkpoint-every', 5, '--keep', 9, '--valid-bytes', 1024,
     '--seq-len', 64, '--segment-length', 16, '--batch-size', 1, '--grad-accum', 2, '--optimizer', 'muon', '--ema', 0.9,
-    '--model', 'dim=16,24', 'depth=1', 'heads=1', 'recon_loss_weight=0.1', 'recon_sample=0.5',
-    'next_latent_loss_weight=0.25',
+    '--model', 'dim=16', 'depth=1', 'heads=1', 'ff_mult=2', 'share_feed_forward=True', 'recon_loss_weight=0.1',
+    'recon_sample=0.5', 'next_latent_loss_weight=0.25',
 )  # fmt: skip
 
 
@@ -272,7 +272,7 @@ def test_what_does_not_fit_is_refused_and_nothing_touched(
     (tmp_path / 'other.txt').write_text('other text. ' * 5000)
     cases: list[tuple[tuple[object, ...], str]] = [
         (('--resume', halfway, '--lr', 0.1), 'was made with other arguments: --lr 0.1, not 0.003. Leave them out'),
-        (('--resume', halfway, '--steps', 48, '--model', 'dim=64'), '--steps 48, not 24; --model dim=64, not [16, 24]'),
+        (('--resume', halfway, '--steps', 48, '--model', 'dim=64'), '--steps 48, not 24; --model dim=64, not 16'),
         (('--resume', halfway, '--batch-size', 3), 'a step of this run has 2 sequences'),
         (('--resume', halfway / 'checkpoint-10', '--out', halfway / '..' / halfway.name), 'is not the newest'),
         (('--resume', halfway / 'checkpoint-10'), f'is not the newest: --resume {halfway} goes on from checkpoint-15'),

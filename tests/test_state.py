@@ -405,6 +405,7 @@ def test_a_foreign_state_is_refused() -> None:
         (build(STRIDED), ids, dict(state=state), 'state is of another model'),
         (build(dict(THREE, depth=1)), ids, dict(state=state), 'state is of another model'),
         (build(dict(THREE, predict_use_all_hierarchy=True)), ids, dict(state=state), 'state is of another model'),
+        (build(dict(THREE, merge_into='all')), ids, dict(state=state), 'state is of another model'),
         (build(THREE), ids[:1], dict(state=state), 'state must have batch size 1, got 2'),
         (build(THREE), ids[:, :0], dict(state=state), 'ids must hold at least one token'),
         (build(THREE), ids, dict(state='none'), 'state must be what return_state gave, got str'),
@@ -440,8 +441,23 @@ def test_score_refuses() -> None:
 
 
 @torch.no_grad()
-def test_compiled_steps_need_a_graph_for_each_phase_and_no_more() -> None:
-    model, graphs = build(THREE), 0
+def test_a_state_hangs_on_no_loss() -> None:
+    off, on = (build(dict(THREE, recon_loss_weight=w, next_latent_loss_weight=w)) for w in (0.0, 0.2))
+    off.load_state_dict(on.state_dict())
+    ids = torch.randint(0, 11, (2, 20))
+    _, state = on(ids[:, :9], return_state=True)
+    torch.testing.assert_close(off(ids[:, 9:], state=state, return_state=True)[0], on(ids)[:, 9:])
+
+
+@torch.no_grad()
+@torch._dynamo.config.patch(recompile_limit=32)
+@pytest.mark.parametrize(
+    'option',
+    [{}, dict(depth=1, merge='attention', merge_window=2, merge_into='all', compressor='attention')],
+    ids=['plain', 'attention'],
+)
+def test_compiled_steps_need_a_graph_for_each_phase_and_no_more(option: dict[str, Any]) -> None:
+    model, graphs = build({**THREE, **option}), 0
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
         nonlocal graphs
@@ -450,7 +466,7 @@ def test_compiled_steps_need_a_graph_for_each_phase_and_no_more() -> None:
 
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
-    ids = torch.randint(0, 11, (2, 4 * SEQ_LEN))
+    ids = torch.randint(0, 11, (2, 32))
     _, state = model(ids[:, :3], return_state=True)
     outs, after = [], {}
     for at in range(3, ids.shape[1]):

@@ -59,8 +59,8 @@ def step_flops(model: HierarchicalTransformer, length: int) -> float:
     return 3 * total
 
 
-def apart(model: HierarchicalTransformer, name: str) -> int:
-    """How many positions the tokens that a weight is multiplied with stand apart."""
+def apart(model: HierarchicalTransformer, name: str) -> float:
+    """How many positions the tokens that a weight is multiplied with stand apart, on average over its rows."""
     parts, strides = name.split('.'), [level.stride for level in model.levels]
     if parts[0] == 'hierarchical_merges':
         merge: Any = model.hierarchical_merges[int(parts[1])]
@@ -69,6 +69,10 @@ def apart(model: HierarchicalTransformer, name: str) -> int:
         if parts[2] == 'receivers':
             member = int(parts[5 if parts[4] == 'to_kv' else 3])
             return finest * merge.strides[member]
+        if parts[3] == '3':
+            # what is made for a receiving level, at its tokens
+            rows = [(merge.dims[i], merge.strides[i]) for i in merge.into]
+            return finest * sum(dim for dim, _ in rows) / sum(dim / stride for dim, stride in rows)
         return finest
     if parts[0] == 'autoencoder':
         if parts[1] == 'encoders':

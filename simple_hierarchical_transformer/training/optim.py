@@ -18,7 +18,7 @@ SCHEDULES = ('cosine', 'linear', 'constant', 'wsd')
 FUSED = ('cpu', 'cuda', 'xpu')
 
 # tables of ids and what maps to ids have a row for each id: nothing that a rotation means anything to
-TABLES = ('token_emb', 'to_logits', 'to_recon')
+TABLES = ('token_emb', 'to_logits', 'to_recon', 'to_prophet', 'to_quantized', 'to_ids')
 
 
 class Muon(torch.optim.AdamW):
@@ -106,17 +106,20 @@ def build_optimizer(
     betas: tuple[float, float] = (0.9, 0.95),
     device: torch.device | None = None,
 ) -> torch.optim.Optimizer:
-    """AdamW, fused where there is such a kernel, or Muon. Weights of two dimensions and more decay, others do not.
+    """AdamW, fused where there is such a kernel, or Muon. Weights of two dimensions and more decay, others and biases,
+    of whatever shape, do not.
 
     `device` is where the model will be, where that is not where it is.
     """
     named = list(model.named_parameters())
     tables: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for key, p in named:
-        if p.ndim >= 2:
+        if p.ndim < 2 or key.endswith('bias'):
+            others.append(p)
+        else:
             (tables if any(part in TABLES for part in key.split('.')) else matrices).append(p)
-    others = [p for _, p in named if p.ndim < 2]
     if name == 'muon':
         groups = [
             dict(params=matrices, weight_decay=weight_decay, muon=True),
