@@ -104,7 +104,7 @@ def bytes_a_step(model: Any, state: Any) -> float:
         total += parameter.nbytes / (level.stride if level else 1)
     for layer in state.blocks:
         for level, block in zip(model.levels, layer, strict=True):
-            total += sum(t.nbytes for t in block.cache or ()) / level.phases / level.stride
+            total += sum(t.nbytes for t in block.mixer) / level.phases / level.stride
     return total
 
 

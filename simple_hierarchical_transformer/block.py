@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .levels import Level
 from .linear import Chain, Linear
-from .mixers import Attention
+from .mixers import build_mixer
 from .mixers.attention import Backend
 from .norm import RMSNorm
 from .state import BlockState, keep
@@ -40,6 +40,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, mult: float) -> None:
         super().__init__()
+        self.dim = dim
         inner = int(dim * mult)
         self.net = Chain(
             RMSNorm(dim),
@@ -78,27 +79,35 @@ class HierarchicalBlock(nn.Module):
     """Token mixing, then feed-forward, each on shifted tokens and added to the stream. `(batch, seq, dim)`.
 
     Both work within phases: level tokens whose indices agree modulo `level.phases` form one sequence.
-    A level with a window of 0 has no mixer, and its tokens meet through the shift alone.
+    A level of attention with a window of 0 has no mixer, and its tokens meet through the shift alone.
+
+    Args:
+        level: whose block.
+        length: how many tokens a phase has at most, in a pass without a state.
+        layer: its number among the level's blocks, from 0.
+        attn_backend: what windowed attention runs on.
     """
 
-    def __init__(self, level: Level, attn_backend: Backend = 'auto') -> None:
+    def __init__(self, level: Level, *, length: int = 2048, layer: int = 0, attn_backend: Backend = 'auto') -> None:
         super().__init__()
         self.phases = level.phases
-        self.attn = (
-            Attention(
-                dim=level.dim, dim_head=level.dim_head, heads=level.heads, window=level.window, backend=attn_backend
-            )
-            if level.window != 0
-            else None
-        )
+        # the token mixer, whichever it is, under the name that it has among the published package's weights
+        self.attn = build_mixer(level, length=length, layer=layer, backend=attn_backend) if level.mixes else None
         self.ff = FeedForward(level.dim, level.ff_mult)
 
     def share_attention(self, other: HierarchicalBlock) -> None:
         """Takes another level's weights, not its window."""
-        assert self.attn is not None
-        assert other.attn is not None
         for name in ('norm', 'to_qkv', 'to_out'):
             setattr(self.attn, name, getattr(other.attn, name))
+
+    def initial_state(self, batch_size: int, like: Tensor) -> BlockState:
+        """That of a block that has read nothing, in the dtype and on the device of `like`."""
+        rows, half = (self.phases, batch_size), self.ff.dim // 2
+        shift = like.new_zeros(*rows, 1, half)
+        if self.attn is None:
+            return BlockState(None, shift)
+        held = self.attn.initial_state(self.phases * batch_size, like)
+        return BlockState(torch.zeros_like(shift), shift, tuple(tensor.unflatten(0, rows) for tensor in held))
 
     def forward(self, x: Tensor, state: BlockState | None = None, start: int = 0) -> tuple[Tensor, BlockState | None]:
         """Level tokens `(batch, seq, dim)`, the first of index `start`."""
@@ -136,12 +145,12 @@ class HierarchicalBlock(nn.Module):
     def mix(self, x: Tensor, state: BlockState | None, start: int) -> tuple[Tensor, BlockState | None]:
         """One sequence a row, with its own state."""
         held = state or BlockState()
-        attn_shift, cache = held.attn_shift, held.cache
+        mixer_shift, kept = held.mixer_shift, held.mixer
 
         if self.attn is not None:
-            shifted, last = shift_tokens(x, attn_shift)
-            mixed, cache = self.attn(shifted, cache, start)
-            attn_shift = keep(attn_shift, last)
+            shifted, last = shift_tokens(x, mixer_shift)
+            mixed, after = self.attn(shifted, None if state is None else kept, start)
+            mixer_shift, kept = keep(mixer_shift, last), after or ()
             x = x + mixed
 
         shifted, last = shift_tokens(x, held.ff_shift)
@@ -149,4 +158,4 @@ class HierarchicalBlock(nn.Module):
         ff_shift = keep(held.ff_shift, last)
         if state is None or not torch.is_grad_enabled():
             return x, state
-        return x, BlockState(attn_shift, ff_shift, *(cache or ()))
+        return x, BlockState(mixer_shift, ff_shift, kept)

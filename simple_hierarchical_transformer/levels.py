@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,10 +29,17 @@ class Level:
     prophet_loss_weight: float = 0.0
     quantized_loss_weight: float = 0.0
     compressor: str = 'conv'
+    mixer: str | type[nn.Module] = 'attention'
+    mixer_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def phases(self) -> int:
         return self.compression // self.stride
+
+    @property
+    def mixes(self) -> bool:
+        """Whether its blocks have a mixer. A window of 0 leaves attention out."""
+        return self.mixer != 'attention' or self.window != 0
 
     def length(self, n: int) -> int:
         """How many level tokens `n` tokens become."""
@@ -100,6 +107,9 @@ def build_levels(
     prophet_loss_weight: float | Sequence[float],
     quantized_loss_weight: float | Sequence[float],
     compressor: str | nn.Module | Sequence[str | nn.Module],
+    mixer: str | type[nn.Module] | Sequence[str | type[nn.Module]],
+    mixer_kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None,
+    mixers: Collection[str],
     seq_len: int,
 ) -> tuple[Level, ...]:
     """Turns the constructor's scalar-or-per-level arguments into levels.
@@ -127,11 +137,13 @@ def build_levels(
     prophets = per_level('prophet_loss_weight', prophet_loss_weight, count)
     quantized = per_level('quantized_loss_weight', quantized_loss_weight, count)
     compressors = per_level('compressor', compressor, count)
+    named = per_level('mixer', mixer, count)
+    settings = per_level('mixer_kwargs', mixer_kwargs, count)
 
     levels = []
-    for c, s, d, d_head, h, mult, w, next_latent, prophet, quantize, compress in zip(
+    for c, s, d, d_head, h, mult, w, next_latent, prophet, quantize, compress, mix, mix_kwargs in zip(
         compressions, strides, dims, dim_heads, all_heads, ff_mults, windows,
-        next_latents, prophets, quantized, compressors, strict=True,
+        next_latents, prophets, quantized, compressors, named, settings, strict=True,
     ):  # fmt: skip
         if not is_int(s) or s < 1 or s & (s - 1):
             raise ValueError(f'hierarchical_stride must be powers of two (1, 2, 4, ...), got {s!r} for hierarchy {c}')
@@ -155,13 +167,18 @@ def build_levels(
         elif compress not in COMPRESSORS:
             allowed = ', '.join(COMPRESSORS)
             raise ValueError(f'compressor must be one of {allowed}, or a module, got {compress!r} for hierarchy {c}')
+        if not (isinstance(mix, type) and issubclass(mix, nn.Module)) and mix not in mixers:
+            allowed = ', '.join(mixers)
+            raise ValueError(f'mixer must be one of {allowed}, or a class of modules, got {mix!r} for hierarchy {c}')
+        if mix_kwargs is not None and not isinstance(mix_kwargs, Mapping):
+            raise ValueError(f'mixer_kwargs must be a dict or None, got {mix_kwargs!r} for hierarchy {c}')
         if w == 'auto':
             w = max(seq_len // c // 2, 1) if seq_len >= c else None
         elif isinstance(w, str):
             raise ValueError(f"window_sizes must be integers, None or 'auto', got {w!r}")
         elif w is not None:
             check_int('window_sizes', w, 0)
-        if w != 0 and d_head % 2:
+        if mix == 'attention' and w != 0 and d_head % 2:
             raise ValueError(f'dim_head must be even (rotary embeddings turn pairs of channels), got {d_head}')
 
         if w is not None and w > seq_len // c:
@@ -172,6 +189,8 @@ def build_levels(
             )
             w = None
 
-        levels.append(Level(c, s, d, d_head, h, mult, w, next_latent, prophet, quantize, compress))
+        levels.append(
+            Level(c, s, d, d_head, h, mult, w, next_latent, prophet, quantize, compress, mix, dict(mix_kwargs or {}))
+        )
 
     return tuple(levels)

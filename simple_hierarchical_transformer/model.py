@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -44,6 +44,7 @@ from .losses import (
     seen_ids,
 )
 from .merge import AttentionMerge, Coarse, Contribution, HierarchicalMerge, concat_levels, without
+from .mixers import MIXERS
 from .mixers.attention import BACKENDS
 from .pretrained import Pretrained
 from .state import BlockState, State
@@ -103,9 +104,9 @@ class HierarchicalTransformer(
     every layer a merge pools what the levels know into the level that predicts the next token. With one level it
     is a plain GPT.
 
-    `dim`, `dim_head`, `heads`, `ff_mult`, `window_sizes`, `hierarchical_stride`, `compressor` and the loss weights
-    `next_latent_loss_weight`, `prophet_loss_weight` and `quantized_loss_weight` take one value, or a tuple (list) with
-    one for each hierarchy.
+    `dim`, `dim_head`, `heads`, `ff_mult`, `window_sizes`, `hierarchical_stride`, `compressor`, `mixer`, `mixer_kwargs`
+    and the loss weights `next_latent_loss_weight`, `prophet_loss_weight` and `quantized_loss_weight` take one value, or
+    a tuple (list) with one for each hierarchy.
 
     Args:
         num_tokens: size of the vocabulary.
@@ -121,6 +122,9 @@ class HierarchicalTransformer(
             full.
         hierarchical_stride: how many tokens apart level tokens stand, a power of two up to the compression. The
             level that predicts has stride 1.
+        mixer: what mixes a level's tokens: one of the names in `mixers.MIXERS`, or a class of modules (see
+            `mixers.Mixer`). `window_sizes` are those of attention; other mixers take no notice of them.
+        mixer_kwargs: what a mixer is built with besides, as a dict.
         hierarchy_merge_all: the older name of `merge_into = 'all'`.
         merge_into: who receives what is merged: 'predict', the level that predicts; 'all'; or a tuple of hierarchies.
         merge: how levels are pooled: 'concat', a feed-forward over all of them, concatenated; 'attention', where each
@@ -196,6 +200,8 @@ class HierarchicalTransformer(
         hierarchies: int | Sequence[int] = 1,
         window_sizes: int | Literal['auto'] | Sequence[int | Literal['auto'] | None] | None = None,
         hierarchical_stride: int | Sequence[int] = 1,
+        mixer: str | type[nn.Module] | Sequence[str | type[nn.Module]] = 'attention',
+        mixer_kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
         hierarchy_merge_all: bool = False,
         merge_into: Literal['predict', 'all'] | Sequence[int] = 'predict',
         merge: Literal['concat', 'attention'] = 'concat',
@@ -284,6 +290,9 @@ class HierarchicalTransformer(
             prophet_loss_weight=prophet_loss_weight,
             quantized_loss_weight=quantized_loss_weight,
             compressor=compressor,
+            mixer=mixer,
+            mixer_kwargs=mixer_kwargs,
+            mixers=MIXERS,
             seq_len=seq_len,
         )
         self.levels = levels
@@ -393,15 +402,22 @@ class HierarchicalTransformer(
         self.post_token_emb_norms = nn.ModuleList(nn.LayerNorm(level.dim) for level in levels)
 
         self.layers = nn.ModuleList(
-            nn.ModuleList(HierarchicalBlock(level, attn_backend) for level in levels) for _ in range(depth)
+            nn.ModuleList(
+                HierarchicalBlock(level, length=-(-seq_len // level.compression), layer=i, attn_backend=attn_backend)
+                for level in levels
+            )
+            for i in range(depth)
         )
         if share_attention:
-            alike = [(level.dim, level.heads, level.dim_head, level.window is None) for level in levels]
+            alike = [
+                (level.dim, level.heads, level.dim_head, level.window is None, *level.mixer_kwargs.items())
+                for level in levels
+            ]
             for i, first in find_alike(
                 'share_attention',
                 'dim, heads, dim_head and kind of window',
                 alike,
-                [level.window != 0 for level in levels],
+                [level.mixer == 'attention' and level.mixes for level in levels],
             ):
                 for layer in self.layers:
                     layer[i].share_attention(layer[first])  # type: ignore[index]
@@ -886,22 +902,13 @@ class HierarchicalTransformer(
     def initial_state(self, batch_size: int) -> State:
         """The state of a model that has read nothing, in the dtype and on the device of its weights.
 
-        A level with a window of w keeps w tokens and the one at hand in each of its phases, one with full attention
-        `ceil(seq_len / c)` and the one at hand.
+        Attention with a window of w keeps w tokens and the one at hand in each phase, full attention `ceil(seq_len /
+        c)` and the one at hand; other mixers what their docstrings say.
         """
         like = self.token_emb.weight
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=like.dtype, device=like.device)
-
-        def block_state(level: Level) -> BlockState:
-            rows = (level.phases, batch_size)
-            shift = (*rows, 1, level.dim // 2)
-            if level.window == 0:
-                return BlockState(None, zeros(*shift), None, None)
-            reach = -(-self.seq_len // level.compression) if level.window is None else level.window
-            cache = (*rows, level.heads, reach + 1, level.dim_head)
-            return BlockState(zeros(*shift), zeros(*shift), zeros(*cache), zeros(*cache))
 
         def reached(i: int) -> tuple[int, int]:
             """How many tokens a level's compressor reaches back to, and their width."""
@@ -910,11 +917,12 @@ class HierarchicalTransformer(
             return reads.windows.before, self.compressors[i].dim_in  # type: ignore[return-value]
 
         predicting = [self.levels[i] for i in self.predict_from]
+        layers: Any = self.layers
         return State(
             position=0,
             spec=self._state_spec,
             embeds=tuple(zeros(batch_size, *reached(i)) if reached(i)[0] else None for i in range(len(self.levels))),
-            blocks=tuple(tuple(block_state(level) for level in self.levels) for _ in self.layers),
+            blocks=tuple(tuple(block.initial_state(batch_size, like) for block in layer) for layer in layers),
             coarse=(
                 *(merge.initial_state(batch_size, like) for merge in self.hierarchical_merges),  # type: ignore[operator]
                 tuple(zeros(batch_size, 1, level.dim) if level.stride > 1 else None for level in predicting),

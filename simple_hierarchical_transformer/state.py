@@ -7,7 +7,7 @@ classes here hold tensors and a position, nothing else. All rows of a batch stan
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -35,22 +35,24 @@ class BlockState:
     Phases lead, so that the phases a chunk meets are a slice: a view, not a copy.
     """
 
-    attn_shift: Tensor | None = None
-    """`(phases, batch, 1, dim // 2)`: the last token's delayed channels, where there is attention."""
+    mixer_shift: Tensor | None = None
+    """`(phases, batch, 1, dim // 2)`: the last token's delayed channels, where there is a mixer."""
     ff_shift: Tensor | None = None
     """`(phases, batch, 1, dim // 2)`: likewise before the feed-forward."""
-    keys: Tensor | None = None
-    """`(phases, batch, heads, window + 1, dim_head)`: a ring, token `r` of its phase in slot `r % (window + 1)`."""
-    values: Tensor | None = None
-    """`(phases, batch, heads, window + 1, dim_head)`, likewise."""
+    mixer: tuple[Tensor, ...] = ()
+    """What the mixer keeps, `(phases, batch, ...)` each: of attention keys and values."""
+
+    @classmethod
+    def of(cls, held: Sequence[Tensor | None]) -> BlockState:
+        """From tensors in the order of `held`."""
+        return cls(held[0], held[1], tuple(held[2:]))  # type: ignore[arg-type]
 
     @property
-    def cache(self) -> tuple[Tensor, Tensor] | None:
-        return None if self.keys is None or self.values is None else (self.keys, self.values)
+    def held(self) -> list[Tensor | None]:
+        return [self.mixer_shift, self.ff_shift, *self.mixer]
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> BlockState:
-        held = (self.attn_shift, self.ff_shift, self.keys, self.values)
-        return BlockState(*(None if tensor is None else fn(tensor) for tensor in held))
+        return BlockState.of([None if tensor is None else fn(tensor) for tensor in self.held])
 
     def phases(self, first: int, count: int) -> BlockState:
         """Views of `count` phases, each row of each phase a row of its own: `(count * batch, ...)`."""
@@ -61,18 +63,18 @@ class BlockState:
     def joined(self, parts: Sequence[tuple[int, BlockState]]) -> BlockState:
         """This state with some phases replaced: parts of it, each with its first phase, in the order of phases."""
 
-        def join(name: str) -> Tensor | None:
-            whole = getattr(self, name)
+        def join(whole: Tensor | None, pieces: Sequence[Tensor | None]) -> Tensor | None:
             if whole is None:
                 return None
-            pieces, done = [], 0
-            for first, part in parts:
-                piece = getattr(part, name)
-                pieces += [whole[done:first], piece]
+            joined, done = [], 0
+            for (first, _), piece in zip(parts, pieces, strict=True):
+                assert piece is not None
+                joined += [whole[done:first], piece]
                 done = first + len(piece)
-            return torch.cat([*pieces, whole[done:]])
+            return torch.cat([*joined, whole[done:]])
 
-        return BlockState(*map(join, ('attn_shift', 'ff_shift', 'keys', 'values')))
+        pieces = zip(*(part.held for _, part in parts), strict=True)
+        return BlockState.of([join(whole, of) for whole, of in zip(self.held, pieces, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,7 @@ class State:
 
     def tensors(self) -> Iterator[Tensor]:
         """All that it holds."""
-        blocks = (block for layer in self.blocks for block in layer)
-        held = (getattr(block, each.name) for block in blocks for each in fields(block))
+        held = (tensor for layer in self.blocks for block in layer for tensor in block.held)
         yield from (tensor for tensor in (*self.embeds, *held, *chain(*self.coarse)) if tensor is not None)
 
     def map(self, fn: Callable[[Tensor], Tensor], by_phase: Callable[[Tensor], Tensor]) -> State:
@@ -154,8 +155,16 @@ class State:
         )
 
     def to(self, *args: Any, **kwargs: Any) -> State:
-        """On another device, or of another dtype: takes what `Tensor.to` takes, and copies only where it would."""
-        moved = self.map(*[lambda tensor: tensor.to(*args, **kwargs)] * 2)
+        """On another device, or of another dtype: takes what `Module.to` takes, and copies only where it would.
+
+        What counts stays whole numbers.
+        """
+        device, dtype, blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, dtype if tensor.is_floating_point() else None, blocking)
+
+        moved = self.map(move, move)
         return self if moved._any is self._any else moved
 
     def detach(self) -> State:

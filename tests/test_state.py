@@ -71,7 +71,7 @@ def test_windowed_levels_beyond_seq_len_equal_a_longer_model() -> None:
 def test_full_attention_with_a_state_reaches_back_that_far(chunk: int) -> None:
     """Against a softmax under a band mask, with rotary embeddings of the library whose conventions they keep."""
     n, reach = 200, 32
-    attn = Attention(dim=12, dim_head=8, heads=2).double()
+    attn = Attention(dim=12, dim_head=8, heads=2, length=reach).double()
     x = torch.randn(2, n, 12, dtype=torch.float64)
 
     q, k, v = (t.view(2, n, 2, 8).transpose(1, 2) for t in attn.to_qkv(attn.norm(x)).chunk(3, dim=-1))
@@ -80,7 +80,7 @@ def test_full_attention_with_a_state_reaches_back_that_far(chunk: int) -> None:
     scores = (q @ k.mT / 8**0.5).masked_fill((distance < 0) | (distance > reach), -torch.inf)
     expected = attn.to_out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
-    cache = (torch.zeros(2, 2, reach + 1, 8, dtype=torch.float64), torch.zeros(2, 2, reach + 1, 8, dtype=torch.float64))
+    cache = attn.initial_state(2, x)
     outs = []
     with torch.no_grad():
         for at in range(0, n, chunk):
@@ -126,9 +126,9 @@ def test_chunks_equal_one_pass_across_blocks_of_xpos(splits: list[int], grad: bo
 
 @pytest.mark.parametrize(('dtype', 'n'), [(torch.float16, 7000), (torch.float32, 40_000)])
 def test_a_long_chunk_stays_finite(dtype: torch.dtype, n: int) -> None:
-    attn = Attention(dim=16, dim_head=16, heads=1).to(dtype)
-    cache = (torch.zeros(1, 1, 65, 16, dtype=dtype), torch.zeros(1, 1, 65, 16, dtype=dtype))
+    attn = Attention(dim=16, dim_head=16, heads=1, length=64).to(dtype)
     x = torch.randn(1, n, 16, dtype=dtype)
+    cache = attn.initial_state(1, x)
     with torch.no_grad():
         whole, _ = attn(x, tuple(t.clone() for t in cache))
         _, cache = attn(x[:, :-50], cache)
@@ -200,11 +200,11 @@ def test_memory_is_bounded_and_written_in_place() -> None:
     model = build(THREE)
     with torch.no_grad():
         _, state = model(torch.zeros(1, 3, dtype=torch.long), return_state=True)
-        size, held = state.nbytes, state.blocks[0][1].keys.data_ptr()
+        size, held = state.nbytes, state.blocks[0][1].mixer[0].data_ptr()
         for n in (1, 40, 1, 200):
             _, state = model(torch.zeros(1, n, dtype=torch.long), state=state, return_state=True)
         assert state.nbytes == size
-        assert state.blocks[0][1].keys.data_ptr() == held
+        assert state.blocks[0][1].mixer[0].data_ptr() == held
 
 
 @pytest.mark.parametrize('config', [THREE, STRIDED])
@@ -236,10 +236,10 @@ def test_gradients_flow_through_a_state_until_detached(config: dict[str, Any]) -
     weights = torch.randn(2, 40, 11, dtype=torch.float64)
     whole = grads((model(ids) * weights).sum())
     first, state = model(ids[:, :17], return_state=True)
-    kept = state.blocks[0][0].keys.clone()
+    kept = state.blocks[0][0].mixer[0].clone()
     second, _ = model(ids[:, 17:], state=state, return_state=True)
     chunked = grads((torch.cat((first, second), dim=1) * weights).sum())
-    assert torch.equal(state.blocks[0][0].keys, kept)
+    assert torch.equal(state.blocks[0][0].mixer[0], kept)
     for x, y in zip(whole, chunked, strict=True):
         torch.testing.assert_close(x, y)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
@@ -12,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from ..levels import check_choice, check_int
 from ..linear import Linear
 from ..norm import RMSNorm
+from .patterns import MODES, PARTS, PATTERNS, attend_pattern, attended
 from .rotary import Rotary
 
 # a block of fewer queries than this spends its time on overhead
@@ -134,44 +138,140 @@ class Attention(nn.Module):
 
     Time `O(seq * min(seq, window))`, memory `O(seq)` or `O(seq * window)`.
 
-    Its state are the keys and values of the last tokens, each `(batch, heads, reach + 1, dim_head)`, a ring in which
+    Its state are the keys and values of the last tokens, each `(batch, kv_heads, reach + 1, dim_head)`, a ring in which
     token `r` stands in slot `r % (reach + 1)`. With a state, full attention too reaches back `reach` tokens.
+
+    Args:
+        dim: width of the tokens.
+        dim_head: width of a head, even.
+        heads: of queries.
+        window: how many tokens before it a token attends to; None for all.
+        length: how many tokens full attention reaches back with a state.
+        layer: number of the block, which decides the part of a pattern that it has by 'interleave'.
+        backend: what windowed attention runs on.
+        kv_heads: heads of keys and values, a divisor of `heads`, each of which serves `heads / kv_heads` of queries:
+            grouped-query attention, Ainslie et al. 2023, arXiv 2305.13245; 1 is multi-query attention. Query head `i`
+            meets head `i % kv_heads`. By default as many as of queries.
+        pattern: 'strided' or 'fixed': full attention made sparse, near by and far away (Child et al. 2019, arXiv
+            1904.10509, section 4), in time `O(seq * sqrt(seq))`. Its rotary embeddings are without xPos, so that far
+            tokens are heard.
+        pattern_mode: what a head has of a pattern: 'interleave', near by in even layers and far away in odd ones;
+            'union', both; 'heads', near by in the first half of the heads and far away in the others.
+        stride: l of the pattern, the power of two nearest to `sqrt(length)` by default.
+        summary: c of the pattern 'fixed', how many tokens at the end of each l are heard far away; `l / 8` by default.
+
+    Raises:
+        ValueError: a value is not allowed, or two contradict each other.
     """
 
     def __init__(
-        self, *, dim: int, dim_head: int = 64, heads: int = 8, window: int | None = None, backend: Backend = 'auto'
+        self,
+        *,
+        dim: int,
+        dim_head: int = 64,
+        heads: int = 8,
+        window: int | None = None,
+        length: int = 2048,
+        layer: int = 0,
+        backend: Backend = 'auto',
+        kv_heads: int | None = None,
+        pattern: Literal['strided', 'fixed'] | None = None,
+        pattern_mode: Literal['interleave', 'union', 'heads'] = 'interleave',
+        stride: int | None = None,
+        summary: int | None = None,
     ) -> None:
         super().__init__()
-        self.heads = heads
+        kv_heads = heads if kv_heads is None else check_int('kv_heads', kv_heads)
+        if heads % kv_heads:
+            raise ValueError(f'kv_heads must divide the {heads} heads, got {kv_heads}')
+        self.kv_heads, self.groups = kv_heads, heads // kv_heads
+        self.dim_head = dim_head
         self.backend = backend
         self.window = window
+        self.reach = length if window is None else window
+        self.patterns = (
+            None
+            if pattern is None
+            else self.find_patterns(pattern, pattern_mode, stride, summary, layer=layer, length=length)
+        )
+        if pattern is None and (pattern_mode, stride, summary) != ('interleave', None, None):
+            raise ValueError('pattern_mode, stride and summary are for a pattern, and pattern is None')
 
-        inner = dim_head * heads
         full = window is None
         self.norm = RMSNorm(dim) if full else nn.LayerNorm(dim)
-        self.rotary_emb = Rotary(dim_head, pairs='interleaved' if full else 'halves', xpos=full)
-        self.to_qkv = Linear(dim, 3 * inner, bias=False)
-        self.to_out = Linear(inner, dim, bias=False)
+        self.rotary_emb = Rotary(dim_head, pairs='interleaved' if full else 'halves', xpos=full and pattern is None)
+        self.to_qkv = Linear(dim, (heads + 2 * kv_heads) * dim_head, bias=False)
+        self.to_out = Linear(heads * dim_head, dim, bias=False)
+
+    def find_patterns(
+        self, pattern: str, mode: str, stride: int | None, summary: int | None, *, layer: int, length: int
+    ) -> list[tuple[slice, dict[str, Any]]]:
+        """Which heads attend by what: arguments of `attend_pattern` and `attended`."""
+        check_choice('pattern', pattern, PATTERNS)
+        check_choice('pattern_mode', mode, MODES)
+        if self.window is not None:
+            raise ValueError(f'pattern is for full attention, and window_sizes is {self.window}')
+        stride = 2 ** round(math.log2(length) / 2) if stride is None else check_int('stride', stride)
+        if summary is not None and pattern != 'fixed':
+            raise ValueError(f"summary is for pattern = 'fixed', got {summary} for {pattern!r}")
+        summary = max(stride // 8, 1) if summary is None else check_int('summary', summary)
+        if summary > stride:
+            raise ValueError(f'summary must be at most the stride of {stride}, got {summary}')
+        if mode == 'heads' and self.kv_heads < 2:
+            raise ValueError(f"pattern_mode = 'heads' needs two heads or more (kv_heads), got {self.kv_heads}")
+        settings = dict(pattern=pattern, stride=stride, summary=summary)
+        half = self.kv_heads // 2
+        heads: dict[str, list[tuple[slice, Sequence[str]]]] = {
+            'interleave': [(slice(None), PARTS[layer % 2 :][:1])],
+            'union': [(slice(None), PARTS)],
+            'heads': [(slice(half), PARTS[:1]), (slice(half, None), PARTS[1:])],
+        }
+        return [(part, dict(settings, parts=parts)) for part, parts in heads[mode]]
+
+    def initial_state(self, batch: int, like: Tensor) -> Cache:
+        shape = (batch, self.kv_heads, self.reach + 1, self.dim_head)
+        return like.new_zeros(shape), like.new_zeros(shape)
 
     def forward(self, x: Tensor, cache: Cache | None = None, start: int = 0) -> tuple[Tensor, Cache | None]:
         """x: `(batch, seq, dim)`, tokens `start` to `start + seq` of the sequence."""
-        # (2, batch, heads, seq, dim_head) and one of it; split has a gradient of one copy, where slices have one each
-        qkv = self.to_qkv(x, after=self.norm).unflatten(-1, (3, self.heads, -1))
-        qk, v = (part.permute(2, 0, 3, 1, 4) for part in qkv.split((2, 1), dim=-3))
+        # heads of queries fall into groups, each of which meets all heads of keys: (groups + 1, batch, kv_heads, seq,
+        # dim_head), keys last, and one of it; split has a gradient of one copy, where slices have one each
+        qkv = self.to_qkv(x, after=self.norm).unflatten(-1, (self.groups + 2, self.kv_heads, -1))
+        qk, v = (part.permute(2, 0, 3, 1, 4) for part in qkv.split((self.groups + 1, 1), dim=-3))
         v = v[0]
 
         if cache is not None:
             out, cache = self.attend_with_cache(qk, v, cache, start)
         elif self.window is None and x.shape[1] > self.rotary_emb.reach(v.dtype):
-            out = self.attend_far(qk[0], qk[1], v)
+            out = self.attend_far(self.as_rows(qk[:-1]), self.widened(qk[-1]), self.widened(v))
         else:
-            q, k = self.rotary_emb(qk)
-            if self.window is None:
+            qk = self.rotary_emb(qk)
+            q, k, v = self.as_rows(qk[:-1]), self.widened(qk[-1]), self.widened(v)
+            if self.window is None and self.patterns is None:
                 out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             else:
-                out = attend_window(q, k, v, self.window, self.backend)
+                out = self.attend(q, k, v)
 
-        return self.to_out(out.transpose(1, 2).flatten(2)), cache
+        out = out.unflatten(0, (self.groups, -1)).permute(1, 3, 0, 2, 4).flatten(2)
+        return self.to_out(out), cache
+
+    def as_rows(self, q: Tensor) -> Tensor:
+        """Each group of queries a row of its own: `(groups * batch, kv_heads, seq, dim_head)`."""
+        return q.flatten(0, 1)
+
+    def widened(self, t: Tensor) -> Tensor:
+        """Keys or values `(batch, kv_heads, seq, dim_head)`, for each group of queries."""
+        return t if self.groups == 1 else t.expand(self.groups, -1, -1, -1, -1).flatten(0, 1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> Tensor:
+        """Tokens `start` and on, whose keys and values come last among those at hand, to the `reach` before each."""
+        if self.patterns is not None:
+            outs = [
+                attend_pattern(q[:, part], k[:, part], v[:, part], start, **settings, reach=self.reach)
+                for part, settings in self.patterns
+            ]
+            return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+        return attend_window(q, k, v, self.reach, self.backend)
 
     def attend_far(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Full attention over more tokens than xPos' factors reach at once.
@@ -202,8 +302,8 @@ class Attention(nn.Module):
         outs = []
         lengths = self.rotary_emb.pieces(start, v.shape[-2])
         for piece, values in zip(qk.split(lengths, dim=-2), v.split(lengths, dim=-2), strict=True):
-            q, k = self.rotary_emb.relative_to_block(piece, start)
-            out, cache = self.attend_piece(q, k, values, cache, start)
+            piece = self.rotary_emb.relative_to_block(piece, start)
+            out, cache = self.attend_piece(self.as_rows(piece[:-1]), piece[-1], values, cache, start)
             outs.append(out)
             start += values.shape[-2]
         return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=-2)), cache
@@ -215,28 +315,39 @@ class Attention(nn.Module):
         # under autocast a state stays in the dtype of the weights, and what is computed does not
         held = keys.dtype
 
-        if n == 1 and in_place and torch.compiler.is_compiling():
+        if n == 1 and in_place and torch.compiler.is_compiling() and self.patterns is None:
             # one graph for every position: nothing but the contents of tensors hangs on `start`
             slot = torch.full((1,), start % slots, device=k.device)
             keys, values = keys.index_copy_(2, slot, k.to(held)), values.index_copy_(2, slot, v.to(held))
             filled = torch.arange(slots, device=k.device) <= start
-            out = F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype), attn_mask=filled[None])
-            return out, (keys, values)
+            return self.step(q, keys, values, mask=filled[None]), (keys, values)
 
-        if n == 1 and in_place:
+        if n == 1 and in_place and not torch.compiler.is_compiling():
             keys[:, :, start % slots], values[:, :, start % slots] = k[:, :, 0], v[:, :, 0]
-            seen = min(start + 1, slots)
-            out = F.scaled_dot_product_attention(q, keys[:, :, :seen].to(q.dtype), values[:, :, :seen].to(q.dtype))
-            return out, (keys, values)
+            if self.patterns is None:
+                seen = min(start + 1, slots)
+                return self.step(q, keys[:, :, :seen], values[:, :, :seen]), (keys, values)
+            outs = []
+            for part, settings in self.patterns:
+                at = torch.tensor(attended(start, **settings, first=max(0, start - self.reach)), device=k.device)
+                found = (t[:, part].index_select(2, at % slots) for t in (keys, values))
+                outs.append(self.step(q[:, part], *found))
+            return torch.cat(outs, dim=1), (keys, values)
 
         old = torch.arange(max(0, start - slots + 1), start, device=k.device) % slots
         all_keys, all_values = (
             torch.cat((kept.index_select(2, old).to(q.dtype), fresh), dim=2) for kept, fresh in ((keys, k), (values, v))
         )
-        out = attend_window(q, all_keys, all_values, slots - 1, self.backend)
+        out = self.attend(q, self.widened(all_keys), self.widened(all_values), start)
 
         # only the newest can still be reached by what comes
         new = torch.arange(max(start, start + n - slots), start + n, device=k.device) % slots
         put = Tensor.index_copy_ if in_place else Tensor.index_copy
         k, v = (t[:, :, -len(new) :].to(held) for t in (k, v))
         return out, (put(keys, 2, new, k), put(values, 2, new, v))
+
+    def step(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """One token's queries, to all of these keys: the groups are queries side by side, and no key is repeated."""
+        q = q.unflatten(0, (self.groups, -1))[..., 0, :].permute(1, 2, 0, 3)
+        out = F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype), attn_mask=mask)
+        return out.permute(2, 0, 1, 3).flatten(0, 1)[:, :, None]

@@ -40,7 +40,10 @@ class Rotary(nn.Module):
         self._table: tuple[Any, Tensor, Tensor] | None = None
 
     def forward(self, qk: Tensor, start: int = 0) -> Tensor:
-        """Queries and keys `(2, batch, heads, seq, dim)`, at positions `start` and on. Shape and dtype are kept."""
+        """Queries and keys `(groups + 1, batch, heads, seq, dim)`, keys last, at positions `start` and on.
+
+        Shape and dtype are kept.
+        """
         n = qk.shape[-2]
         # the middle as the origin of xPos keeps its two factors small
         return self.turn(qk, *self.factors(qk, start, n, origin=start + n // 2))
@@ -71,7 +74,7 @@ class Rotary(nn.Module):
         return self.turn(qk, cos[..., row : row + 1, :], sin[..., row : row + 1, :])
 
     def factors(self, like: Tensor, start: int, n: int, origin: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine for each position and pair, `(n, dim / 2)`; with xPos `(2, 1, 1, n, dim / 2)`.
+        """Cosine and sine for each position and pair, `(n, dim / 2)`; with xPos `(2, 1, 1, n, dim / 2)`, keys' last.
 
         Queries and keys can meet where the factors of xPos count from the same `origin`.
         """
@@ -110,6 +113,9 @@ class Rotary(nn.Module):
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Channels come out as neighbouring pairs, whichever they were: scores are the same in any common order."""
         dtype, x = x.dtype, x.to(cos.dtype)
+        if cos.ndim == x.ndim and len(cos) < len(x):
+            # several groups of queries turn alike
+            cos, sin = (torch.cat((t[:1].expand(len(x) - 1, *t.shape[1:]), t[1:])) for t in (cos, sin))
         if torch.compiler.is_compiling():
             # real products are what a compiler can fuse
             first, second = x.unflatten(-1, (-1, 2)).unbind(-1) if self.pairs == 'interleaved' else x.chunk(2, dim=-1)
