@@ -254,10 +254,10 @@ def main() -> None:
         if held and asked != {key: held[key] for key in asked}:
             sys.exit(f'{RESULTS} was made with { ({key: held[key] for key in asked}) }: move it away to begin anew')
         held = held or dict(**asked, machine=machine(), pace={}, runs={})
-        names = args.only or list(OPTIONS)
+        names = list(dict.fromkeys([DEFAULT, *(args.only or OPTIONS)]))
         if set(names) - set(held['pace']):
             # what was timed before stays as it was
-            ms, ratios = pace(list(dict.fromkeys([DEFAULT, *names])))
+            ms, ratios = pace(names)
             held['ms'], held['pace'] = held.get('ms', ms), ratios | held['pace']
             write_text(RESULTS, json.dumps(held, indent=1) + '\n')
         # seed by seed, so that a slow hour of the machine is not one option's alone

@@ -136,7 +136,10 @@ class AttentionPool(nn.Module):
         scores = (scores + self.place_bias).masked_fill(~exists[:, None], -torch.inf)
         values = self.windows.unfolded(self.to_values(x), offset).unflatten(2, (self.heads, -1))
         weights = scores.softmax(dim=-1).to(values.dtype)
-        return self.to_out((values @ weights[..., None]).flatten(2))
+        # place by place from views, where a product would copy every window
+        places = zip(values.unbind(dim=-1), weights.unbind(dim=-1), strict=True)
+        pooled: Any = sum(value * weight[..., None] for value, weight in places)
+        return self.to_out(pooled.flatten(2))
 
 
 class ModulePool(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,14 @@ from .linear import Chain, Linear, linear
 from .norm import RMSNorm
 from .state import keep
 
-Coarse = tuple[Tensor | None, ...]
+MergeState = tuple[Tensor | None, ...]
 
 
 class Contribution(NamedTuple):
-    """What each level gives to those that a merge adds to. Both are keyed by the receiving level's compression."""
+    """What each level gives to those that a merge adds to. Both are keyed by the receiving level's compression.
+
+    Levels stand in the order of `hierarchies`; in an hourglass a merge has two, the finer one and the next coarser.
+    """
 
     norms: dict[int, Tensor]
     """`(batch, tokens, levels)`: how far the update moves, as a Euclidean norm, where a level is left out of it."""
@@ -29,12 +32,12 @@ class Contribution(NamedTuple):
 
 
 def concat_levels(
-    tokens: Sequence[Tensor], strides: Sequence[int], coarse: Coarse | None = None, position: int = 0
-) -> tuple[Tensor, Coarse | None]:
+    tokens: Sequence[Tensor], strides: Sequence[int], state: MergeState | None = None, position: int = 0
+) -> tuple[Tensor, MergeState | None]:
     """All levels' tokens side by side at each position: `(batch, n, sum of dims)`.
 
     A level token of stride s is repeated for its s positions. The chunk begins at `position`, and where that is in
-    the middle of a stride, the token that stands for its first positions is the last of the chunk before: `coarse`
+    the middle of a stride, the token that stands for its first positions is the last of the chunk before: `state`
     has one `(batch, 1, dim)` for each level of a stride. `n` is the length of the finest level at hand, which has
     stride 1 wherever a model predicts from it.
     """
@@ -42,7 +45,7 @@ def concat_levels(
     columns: list[Tensor] = []
     kept: list[Tensor | None] = []
 
-    for x, stride, last in zip(tokens, strides, coarse or (None,) * len(tokens), strict=True):
+    for x, stride, last in zip(tokens, strides, state or (None,) * len(tokens), strict=True):
         begun = position % stride
         if begun and last is not None:
             x = torch.cat((last, x), dim=1)
@@ -50,7 +53,7 @@ def concat_levels(
         kept.append(keep(last, x[:, -1:] if x.shape[1] or last is None else last))
         columns.append(x if stride == 1 else x.repeat_interleave(stride, dim=1)[:, begun : begun + n])
 
-    return torch.cat(columns, dim=-1), coarse and tuple(kept)
+    return torch.cat(columns, dim=-1), state and tuple(kept)
 
 
 def without(x: Tensor, dims: Sequence[int], silent: Collection[int]) -> Tensor:
@@ -89,7 +92,7 @@ class HierarchicalMerge(nn.Module):
             Linear(2 * dim_out, dim_out),
         )
 
-    def initial_state(self, batch_size: int, like: Tensor) -> Coarse:
+    def initial_state(self, batch_size: int, like: Tensor) -> MergeState:
         """Each strided level's last token, `(batch, 1, dim)`."""
         return tuple(
             like.new_zeros(batch_size, 1, dim) if stride > 1 else None
@@ -99,14 +102,14 @@ class HierarchicalMerge(nn.Module):
     def forward(
         self,
         tokens: Sequence[Tensor],
-        coarse: Coarse | None = None,
+        state: MergeState | None = None,
         position: int = 0,
         silent: Collection[int] = (),
         contributions: list[Contribution] | None = None,
-    ) -> tuple[list[Tensor], Coarse | None]:
+    ) -> tuple[list[Tensor], MergeState | None]:
         """`silent` levels, by their compression, are left out; what each gives is added to `contributions`."""
         out = [i for i, c in enumerate(self.compressions) if c in silent]
-        gathered, coarse = self.gather(tokens, coarse, position)
+        gathered, state = self.gather(tokens, state, position)
         updates = self.updates(gathered, out)
         if contributions is not None:
             contributions.append(self.contribution(gathered, updates, out))
@@ -114,12 +117,14 @@ class HierarchicalMerge(nn.Module):
         merged = list(tokens)
         for i, update in zip(self.into, updates, strict=True):
             merged[i] = merged[i] + update
-        return merged, coarse
+        return merged, state
 
-    def gather(self, tokens: Sequence[Tensor], coarse: Coarse | None, position: int) -> tuple[Any, Coarse | None]:
+    def gather(
+        self, tokens: Sequence[Tensor], state: MergeState | None, position: int
+    ) -> tuple[Any, MergeState | None]:
         """What updates are made of, and the state after it."""
-        joined, coarse = concat_levels(tokens, self.strides, coarse, position)
-        return (joined, position), coarse
+        joined, state = concat_levels(tokens, self.strides, state, position)
+        return (joined, position), state
 
     def updates(self, gathered: Any, silent: Collection[int]) -> list[Tensor]:
         """For each receiving level what is added to its tokens."""
@@ -130,7 +135,7 @@ class HierarchicalMerge(nn.Module):
             return list(self.net(joined).split(sizes, dim=-1))
 
         # a strided level has no use for what is pooled between its tokens
-        norm, to_inner, act, to_out = list[Any](self.net)
+        norm, to_inner, act, to_out = cast(Any, self.net)
         inner = to_inner(joined, after=norm)
         return [
             linear(inner[:, -position % self.strides[i] :: self.strides[i]], weight, bias, after=act)
@@ -139,7 +144,7 @@ class HierarchicalMerge(nn.Module):
 
     def weights(self, gathered: Any, silent: Collection[int]) -> list[Tensor]:
         """For each receiving level, how much each level weighs."""
-        norm, to_inner, *_ = list[Any](self.net)
+        norm, to_inner, *_ = cast(Any, self.net)
         squares = (to_inner.weight * norm.gamma).square().sum(dim=0)
         shares = torch.stack([each.sum() for each in without(squares, self.dims, silent).split(self.dims)])
         # where nobody is heard, nobody has a share
@@ -213,7 +218,7 @@ class AttentionMerge(HierarchicalMerge):
         self.norms = nn.ModuleList(RMSNorm(dim) for dim in self.dims)
         self.receivers = nn.ModuleDict({str(i): Receiver(levels[i], self.dims, self.window) for i in self.into})
 
-    def initial_state(self, batch_size: int, like: Tensor) -> Coarse:
+    def initial_state(self, batch_size: int, like: Tensor) -> MergeState:
         """For each receiver, each level's last keys and values that its next token may still reach back to."""
         held = []
         for i in self.into:
@@ -223,8 +228,10 @@ class AttentionMerge(HierarchicalMerge):
                 held.append(like.new_zeros(batch_size, count, 2 * to.to_q.out_features) if count else None)
         return tuple(held)
 
-    def gather(self, tokens: Sequence[Tensor], coarse: Coarse | None, position: int) -> tuple[Any, Coarse | None]:
-        before = iter(coarse or (None,) * len(self.into) * len(tokens))
+    def gather(
+        self, tokens: Sequence[Tensor], state: MergeState | None, position: int
+    ) -> tuple[Any, MergeState | None]:
+        before = iter(state or (None,) * len(self.into) * len(tokens))
         kept: list[Tensor | None] = []
         gathered = []
         for i in self.into:
@@ -236,6 +243,9 @@ class AttentionMerge(HierarchicalMerge):
                 last = next(before)
                 # the index of the first row
                 begin = -(-position // stride)
+                if apart > 1 and not self.window:
+                    # what no token of this level hears is not projected
+                    x, begin, token, apart = x[:, token - begin :: apart], first, first, 1
                 kv = to.to_kv[j](x, after=norm) if x.shape[1] or last is None else last
                 if last is not None:
                     begin -= last.shape[1]
@@ -248,7 +258,7 @@ class AttentionMerge(HierarchicalMerge):
                 heard.append(Heard(kv.unflatten(-1, (2, to.heads, -1)), apart, repeats, lead, token))
             query = to.to_q(tokens[i], after=self.norms[i]).unflatten(-1, (to.heads, -1))
             gathered.append((to, query, heard))
-        return gathered, coarse and tuple(kept)
+        return gathered, state and tuple(kept)
 
     def updates(self, gathered: Any, silent: Collection[int]) -> list[Tensor]:
         return [self.attend(to, query, heard, silent)[0] for to, query, heard in gathered]

@@ -43,10 +43,10 @@ from .losses import (
     rollout_counts,
     seen_ids,
 )
-from .merge import AttentionMerge, Coarse, Contribution, HierarchicalMerge, concat_levels, without
+from .merge import AttentionMerge, Contribution, HierarchicalMerge, MergeState, concat_levels, without
 from .mixers import MIXERS
 from .mixers.attention import BACKENDS
-from .pretrained import Pretrained
+from .pretrained import Pretrained, shared_names
 from .state import BlockState, State
 
 # what the published package's windowed attention calls its rotary frequencies
@@ -54,7 +54,7 @@ WINDOWED_FREQS = re.compile(r'(layers\.\d+\.\d+\.attn\.)attn_fn\.rel_pos\.inv_fr
 # parts that exist only where a loss uses them
 OPTIONAL_KEYS = re.compile(
     r'(latent_dynamics\.\d+|chunk_summarizers\.\d+|compressors\.\d+\.to_recon|to_prophet\.\d+|to_quantized\.\d+'
-    r'|quantizers\.\d+|autoencoder\.decoders\.\d+|autoencoder\.to_ids|hierarchical_merges\.\d+\.receivers\.\d+)\.'
+    r'|quantizers\.\d+|autoencoder\.decoders\.\d+|autoencoder\.to_ids)\.'
 )
 
 
@@ -86,7 +86,7 @@ class Pass(NamedTuple):
     embeds: list[Tensor | None]
     """Of the next state, as all that follow: filled as levels are run."""
     blocks: list[list[BlockState | None]]
-    coarse: list[Coarse | None]
+    merge_states: list[MergeState | None]
 
 
 class HierarchicalTransformer(
@@ -171,9 +171,10 @@ class HierarchicalTransformer(
         detach_summaries: keep the next-latent loss from training the embeddings through the summaries.
         dynamics_hidden_dim: hidden width of the latent dynamics, the level's width by default.
         dynamics_num_layers: number of linear layers of the latent dynamics.
-        ignore_index: the id that neither cross entropy nor the next-latent loss counts as a target.
-        recon_ignore_index: the id that the reconstruction loss does not ask for. 0 keeps the published package's
-            numbers; take -1 where id 0 is one like any other.
+        ignore_index: the id that cross entropy and the prophet loss do not ask for, nor the next-latent and the
+            quantized loss where a token ends in it. -1 where every id counts, as with bytes.
+        recon_ignore_index: the id that the reconstruction losses do not ask for, the autoencoder's too. 0 keeps the
+            published package's numbers; take -1 where id 0 is one like any other.
         recon_sample: share of a level's tokens that the reconstruction loss is taken from, drawn anew at each step of
             training; its expectation stays the same.
         use_flash_attn: accepted for the published package's sake. Attention always runs PyTorch's fused kernels.
@@ -328,11 +329,8 @@ class HierarchicalTransformer(
         )
         if hierarchy_merge_all and len(into) < len(levels):
             raise ValueError(f'hierarchy_merge_all merges into all, and merge_into is {merge_into!r}')
-        if merge_window and (merge != 'attention' or len(levels) == 1):
-            raise ValueError(
-                f"merge_window is for merge = 'attention' of several hierarchies, got {merge_window} with {merge!r} of "
-                f'{len(levels)}'
-            )
+        if merge_window and merge != 'attention':
+            raise ValueError(f"merge_window is for merge = 'attention', got {merge_window} with {merge!r}")
         # finer levels first
         self.order = sorted(range(len(levels)), key=lambda i: compressions[i])
         if arrangement == 'hourglass':
@@ -467,10 +465,7 @@ class HierarchicalTransformer(
             for finer, coarser in pairwise(levels[i] for i in self.order):
                 self.hierarchical_merges.append(make_merge((finer, coarser), [0], [1, coarser.stride // finer.stride]))
         elif len(levels) > 1:
-            for i in range(depth):
-                # attention builds no receiver that nothing would hear of
-                last = i == depth - 1 and merge == 'attention'
-                self.hierarchical_merges.append(make_merge(levels, [j for j in into if j in ends] if last else into))
+            self.hierarchical_merges.extend(make_merge(levels, into) for _ in range(depth))
 
         self.norms = nn.ModuleList(nn.LayerNorm(level.dim) for level in levels)
         self.to_logits = Linear(sum(levels[i].dim for i in self.predict_from), num_tokens, bias=False)
@@ -502,11 +497,16 @@ class HierarchicalTransformer(
                     width, codebooks=quantizer_codebooks, size=quantizer_codebook_size, dim_code=quantizer_dim
                 )
 
-        # a last norm that no loss reads still shapes the embeddings that forward returns, yet cannot be trained
+        # what no loss reads still shapes the embeddings that forward returns, yet cannot be trained: the last norm, and
+        # the last attention of a merge
 
+        last = self.hierarchical_merges[-1] if arrangement == 'parallel' and len(levels) > 1 else None
+        receivers: Any = last.receivers if isinstance(last, AttentionMerge) else {}
         for i, norm in enumerate(self.norms):
             if i not in ends:
                 make_buffers(norm)
+                if str(i) in receivers:
+                    make_buffers(receivers[str(i)])
 
         self.register_load_state_dict_pre_hook(adapt_published_keys)
 
@@ -543,7 +543,8 @@ class HierarchicalTransformer(
             ablate_hierarchical_merge: leave the merges out, to see what they are worth. `ablate` silences one level.
             return_quantized_ids: return the ids that a quantizer names the levels' tokens by, for each level `(batch,
                 ceil(n / stride), codebooks)`, or None where it has no quantized loss.
-            return_contributions: return logits, and for each merge what each level gave to it, as `Contribution`s.
+            return_contributions: return logits, and for each merge what each level gave to it, as `Contribution`s; in
+                an hourglass from the finest levels' merge inwards.
             labels: with `return_loss`, the targets `(batch, n)` of all of `ids`, instead of `ids` shifted by one.
                 Those equal to `ignore_index` are left out.
             counts: with `return_loss`, what the parts of the loss are divided by, as `count_targets` counts it. With
@@ -608,7 +609,9 @@ class HierarchicalTransformer(
             output = (self.to_logits(read.predict_from), read.tokens)
         elif return_contributions:
             # a copy: where layers are computed again, they tell again what they gave
-            output = (self.to_logits(read.predict_from), list(contributions or ()))
+            merges = list(contributions or ())
+            # an hourglass runs its inner merges first
+            output = (self.to_logits(read.predict_from), merges[:: -1 if self.arrangement == 'hourglass' else 1])
         elif labels is None:
             output = (self.to_logits(read.predict_from),)
         else:
@@ -628,12 +631,12 @@ class HierarchicalTransformer(
     ) -> tuple[Read, State | None]:
         """All levels' tokens from ids `(batch, n)` that begin at `position`, and the state after them."""
         merges: list[nn.Module | None] = list(self.hierarchical_merges)
-        coarse: list[Coarse | None] = [None] * len(merges)
+        held: list[MergeState | None] = [None] * len(merges)
         if ablate_merge:
             merges = [None] * len(merges)
-            coarse = coarse if state is None else list(state.coarse[:-1])
+            held = held if state is None else list(state.merges[:-1])
         blocks: list[list[BlockState | None]] = [[None] * len(self.levels) for _ in self.layers]
-        now = Pass(state, position, merges, self.silent, contributions, [None] * len(self.levels), blocks, coarse)
+        now = Pass(state, position, merges, self.silent, contributions, [None] * len(self.levels), blocks, held)
         run = self.run_hourglass if self.arrangement == 'hourglass' else self.run_parallel
 
         embeds = self.token_emb(ids)
@@ -644,7 +647,7 @@ class HierarchicalTransformer(
         predict_from, last = concat_levels(
             [tokens[i] for i in self.predict_from],
             [level.stride for level in members],
-            None if state is None else state.coarse[-1],
+            None if state is None else state.merges[-1],
             position,
         )
         unheard = [k for k, level in enumerate(members) if level.compression in now.silent]
@@ -658,7 +661,7 @@ class HierarchicalTransformer(
                 written=state.written if in_place else [],
                 embeds=tuple(now.embeds),
                 blocks=tuple(map(tuple, now.blocks)),  # type: ignore[arg-type]
-                coarse=(*now.coarse, last),  # type: ignore[arg-type]
+                merges=(*now.merge_states, last),  # type: ignore[arg-type]
             )
             if in_place:
                 state.written[:] = [state.position]
@@ -669,23 +672,23 @@ class HierarchicalTransformer(
         inputs, codes, now.embeds[:] = self.compress_all(embeds, now.state, now.position)
         tokens = inputs
         for i in range(len(self.layers)):
-            tokens, now.blocks[i][:], coarse = self.recomputed(self.run_layer, i, tokens, now)
-            if coarse is not None:
-                now.coarse[i] = coarse
+            tokens, now.blocks[i][:], held = self.recomputed(self.run_layer, i, tokens, now)
+            if held is not None:
+                now.merge_states[i] = held
         return inputs, tokens, codes
 
     def run_layer(
         self, i: int, tokens: list[Tensor], now: Pass
-    ) -> tuple[list[Tensor], list[BlockState | None], Coarse | None]:
+    ) -> tuple[list[Tensor], list[BlockState | None], MergeState | None]:
         """Every level's block and the merge of layer `i`, where there is one; their states, where there are any."""
         mixed = [self.run_block(i, j, x, now) for j, x in enumerate(tokens)]
-        tokens, coarse = [x for x, _ in mixed], None
+        tokens, held = [x for x, _ in mixed], None
         # a level by itself has none
         merge = now.merges[i] if now.merges else None
         if merge is not None:
-            before = now.state and now.state.coarse[i]
-            tokens, coarse = merge(tokens, before, now.position, now.silent, now.contributions)
-        return tokens, [after for _, after in mixed], coarse
+            before = now.state and now.state.merges[i]
+            tokens, held = merge(tokens, before, now.position, now.silent, now.contributions)
+        return tokens, [after for _, after in mixed], held
 
     def run_hourglass(self, embeds: Tensor, now: Pass) -> tuple[list[Tensor], list[Tensor], None]:
         """Levels one inside the other: what their first blocks get, and what their last ones give."""
@@ -701,8 +704,8 @@ class HierarchicalTransformer(
                 if i == len(self.layers) // 2 and k + 1 < len(self.order):
                     inner, merge = run_level(k + 1, x, start), now.merges[k]
                     if merge is not None:
-                        before = now.state and now.state.coarse[k]
-                        (x, _), now.coarse[k] = self.recomputed(
+                        before = now.state and now.state.merges[k]
+                        (x, _), now.merge_states[k] = self.recomputed(
                             merge, [x, inner], before, start, now.silent, now.contributions
                         )
                 x, now.blocks[i][j] = self.recomputed(self.run_block, i, j, x, now)
@@ -764,8 +767,8 @@ class HierarchicalTransformer(
         """Inside, levels of these compressions say nothing: `with model.ablate(8): loss, _ = model(ids, ...)`.
 
         Merges and logits read zeros in their place (by attention: attend to the others alone), while they go on
-        themselves: so the loss shows what their word is worth. In an hourglass, with a level all those inside it fall
-        silent, since nothing else would pass on what they say.
+        themselves: so the loss shows what their word is worth. In an hourglass a level speaks for all those inside it,
+        which fall silent with it, before the logits too.
 
         Raises ValueError where there is no such level, or none would be left to predict.
         """
@@ -776,7 +779,7 @@ class HierarchicalTransformer(
         if self.arrangement == 'hourglass':
             silent |= {c for c in compressions if c > min(hierarchies)}
         if all(compressions[i] in silent for i in self.predict_from):
-            raise ValueError(f'ablate must leave a level to predict, got {hierarchies}')
+            raise ValueError(f'ablate must leave a level to predict, got {hierarchies}: silent are {sorted(silent)}')
         before, self.silent = self.silent, silent
         try:
             yield self
@@ -923,7 +926,7 @@ class HierarchicalTransformer(
             spec=self._state_spec,
             embeds=tuple(zeros(batch_size, *reached(i)) if reached(i)[0] else None for i in range(len(self.levels))),
             blocks=tuple(tuple(block.initial_state(batch_size, like) for block in layer) for layer in layers),
-            coarse=(
+            merges=(
                 *(merge.initial_state(batch_size, like) for merge in self.hierarchical_merges),  # type: ignore[operator]
                 tuple(zeros(batch_size, 1, level.dim) if level.stride > 1 else None for level in predicting),
             ),
@@ -1051,13 +1054,21 @@ def find_alike(name: str, what: str, kinds: Sequence[Any], takes_part: Sequence[
 
 def make_buffers(module: nn.Module) -> None:
     """Turns a module's parameters into buffers: still saved and loaded, no longer trained."""
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        delattr(module, name)
-        module.register_buffer(name, parameter.detach())
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            delattr(part, name)
+            part.register_buffer(name, parameter.detach())
 
 
 def adapt_published_keys(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Makes weights of the published package fit: renames what is named otherwise, leaves out what has no use here."""
+    """Makes weights of the published package fit: renames what is named otherwise, leaves out what has no use here.
+
+    Raises ValueError where the model has one weight for what are several.
+    """
+    for name, first in shared_names(model).items():
+        held, kept = (state_dict.get(f'{prefix}{key}') for key in (name, first))
+        if held is not None and kept is not None and not (held.is_meta or torch.equal(held, kept)):
+            raise ValueError(f'{name} and {first} are one weight in this model, and differ in the state dict')
     own = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
     for key in [key for key in state_dict if key.startswith(prefix)]:
         name = key[len(prefix) :]

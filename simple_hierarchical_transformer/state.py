@@ -94,9 +94,10 @@ class State:
     dim_embed)`, where its tokens are made of them; None where it looks at one token alone."""
     blocks: tuple[tuple[BlockState, ...], ...]
     """For each layer, for each level."""
-    coarse: tuple[tuple[Tensor | None, ...], ...]
-    """For each merge and for the logits, each level's last tokens `(batch, kept, dim)`: of a strided level the one that
-    stands for all positions up to its next, where a merge attends those that it reaches back to."""
+    merges: tuple[tuple[Tensor | None, ...], ...]
+    """For each merge and for the logits, what stands for the positions up to each level's next token: of a strided
+    level the last token `(batch, 1, dim)`; where a merge attends, for each receiver and level the last keys and values
+    `(batch, kept, 2 * heads * dim_head)`."""
     written: list[int] = field(default_factory=list, compare=False, repr=False)
     """The position that its tensors were written for last, shared by all states that share them; empty at first."""
 
@@ -138,7 +139,7 @@ class State:
     def tensors(self) -> Iterator[Tensor]:
         """All that it holds."""
         held = (tensor for layer in self.blocks for block in layer for tensor in block.held)
-        yield from (tensor for tensor in (*self.embeds, *held, *chain(*self.coarse)) if tensor is not None)
+        yield from (tensor for tensor in (*self.embeds, *held, *chain(*self.merges)) if tensor is not None)
 
     def map(self, fn: Callable[[Tensor], Tensor], by_phase: Callable[[Tensor], Tensor]) -> State:
         """`fn` of every tensor that the batch leads, `by_phase` of every tensor that phases lead."""
@@ -151,7 +152,7 @@ class State:
             written=[],
             embeds=of(self.embeds),
             blocks=tuple(tuple(block.map(by_phase) for block in layer) for layer in self.blocks),
-            coarse=tuple(map(of, self.coarse)),
+            merges=tuple(map(of, self.merges)),
         )
 
     def to(self, *args: Any, **kwargs: Any) -> State:

@@ -86,7 +86,7 @@ GOOD: dict[str, Any] = dict(num_tokens=11, dim=8, depth=1, seq_len=16, dim_head=
         (dict(predict_hierarchy=True), 'predict_hierarchy must be one of hierarchies [1], got True'),
         (dict(merge='mean'), "merge must be one of concat, attention, got 'mean'"),
         (dict(merge_window=-1), 'merge_window must be an integer of at least 0, got -1'),
-        (dict(merge_window=2, hierarchies=(1, 2)), "of several hierarchies, got 2 with 'concat' of 2"),
+        (dict(merge_window=2, hierarchies=(1, 2)), "merge_window is for merge = 'attention', got 2 with 'concat'"),
         (
             dict(hierarchies=(1, 2), merge_into='some'),
             "merge_into must be 'predict', 'all' or a tuple of hierarchies [1, 2] that differ, got 'some'",
@@ -124,10 +124,6 @@ GOOD: dict[str, Any] = dict(num_tokens=11, dim=8, depth=1, seq_len=16, dim_head=
         (
             dict(autoencoder=True, hierarchies=(1, 2), compressor='mean'),
             "autoencoder takes the compressors' place, and compressor is 'mean'",
-        ),
-        (
-            dict(hierarchies=1, merge='attention', merge_window=2),
-            "merge_window is for merge = 'attention' of several hierarchies, got 2 with 'attention' of 1",
         ),
         (dict(autoencoder='yes'), "autoencoder must be True or False, got 'yes'"),
         (dict(autoencoder_loss_weight=-1), 'autoencoder_loss_weight must be a finite number of at least 0, got -1'),

@@ -148,6 +148,7 @@ def test_generates_the_same_with_and_without_a_state(option: dict[str, Any]) -> 
     'option',
     [
         dict(OPTIONS['hourglass by attention'], prophet_loss_weight=0.1),
+        dict(merge_into='all', compressor='attention'),
         dict(autoencoder=True, share_feed_forward=True, quantized_loss_weight=0.1),
     ],
     ids=str,
@@ -423,13 +424,28 @@ def test_concat_merge_written_out(strides: tuple[int, ...]) -> None:
             torch.testing.assert_close(merged[i][:, j], tokens[i][:, j] + merge.net(joined)[:, columns])
 
 
-def test_what_is_merged_hangs_on_no_loss() -> None:
-    """With a loss a level's end is trained, so that its last merge has one receiver more; weights go both ways."""
-    config = dict(BASE, merge='attention', merge_into='all', recon_loss_weight=0.0, next_latent_loss_weight=0.0)
-    without, with_loss = build(config), build(dict(config, prophet_loss_weight=0.1), seed=1)
-    without.load_state_dict(with_loss.state_dict())
+@pytest.mark.parametrize('merge', ['concat', 'attention'])
+def test_what_is_merged_hangs_on_no_loss(merge: str) -> None:
+    """With a loss a level's end is trained; weights go both ways, and all that the model returns stays as it was."""
+    config = dict(BASE, merge=merge, merge_into='all', recon_loss_weight=0.0, next_latent_loss_weight=0.0)
+    off, on = build(config), build(dict(config, prophet_loss_weight=0.1), seed=1)
     ids = torch.randint(0, 11, (2, 20))
-    torch.testing.assert_close(without(ids), with_loss(ids))
+    off.load_state_dict(on.state_dict())
+    for asked in ('return_hierarchical_embeds', 'return_contributions'):
+        torch.testing.assert_close(off(ids, **{asked: True}), on(ids, **{asked: True}))
+    missing, unexpected = on.load_state_dict(off.state_dict(), strict=False)
+    assert not unexpected
+    assert all(name.startswith('to_prophet') for name in missing)
+
+
+def test_weights_that_differ_do_not_become_one() -> None:
+    shared, apart = build(dict(BASE, share_feed_forward=True)), build(BASE)
+    with pytest.raises(ValueError, match=r'layers\.0\.2\.ff.* and layers\.0\.0\.ff.* are one weight in this model'):
+        shared.load_state_dict(apart.state_dict())
+    with pytest.raises(RuntimeError, match='receivers'):
+        build(dict(BASE, merge='attention')).load_state_dict(
+            build(dict(BASE, merge='attention', merge_into='all')).state_dict()
+        )
 
 
 def test_merges_reach_those_named() -> None:
@@ -574,6 +590,14 @@ def test_contributions_are_what_a_level_s_silence_moves(merge: str) -> None:
         squares = (read.weight * norm.gamma).square().sum(0)
         expected = torch.stack((squares[:8].sum(), squares[8:20].sum(), squares[20:].sum())) / squares.sum()
         torch.testing.assert_close(weights, expected)
+
+
+def test_contributions_of_an_hourglass_stand_as_its_merges() -> None:
+    model = build(dict(BASE, arrangement='hourglass'))
+    _, found = model(torch.randint(0, 11, (2, 20)), return_contributions=True)
+    assert [list(each.norms) for each in found] == [[1], [4]]
+    assert found[0].norms[1].shape == (2, 20, 2)
+    assert found[1].norms[4].shape == (2, 10, 2)
 
 
 def test_contributions_and_quantized_ids_in_chunks() -> None:

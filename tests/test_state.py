@@ -441,8 +441,10 @@ def test_score_refuses() -> None:
 
 
 @torch.no_grad()
-def test_a_state_hangs_on_no_loss() -> None:
-    off, on = (build(dict(THREE, recon_loss_weight=w, next_latent_loss_weight=w)) for w in (0.0, 0.2))
+@pytest.mark.parametrize('merging', [{}, dict(merge='attention', merge_into='all', merge_window=1)], ids=str)
+def test_a_state_hangs_on_no_loss(merging: dict[str, Any]) -> None:
+    config = {**THREE, **merging}
+    off, on = (build(dict(config, recon_loss_weight=w, next_latent_loss_weight=w)) for w in (0.0, 0.2))
     off.load_state_dict(on.state_dict())
     ids = torch.randint(0, 11, (2, 20))
     _, state = on(ids[:, :9], return_state=True)

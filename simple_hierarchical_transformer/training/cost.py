@@ -67,8 +67,11 @@ def apart(model: HierarchicalTransformer, name: str) -> float:
         # an hourglass' merges live between two levels, whose strides count from the finer one's
         finest = strides[model.order[int(parts[1])]] if model.arrangement == 'hourglass' else 1
         if parts[2] == 'receivers':
-            member = int(parts[5 if parts[4] == 'to_kv' else 3])
-            return finest * merge.strides[member]
+            own = merge.strides[int(parts[3])]
+            if parts[4] != 'to_kv':
+                return finest * own
+            # without a window, what no token of the receiver hears is not projected
+            return finest * max(merge.strides[int(parts[5])], 1 if merge.window else own)
         if parts[3] == '3':
             # what is made for a receiving level, at its tokens
             rows = [(merge.dims[i], merge.strides[i]) for i in merge.into]
