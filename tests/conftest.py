@@ -28,6 +28,7 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.levels import COMPRESSORS
+from simple_hierarchical_transformer.mixers.patterns import PATTERNS
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = sorted((Path(__file__).parent / 'golden').glob('*.safetensors'))
@@ -115,6 +116,20 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         shared = {'share_feed_forward': True, **alike}
         windows = [{'share_attention': True, 'window_sizes': window, **alike} for window in (None, 3, 'auto')]
         extra |= either(shared, *windows, *(shared | window for window in windows))
+    if 'share_attention' not in extra:
+        # of the mixers those that hear of nothing later, not by rounding either
+        extra |= either(
+            {'mixer': each(st.sampled_from(['attention', 'gateloop', 'simple-gateloop']))},
+            {'mixer_kwargs': {'kv_heads': 1}},
+            {
+                'mixer_kwargs': {
+                    'pattern': draw(st.sampled_from(PATTERNS)),
+                    'pattern_mode': draw(st.sampled_from(['interleave', 'union'])),
+                    'stride': draw(st.integers(1, 7)),
+                },
+                'window_sizes': None,
+            },
+        )
     extra |= either(
         {'prophet_loss_weight': each(st.sampled_from([0.0, 0.2]))},
         {

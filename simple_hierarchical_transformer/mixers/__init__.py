@@ -9,8 +9,23 @@ from torch import Tensor, nn
 
 from ..levels import Level
 from .attention import Attention
+from .gateloop import GateLoop, SimpleGateLoop
+from .hyena import Hyena
+from .lsh import LSHAttention
+from .ssm import H3, S4D
 
-__all__ = ['MIXERS', 'Attention', 'Mixer', 'build_mixer']
+__all__ = [
+    'H3',
+    'MIXERS',
+    'S4D',
+    'Attention',
+    'GateLoop',
+    'Hyena',
+    'LSHAttention',
+    'Mixer',
+    'SimpleGateLoop',
+    'build_mixer',
+]
 
 
 class Mixer(Protocol):
@@ -35,7 +50,15 @@ class Mixer(Protocol):
         """The state before the first token of `batch` sequences, in the dtype and on the device of `like`."""
 
 
-MIXERS: dict[str, type[nn.Module]] = {'attention': Attention}
+MIXERS: dict[str, type[nn.Module]] = {
+    'attention': Attention,
+    'lsh': LSHAttention,
+    'gateloop': GateLoop,
+    'simple-gateloop': SimpleGateLoop,
+    's4d': S4D,
+    'h3': H3,
+    'hyena': Hyena,
+}
 
 
 def build_mixer(level: Level, *, length: int, layer: int, backend: str) -> Any:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ..levels import check_choice, check_int
 from ..linear import Linear
 from ..norm import RMSNorm
-from .patterns import MODES, PARTS, PATTERNS, attend_pattern, attended
+from .patterns import MODES, PARTS, PATTERNS, attend_pattern, attended, keys_of_pattern
 from .rotary import Rotary
 
 # a block of fewer queries than this spends its time on overhead
@@ -26,6 +26,8 @@ MIN_BLOCK = 64
 FLEX_BLOCK = 128
 # queries at a time, where full attention goes by blocks
 FAR_BLOCK = 1024
+# of a pattern's tokens that are heard far away, where the user names no number
+MAX_SUMMARY = 8
 
 Cache = tuple[Tensor, Tensor]
 Backend = Literal['auto', 'sdpa', 'flex', 'local-attention']
@@ -158,7 +160,8 @@ class Attention(nn.Module):
         pattern_mode: what a head has of a pattern: 'interleave', near by in even layers and far away in odd ones;
             'union', both; 'heads', near by in the first half of the heads and far away in the others.
         stride: l of the pattern, the power of two nearest to `sqrt(length)` by default.
-        summary: c of the pattern 'fixed', how many tokens at the end of each l are heard far away; `l / 8` by default.
+        summary: c of the pattern 'fixed', how many tokens at the end of each l are heard far away; by default `l / 8`,
+            and no more than 8.
 
     Raises:
         ValueError: a value is not allowed, or two contradict each other.
@@ -214,7 +217,8 @@ class Attention(nn.Module):
         stride = 2 ** round(math.log2(length) / 2) if stride is None else check_int('stride', stride)
         if summary is not None and pattern != 'fixed':
             raise ValueError(f"summary is for pattern = 'fixed', got {summary} for {pattern!r}")
-        summary = max(stride // 8, 1) if summary is None else check_int('summary', summary)
+        # a share of the stride would be a share of the sequence: n^2
+        summary = max(min(stride // 8, MAX_SUMMARY), 1) if summary is None else check_int('summary', summary)
         if summary > stride:
             raise ValueError(f'summary must be at most the stride of {stride}, got {summary}')
         if mode == 'heads' and self.kv_heads < 2:
@@ -227,6 +231,15 @@ class Attention(nn.Module):
             'heads': [(slice(half), PARTS[:1]), (slice(half, None), PARTS[1:])],
         }
         return [(part, dict(settings, parts=parts)) for part, parts in heads[mode]]
+
+    def products(self, n: float) -> float:
+        """Operations of a pass over n tokens, products with weights aside: scores, and sums of values."""
+        keys = n / 2 if self.window is None else min(self.window + 1, n / 2)
+        if self.patterns is not None:
+            # where there are two parts of heads, each has half of them
+            found = (keys_of_pattern(n, **settings) for _, settings in self.patterns)
+            keys = sum(min(each, n / 2) for each in found) / len(self.patterns)
+        return 4 * n * keys * self.groups * self.kv_heads * self.dim_head
 
     def initial_state(self, batch: int, like: Tensor) -> Cache:
         shape = (batch, self.kv_heads, self.reach + 1, self.dim_head)

@@ -53,6 +53,11 @@ class GateLoop(nn.Module):
         with torch.no_grad():
             self.to_gates.bias.copy_(torch.cat((spread_gates(dim), torch.zeros(dim))))
 
+    def products(self, n: float) -> float:
+        """Operations of a pass over n tokens, products with weights aside: three of a complex recurrence."""
+        dim = self.norm.gamma.shape[0]
+        return 3 * 8 * n * dim * dim / self.heads
+
     def initial_state(self, batch: int, like: Tensor) -> tuple[Tensor, ...]:
         width = self.norm.gamma.shape[0] // self.heads
         return (like.new_zeros(batch, self.heads, width, width, 2),)
@@ -99,6 +104,10 @@ class SimpleGateLoop(nn.Module):
         self.to_gates = Linear(dim, dim)
         with torch.no_grad():
             self.to_gates.bias.copy_(spread_gates(dim))
+
+    def products(self, n: float) -> float:
+        """Operations of a pass over n tokens, products with weights aside: three of a recurrence."""
+        return 3 * 2 * n * self.norm.gamma.shape[0]
 
     def initial_state(self, batch: int, like: Tensor) -> tuple[Tensor, ...]:
         return (like.new_zeros(batch, self.norm.gamma.shape[0]),)

@@ -33,6 +33,13 @@ def attended(
     return [j for j in range(first, position + 1) if holds(j)]
 
 
+def keys_of_pattern(n: float, *, pattern: str, parts: Collection[str], stride: int, summary: int) -> float:
+    """How many keys a token of a sequence of n has, on average."""
+    near = stride if pattern == 'strided' else stride / 2
+    far = n / 2 / stride * (summary if pattern == 'fixed' else 1)
+    return ('near' in parts) * near + ('far' in parts) * far
+
+
 def attend_pattern(
     q: Tensor,
     k: Tensor,

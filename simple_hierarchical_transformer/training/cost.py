@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model import HierarchicalTransformer
+from .optim import KERNELS
 
 # where in a parameter's name the number of its level stands
 LEVEL_AT = {
@@ -46,17 +47,25 @@ def parameters_by_level(model: HierarchicalTransformer) -> dict[int | None, int]
 def step_flops(model: HierarchicalTransformer, length: int) -> float:
     """Operations that a sequence of `length` takes to learn from: forward once, backward twice as many.
 
-    Products with weights and those of attention within levels, two operations for a multiplication and an addition.
+    Products with weights, and what mixers do besides (`products`, where they tell), two operations for a multiplication
+    and an addition.
     """
     total = 0.0
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.ndim >= 2 and not name.startswith('token_emb') and not name.endswith('bias'):
+        if multiplies(name, parameter):
             total += 2 * parameter.numel() * length / apart(model, name)
-    for each in model.levels:
-        row = length / each.stride / each.phases
-        keys = row / 2 if each.window is None else min(each.window + 1, row / 2)
-        total += len(model.layers) * 4 * length / each.stride * keys * each.heads * each.dim_head
+    layers: Any = model.layers
+    for layer in layers:
+        for level, block in zip(model.levels, layer, strict=True):
+            row = length / level.stride / level.phases
+            total += level.phases * getattr(block.attn, 'products', lambda _: 0.0)(row)
     return 3 * total
+
+
+def multiplies(name: str, parameter: nn.Parameter) -> bool:
+    """Whether tokens are multiplied with a parameter of that name: not with tables, biases, or what makes kernels."""
+    apart = {'token_emb', *KERNELS} & set(name.split('.'))
+    return parameter.ndim >= 2 and not apart and not name.endswith('bias')
 
 
 def apart(model: HierarchicalTransformer, name: str) -> float:

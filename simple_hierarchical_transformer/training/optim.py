@@ -17,6 +17,8 @@ OPTIMIZERS = ('adamw', 'muon')
 SCHEDULES = ('cosine', 'linear', 'constant', 'wsd')
 FUSED = ('cpu', 'cuda', 'xpu')
 
+# what makes kernels and time scales is no matrix that a token is multiplied with
+KERNELS = ('ssm', 'shift_ssm', 'short_conv', 'filters')
 # tables of ids and what maps to ids have a row for each id: nothing that a rotation means anything to
 TABLES = ('token_emb', 'to_logits', 'to_recon', 'to_prophet', 'to_quantized', 'to_ids')
 
@@ -106,8 +108,8 @@ def build_optimizer(
     betas: tuple[float, float] = (0.9, 0.95),
     device: torch.device | None = None,
 ) -> torch.optim.Optimizer:
-    """AdamW, fused where there is such a kernel, or Muon. Weights of two dimensions and more decay, others and biases,
-    of whatever shape, do not.
+    """AdamW, fused where there is such a kernel, or Muon. Weights of two dimensions and more decay, others, and biases
+    and kernels of whatever shape, do not.
 
     `device` is where the model will be, where that is not where it is.
     """
@@ -116,10 +118,11 @@ def build_optimizer(
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for key, p in named:
-        if p.ndim < 2 or key.endswith('bias'):
+        parts = set(key.split('.'))
+        if p.ndim < 2 or key.endswith('bias') or parts & set(KERNELS):
             others.append(p)
         else:
-            (tables if any(part in TABLES for part in key.split('.')) else matrices).append(p)
+            (tables if parts & set(TABLES) else matrices).append(p)
     if name == 'muon':
         groups = [
             dict(params=matrices, weight_decay=weight_decay, muon=True),
