@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .levels import Level
 from .linear import Chain, Linear
@@ -35,12 +36,42 @@ def shift_tokens(x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tenso
     return torch.cat((kept, delayed), dim=-1), last
 
 
-class FeedForward(nn.Module):
-    """Pre-norm GELU feed-forward, bias-free."""
+class GRUGate(nn.Module):
+    """Adds to a stream as a gated recurrent unit would, which begins by letting it pass.
 
-    def __init__(self, dim: int, mult: float) -> None:
+        r = sigmoid(W_r y + U_r x),    z = sigmoid(W_z y + U_z x - b),    h = tanh(W_h y + U_h (r * x))
+        x := (1 - z) * x + z * h
+
+    of x, the stream, and y, what a part made of it, through a ReLU; b begins at 2. The parts norm what they read, which
+    is the reordered norm of Parisotto et al. 2019, arXiv 1910.06764, section 3. `(batch, seq, dim)`, twice.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.of_part = Linear(dim, 3 * dim, bias=False)
+        self.of_stream = Linear(dim, 2 * dim, bias=False)
+        self.of_reset = Linear(dim, dim, bias=False)
+        self.bias = nn.Parameter(torch.full((dim,), 2.0))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        r_part, z_part, h_part = self.of_part(y, after=F.relu).chunk(3, dim=-1)
+        r, z = self.of_stream(x).chunk(2, dim=-1)
+        r, z = (r + r_part).sigmoid(), (z + z_part - self.bias).sigmoid()
+        h = (h_part + self.of_reset(r * x)).tanh()
+        return torch.lerp(x, h.to(x.dtype), z.to(x.dtype))
+
+
+class FeedForward(nn.Module):
+    """Pre-norm GELU feed-forward, bias-free.
+
+    Of `chunks` above 1, training has that many pieces of the sequence one after the other, forward and again backward,
+    so that the hidden layer of one piece alone is ever in memory.
+    """
+
+    def __init__(self, dim: int, mult: float, chunks: int = 1) -> None:
         super().__init__()
         self.dim = dim
+        self.chunks = chunks
         inner = int(dim * mult)
         self.net = Chain(
             RMSNorm(dim),
@@ -50,7 +81,12 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        if self.chunks == 1 or not torch.is_grad_enabled():
+            return self.net(x)
+        pieces = (
+            checkpoint(self.net, p, use_reentrant=False, preserve_rng_state=False) for p in x.chunk(self.chunks, 1)
+        )
+        return torch.cat(list(pieces), dim=1)
 
 
 class Group(NamedTuple):
@@ -86,14 +122,28 @@ class HierarchicalBlock(nn.Module):
         length: how many tokens a phase has at most, in a pass without a state.
         layer: its number among the level's blocks, from 0.
         attn_backend: what windowed attention runs on.
+        residual: how mixer and feed-forward add to the stream: 'add', or 'gru' through a `GRUGate`.
+        ff_chunks: pieces of the sequence that the feed-forward has one after the other.
     """
 
-    def __init__(self, level: Level, *, length: int = 2048, layer: int = 0, attn_backend: Backend = 'auto') -> None:
+    def __init__(
+        self,
+        level: Level,
+        *,
+        length: int = 2048,
+        layer: int = 0,
+        attn_backend: Backend = 'auto',
+        residual: str = 'add',
+        ff_chunks: int = 1,
+    ) -> None:
         super().__init__()
         self.phases = level.phases
         # the token mixer, whichever it is, under the name that it has among the published package's weights
         self.attn = build_mixer(level, length=length, layer=layer, backend=attn_backend) if level.mixes else None
-        self.ff = FeedForward(level.dim, level.ff_mult)
+        self.ff = FeedForward(level.dim, level.ff_mult, ff_chunks)
+        gated = residual == 'gru'
+        self.attn_gate = GRUGate(level.dim) if gated and self.attn is not None else None
+        self.ff_gate = GRUGate(level.dim) if gated else None
 
     def share_attention(self, other: HierarchicalBlock) -> None:
         """Takes another level's weights, not its window."""
@@ -151,10 +201,10 @@ class HierarchicalBlock(nn.Module):
             shifted, last = shift_tokens(x, mixer_shift)
             mixed, after = self.attn(shifted, None if state is None else kept, start)
             mixer_shift, kept = keep(mixer_shift, last), after or ()
-            x = x + mixed
+            x = x + mixed if self.attn_gate is None else self.attn_gate(x, mixed)
 
         shifted, last = shift_tokens(x, held.ff_shift)
-        x = x + self.ff(shifted)
+        x = x + self.ff(shifted) if self.ff_gate is None else self.ff_gate(x, self.ff(shifted))
         ff_shift = keep(held.ff_shift, last)
         if state is None or not torch.is_grad_enabled():
             return x, state

@@ -41,7 +41,7 @@ class LossParts:
     """Each level's next-latent loss before its weight, zero for a level that has none."""
     named: dict[str, Tensor]
     """All that is on, before its weight, level by level: 'ce', 'recon/8x', 'prophet/8x', 'quantized/8x',
-    'autoencoder', 'next_latent/8x'."""
+    'autoencoder', 'next_latent/8x', 'ponder/8x'."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.ce, self.next_latent, self.recon, self.next_latent_per_hierarchy))
@@ -62,7 +62,7 @@ register_pytree_node(
 
 
 class Part(NamedTuple):
-    """A part of the loss: one of the six kinds, for one level or for all."""
+    """A part of the loss: one of the seven kinds, for one level or for all."""
 
     kind: str
     weight: float

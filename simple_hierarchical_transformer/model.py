@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .block import HierarchicalBlock
 from .compress import Autoencoder, Compressor
 from .generate import Generative, check_ids
+from .halting import AdaptiveHalting
 from .levels import (
     Level,
     build_levels,
@@ -69,6 +70,8 @@ class Read(NamedTuple):
     """Each level's tokens as its blocks get them, `(batch, ceil(n / stride), dim)`."""
     tokens: list[Tensor]
     """Each level's final embeddings, likewise."""
+    pondered: Sequence[Tensor]
+    """What each level's tokens have pondered, `(batch, ceil(n / stride))`, where they halt by themselves."""
     predict_from: Tensor
     """Those of the levels that predict, side by side at each position: `(batch, n, sum of their dims)`."""
 
@@ -87,6 +90,8 @@ class Pass(NamedTuple):
     """Of the next state, as all that follow: filled as levels are run."""
     blocks: list[list[BlockState | None]]
     merge_states: list[MergeState | None]
+    pondered: list[Tensor]
+    """What tokens have pondered, level by level, filled at the end."""
 
 
 class HierarchicalTransformer(
@@ -145,6 +150,14 @@ class HierarchicalTransformer(
         share_attention: one set of attention weights a layer for levels of equal `dim`, `heads` and `dim_head` that
             all have a window, or all full attention.
         share_feed_forward: likewise for levels of equal `dim` and `ff_mult`.
+        residual: how mixers and feed-forwards add to the stream: 'add', or 'gru', by a gated recurrent unit (GTrXL,
+            Parisotto et al. 2019, arXiv 1910.06764).
+        ff_chunks: in training, feed-forwards have so many pieces of the sequence one after the other: less memory.
+        share_layers: one set of weights for all layers, which are told apart by a learned vector each (Universal
+            Transformer, Dehghani et al. 2019, arXiv 1807.03819).
+        halting: with `share_layers`, 'act' has each token take as many of the layers as it decides: adaptive
+            computation time (Graves 2016, arXiv 1603.08983).
+        ponder_loss_weight: weight of what tokens ponder, so that they end in time.
         predict_hierarchy: the compression factor of the level that predicts; the smallest by default.
         predict_use_all_hierarchy: predict from all levels, concatenated.
         recon_loss_weight: weight of the reconstruction loss. 0 builds no part of it.
@@ -212,6 +225,11 @@ class HierarchicalTransformer(
         autoencoder: bool = False,
         share_attention: bool = False,
         share_feed_forward: bool = False,
+        residual: Literal['add', 'gru'] = 'add',
+        ff_chunks: int = 1,
+        share_layers: bool = False,
+        halting: Literal['act'] | None = None,
+        ponder_loss_weight: float = 0.01,
         predict_hierarchy: int | None = None,
         predict_use_all_hierarchy: bool = False,
         recon_loss_weight: float = 0.1,
@@ -248,17 +266,27 @@ class HierarchicalTransformer(
         check_int('num_rollouts', num_rollouts)
         check_int('dynamics_num_layers', dynamics_num_layers)
         check_int('merge_window', merge_window, 0)
+        check_int('ff_chunks', ff_chunks)
         check_int('quantizer_codebooks', quantizer_codebooks)
         check_int('quantizer_codebook_size', quantizer_codebook_size, 2)
         check_int('quantizer_dim', quantizer_dim)
         check_number('recon_loss_weight', recon_loss_weight)
         check_number('autoencoder_loss_weight', autoencoder_loss_weight)
         check_number('dynamic_loss_decay', dynamic_loss_decay)
+        check_number('ponder_loss_weight', ponder_loss_weight)
         if not 0 < check_number('recon_sample', recon_sample) <= 1:
             raise ValueError(f'recon_sample must be above 0 and at most 1, got {recon_sample!r}')
         check_choice('attn_backend', attn_backend, BACKENDS)
         check_choice('merge', merge, ('concat', 'attention'))
         check_choice('arrangement', arrangement, ('parallel', 'hourglass'))
+        check_choice('residual', residual, ('add', 'gru'))
+        if halting is not None:
+            check_choice('halting', halting, ('act',))
+            if not share_layers or arrangement == 'hourglass':
+                raise ValueError(
+                    f"halting is for share_layers = True and arrangement = 'parallel', got {share_layers} and "
+                    f'{arrangement!r}'
+                )
         check_choice('quantize_from', quantize_from, ('compressed', 'output'))
         if dynamics_hidden_dim is not None:
             check_int('dynamics_hidden_dim', dynamics_hidden_dim)
@@ -273,6 +301,7 @@ class HierarchicalTransformer(
             ('autoencoder', autoencoder),
             ('share_attention', share_attention),
             ('share_feed_forward', share_feed_forward),
+            ('share_layers', share_layers),
             ('use_flash_attn', use_flash_attn),
             ('gradient_checkpointing', gradient_checkpointing),
         ):
@@ -346,6 +375,15 @@ class HierarchicalTransformer(
                 raise ValueError(f"autoencoder takes the compressors' place, and compressor is {compressor!r}")
             if max(compressions) == 1:
                 raise ValueError(f'autoencoder needs a hierarchy that compresses, got {compressions}')
+        if share_layers:
+            for level in levels:
+                if (
+                    level.mixer_kwargs.get('pattern_mode', 'interleave') == 'interleave'
+                    and 'pattern' in level.mixer_kwargs
+                ):
+                    raise ValueError(
+                        "share_layers has no layers to interleave: pattern_mode must be 'union' or 'heads'"
+                    )
         self.arrangement = arrangement
         self.merge_kind = (merge, merge_window, tuple(into))
         # compressions of the levels that are not heard at the moment
@@ -399,13 +437,27 @@ class HierarchicalTransformer(
         )
         self.post_token_emb_norms = nn.ModuleList(nn.LayerNorm(level.dim) for level in levels)
 
-        self.layers = nn.ModuleList(
-            nn.ModuleList(
-                HierarchicalBlock(level, length=-(-seq_len // level.compression), layer=i, attn_backend=attn_backend)
+        def make_layer(number: int) -> nn.ModuleList:
+            return nn.ModuleList(
+                HierarchicalBlock(
+                    level,
+                    length=-(-seq_len // level.compression),
+                    layer=number,
+                    attn_backend=attn_backend,
+                    residual=residual,
+                    ff_chunks=ff_chunks,
+                )
                 for level in levels
             )
-            for i in range(depth)
+
+        self.layers = nn.ModuleList(
+            [make_layer(0)] * depth if share_layers else [make_layer(number) for number in range(depth)]
         )
+        # what tells layers that share their weights apart
+        self.step_embeds = nn.ParameterList(
+            nn.Parameter(0.02 * torch.randn(depth, level.dim)) for level in levels if share_layers
+        )
+        self.halting = nn.ModuleList(AdaptiveHalting(level.dim) for level in levels if halting is not None)
         if share_attention:
             alike = [
                 (level.dim, level.heads, level.dim_head, level.window is None, *level.mixer_kwargs.items())
@@ -439,6 +491,7 @@ class HierarchicalTransformer(
             ),
             ('quantized', [level.quantized_loss_weight for level in levels]),
             ('next_latent', [level.next_latent_loss_weight for level in levels]),
+            ('ponder', [ponder_loss_weight if self.halting else 0.0] * len(levels)),
         ):
             self.parts += [Part(kind, w, i, compressions[i]) for i, w in enumerate(weights) if w > 0]
         if any(level.prophet_loss_weight for level in levels) and not any(
@@ -451,7 +504,7 @@ class HierarchicalTransformer(
         if self.autoencoder is not None and self.autoencoder.to_ids is not None:
             self.parts.append(Part('autoencoder', autoencoder_loss_weight))
         # a level whose last tokens are read by nothing is not trained at its end
-        ends = {*self.predict_from, *(part.level for part in self.parts)}
+        ends = {*self.predict_from, *(part.level for part in self.parts if part.kind != 'ponder')}
 
         def make_merge(
             members: Sequence[Level], into: Sequence[int], strides: Sequence[int] | None = None
@@ -465,7 +518,10 @@ class HierarchicalTransformer(
             for finer, coarser in pairwise(levels[i] for i in self.order):
                 self.hierarchical_merges.append(make_merge((finer, coarser), [0], [1, coarser.stride // finer.stride]))
         elif len(levels) > 1:
-            self.hierarchical_merges.extend(make_merge(levels, into) for _ in range(depth))
+            if share_layers:
+                self.hierarchical_merges.extend([make_merge(levels, into)] * depth)
+            else:
+                self.hierarchical_merges.extend(make_merge(levels, into) for _ in range(depth))
 
         self.norms = nn.ModuleList(nn.LayerNorm(level.dim) for level in levels)
         self.to_logits = Linear(sum(levels[i].dim for i in self.predict_from), num_tokens, bias=False)
@@ -500,7 +556,8 @@ class HierarchicalTransformer(
         # what no loss reads still shapes the embeddings that forward returns, yet cannot be trained: the last norm, and
         # the last attention of a merge
 
-        last = self.hierarchical_merges[-1] if arrangement == 'parallel' and len(levels) > 1 else None
+        alone = arrangement == 'parallel' and len(levels) > 1 and (depth == 1 or not share_layers)
+        last = self.hierarchical_merges[-1] if alone else None
         receivers: Any = last.receivers if isinstance(last, AttentionMerge) else {}
         for i, norm in enumerate(self.norms):
             if i not in ends:
@@ -636,7 +693,7 @@ class HierarchicalTransformer(
             merges = [None] * len(merges)
             held = held if state is None else list(state.merges[:-1])
         blocks: list[list[BlockState | None]] = [[None] * len(self.levels) for _ in self.layers]
-        now = Pass(state, position, merges, self.silent, contributions, [None] * len(self.levels), blocks, held)
+        now = Pass(state, position, merges, self.silent, contributions, [None] * len(self.levels), blocks, held, [])
         run = self.run_hourglass if self.arrangement == 'hourglass' else self.run_parallel
 
         embeds = self.token_emb(ids)
@@ -665,17 +722,26 @@ class HierarchicalTransformer(
             )
             if in_place:
                 state.written[:] = [state.position]
-        return Read(embeds, codes, inputs, tokens, predict_from), state
+        return Read(embeds, codes, inputs, tokens, now.pondered, predict_from), state
 
     def run_parallel(self, embeds: Tensor, now: Pass) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
         """Levels side by side: what their first blocks get, what their last ones give, and the coarsest map."""
         inputs, codes, now.embeds[:] = self.compress_all(embeds, now.state, now.position)
         tokens = inputs
+        halting: Any = self.halting
+        pondered = [halt.begin(x) for halt, x in zip(halting, inputs, strict=False)]
         for i in range(len(self.layers)):
+            before = tokens
             tokens, now.blocks[i][:], held = self.recomputed(self.run_layer, i, tokens, now)
             if held is not None:
                 now.merge_states[i] = held
-        return inputs, tokens, codes
+            for j, halt in enumerate(halting):
+                tokens[j], pondered[j] = halt(before[j], tokens[j], pondered[j], i == len(self.layers) - 1)
+            looked_on = now.state is not None or now.contributions is not None or torch.compiler.is_compiling()
+            if pondered and not looked_on and not any(each.running.any() for each in pondered):
+                break
+        now.pondered[:] = [each.cost for each in pondered]
+        return inputs, [each.output for each in pondered] or tokens, codes
 
     def run_layer(
         self, i: int, tokens: list[Tensor], now: Pass
@@ -743,6 +809,8 @@ class HierarchicalTransformer(
 
     def run_block(self, i: int, j: int, x: Tensor, now: Pass) -> tuple[Tensor, BlockState | None]:
         """Layer `i` of level `j`."""
+        if self.step_embeds:
+            x = x + self.step_embeds[j][i]
         return self.layers[i][j](x, now.state and now.state.blocks[i][j], self.levels[j].length(now.position))  # type: ignore[index]
 
     def source(self, i: int, dim_embed: int) -> dict[str, int]:
@@ -805,6 +873,10 @@ class HierarchicalTransformer(
             x = read.predict_from if i is None else read.tokens[i]
             count = own.get(part.name)
             targets, ignore_index = self.targets(part, ids, labels, position)
+            if i is not None and kind == 'ponder':
+                total = targets.numel() if count is None else count[0].clamp(min=1)
+                named[part.name] = read.pondered[i].sum() / max(total, 1)
+                continue
             if i is not None and kind == 'next_latent':
                 named[part.name] = self.next_latent_loss(i, x, read.embeds, targets != ignore_index, position, count)
                 continue
@@ -858,8 +930,11 @@ class HierarchicalTransformer(
         if kind == 'prophet':
             windows = dict(compression=c, stride=stride, offset=offset, ignore_index=self.ignore_index)
             return coming_ids(labels, **windows), self.ignore_index
-        # the others ask for level tokens, of which those do not count that end in an ignored id
         last = ids[:, offset::stride]
+        if kind == 'ponder':
+            # every token counts: none is below 0
+            return last, -1
+        # the others ask for level tokens, of which those do not count that end in an ignored id
         if kind == 'quantized':
             last = last[:, 1:, None].expand(-1, -1, len(self.quantizers[str(i)].codebook))  # type: ignore[arg-type]
             # its ids are of another vocabulary, so that none is the ignored one
@@ -935,7 +1010,7 @@ class HierarchicalTransformer(
     @property
     def _state_spec(self) -> tuple[Any, ...]:
         """What the shape of a state hangs on, and what it means."""
-        layout = (self.arrangement, self.autoencoder is not None, *self.merge_kind)
+        layout = (self.arrangement, self.autoencoder is not None, bool(self.halting), *self.merge_kind)
         # what trains a level is no matter of what it remembers
         untrained = dict(next_latent_loss_weight=0.0, prophet_loss_weight=0.0, quantized_loss_weight=0.0)
         levels = (replace(level, **untrained) for level in self.levels)  # type: ignore[arg-type]

@@ -16,7 +16,9 @@ from torch.utils._pytree import tree_map
 from vector_quantize_pytorch import RandomProjectionQuantizer as PublishedQuantizer
 
 from simple_hierarchical_transformer import HierarchicalTransformer, LossParts, losses
+from simple_hierarchical_transformer.block import GRUGate
 from simple_hierarchical_transformer.compress import Compressor
+from simple_hierarchical_transformer.halting import AdaptiveHalting
 from simple_hierarchical_transformer.levels import Level
 from simple_hierarchical_transformer.losses import RandomProjectionQuantizer
 from simple_hierarchical_transformer.merge import AttentionMerge, HierarchicalMerge
@@ -78,6 +80,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         arrangement='hourglass', hierarchies=(2, 8, 4), hierarchical_stride=(1, 4, 1), compressor='linear'
     ),
     'windows of half': dict(window_sizes='auto'),
+    'gated residuals': dict(residual='gru'),
+    'feed-forward in pieces': dict(ff_chunks=3),
+    'shared layers': dict(share_layers=True, depth=3, merge='attention'),
+    'shared layers that halt': dict(share_layers=True, depth=4, halting='act', merge_into='all'),
 }  # fmt: skip
 options = pytest.mark.parametrize('option', OPTIONS.values(), ids=OPTIONS)
 
@@ -133,7 +139,7 @@ def test_learns_one_batch_in_all_parts(option: dict[str, Any]) -> None:
         optimizer.step()
         optimizer.zero_grad()
         history.append({name: part.item() for name, part in parts.named.items()})
-    for name in set(history[0]) - {name for name in history[0] if name.startswith('next_latent')}:
+    for name in [name for name in history[0] if not name.startswith(('next_latent', 'ponder'))]:
         assert history[-1][name] < 0.9 * history[0][name], name
 
 
@@ -370,6 +376,102 @@ def test_auto_window_is_half_of_the_level() -> None:
         hierarchies=(1, 4, 16, 32, 64), window_sizes=('auto', 'auto', None, 'auto', 'auto'),
     )  # fmt: skip
     assert [level.window for level in model.levels] == [24, 6, None, 1, None]
+
+
+# depth
+
+
+def test_gated_residual_written_out() -> None:
+    gate = GRUGate(6).double()
+    x, y = torch.randn(2, 2, 5, 6, dtype=torch.float64)
+    nn.init.normal_(gate.bias)
+    w, u = gate.of_part.weight.chunk(3), gate.of_stream.weight.chunk(2)
+    part = y.relu()
+    r, z = torch.sigmoid(part @ w[0].T + x @ u[0].T), torch.sigmoid(part @ w[1].T + x @ u[1].T - gate.bias)
+    h = torch.tanh(part @ w[2].T + (r * x) @ gate.of_reset.weight.T)
+    torch.testing.assert_close(gate(x, y), (1 - z) * x + z * h)
+
+    # it begins by letting the stream pass
+    model, plain = (HierarchicalTransformer(**{**BASE, 'residual': residual}) for residual in ('gru', 'add'))
+    assert sum(p.numel() for p in model.parameters()) > sum(p.numel() for p in plain.parameters())
+    fresh = GRUGate(6)
+    assert fresh(x.float(), torch.zeros_like(x).float()).sub(x).norm() < 0.3 * x.norm()
+
+
+def test_pieces_of_a_feed_forward_are_the_whole() -> None:
+    whole, pieces = build(BASE), build(dict(BASE, ff_chunks=5))
+    ids = torch.randint(0, 11, (2, 23))
+    gradients = []
+    for model in (whole, pieces):
+        model(ids, return_loss=True)[0].backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+def test_layers_are_shared() -> None:
+    config = dict(BASE, depth=3, merge='attention')
+    shared, apart = build(dict(config, share_layers=True)), build(config)
+    one = build(dict(config, depth=1))
+    extra = sum(p.numel() for p in shared.step_embeds)
+    assert sum(p.numel() for p in shared.parameters()) == sum(p.numel() for p in one.parameters()) + extra
+
+    weights = {name: weight for name, weight in shared.state_dict().items() if not name.startswith('step_embeds')}
+    # receivers that nothing trains are none here
+    apart.load_state_dict(weights)
+    ids = torch.randint(0, 11, (2, 30))
+    assert not torch.allclose(shared(ids), apart(ids))
+    with torch.no_grad():
+        for steps in shared.step_embeds:
+            steps.zero_()
+    torch.testing.assert_close(shared(ids), apart(ids))
+
+
+def test_tokens_halt_by_themselves() -> None:
+    """Token by token: the mean of its steps by its probabilities, of which the last is what is left."""
+    steps, n = 5, 40
+    halt = AdaptiveHalting(6).double()
+    nn.init.normal_(halt.to_halt.weight)
+    made = torch.randn(steps, 2, n, 6, dtype=torch.float64, requires_grad=True)
+    tokens = torch.zeros(2, n, 6, dtype=torch.float64)
+    pondered, seen = halt.begin(tokens), []
+    for i in range(steps):
+        tokens, pondered = halt(tokens, made[i], pondered, i == steps - 1)
+        seen.append(tokens)
+    taken = set()
+    for b in range(2):
+        for t in range(n):
+            total, output = torch.zeros((), dtype=torch.float64), 0
+            for i in range(steps):
+                probability = halt.to_halt(made[i, b, t]).sigmoid()[0]
+                if total + probability >= 0.99 or i == steps - 1:
+                    break
+                total, output = total + probability, output + probability * made[i, b, t]
+            torch.testing.assert_close(pondered.output[b, t], output + (1 - total) * made[i, b, t])
+            torch.testing.assert_close(pondered.cost[b, t], i + 1 + 1 - total)
+            # a token that has ended stays
+            assert all(torch.equal(x[b, t], made[min(k, i), b, t]) for k, x in enumerate(seen))
+            taken.add(i)
+    assert len(taken) > 2
+
+
+def test_pondering_costs_and_ends() -> None:
+    config = dict(BASE, share_layers=True, depth=4, halting='act', recon_loss_weight=0.0, next_latent_loss_weight=0.0)
+    model, ids = build(dict(config, ponder_loss_weight=0.5)), torch.randint(0, 11, (2, 25))
+    loss, parts = model(ids, return_loss=True)
+    assert set(parts.named) == {'ce', 'ponder/1x', 'ponder/8x', 'ponder/4x'}
+    assert all(1 <= parts.named[f'ponder/{c}x'] <= 5 for c in (1, 4, 8))
+    torch.testing.assert_close(loss, parts.ce + 0.5 * sum(parts.named[f'ponder/{c}x'] for c in (1, 4, 8)))
+
+    ran = []
+    for number, layer in enumerate(model.layers[0]):
+        layer.register_forward_hook(lambda *_, number=number: ran.append(number))
+    with torch.no_grad():
+        for halt in model.halting:
+            halt.to_halt.bias.fill_(20)
+        _, parts = model(ids, return_loss=True)
+    # all end with the first step, and no other is taken
+    assert len(ran) == 3
+    torch.testing.assert_close(parts.named['ponder/1x'], torch.tensor(2.0, dtype=torch.float64))
 
 
 # merging

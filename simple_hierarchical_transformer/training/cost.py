@@ -22,6 +22,8 @@ LEVEL_AT = {
     'chunk_summarizers': 1,
     'to_prophet': 1,
     'to_quantized': 1,
+    'step_embeds': 1,
+    'halting': 1,
     'autoencoder': 2,
 }
 
@@ -64,7 +66,7 @@ def step_flops(model: HierarchicalTransformer, length: int) -> float:
 
 def multiplies(name: str, parameter: nn.Parameter) -> bool:
     """Whether tokens are multiplied with a parameter of that name: not with tables, biases, or what makes kernels."""
-    apart = {'token_emb', *KERNELS} & set(name.split('.'))
+    apart = {'token_emb', 'step_embeds', *KERNELS} & set(name.split('.'))
     return parameter.ndim >= 2 and not apart and not name.endswith('bias')
 
 

@@ -20,7 +20,7 @@ FUSED = ('cpu', 'cuda', 'xpu')
 # what makes kernels and time scales is no matrix that a token is multiplied with
 KERNELS = ('ssm', 'shift_ssm', 'short_conv', 'filters')
 # tables of ids and what maps to ids have a row for each id: nothing that a rotation means anything to
-TABLES = ('token_emb', 'to_logits', 'to_recon', 'to_prophet', 'to_quantized', 'to_ids')
+TABLES = ('token_emb', 'to_logits', 'to_recon', 'to_prophet', 'to_quantized', 'to_ids', 'step_embeds', 'halting')
 
 
 class Muon(torch.optim.AdamW):
