@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -161,6 +162,16 @@ class HierarchicalBlock(nn.Module):
 
     def forward(self, x: Tensor, state: BlockState | None = None, start: int = 0) -> tuple[Tensor, BlockState | None]:
         """Level tokens `(batch, seq, dim)`, the first of index `start`."""
+        return self.within_phases(self.mix, x, state, start)
+
+    def within_phases(
+        self,
+        part: Callable[..., tuple[Tensor, BlockState | None]],
+        x: Tensor,
+        state: BlockState | None = None,
+        start: int = 0,
+    ) -> tuple[Tensor, BlockState | None]:
+        """`part(x, state, start)`, a sequence a row, of level tokens `(batch, seq, dim)` that fall into phases."""
         b, n, d = x.shape
         p = self.phases
         outs: list[Tensor] = []
@@ -170,16 +181,16 @@ class HierarchicalBlock(nn.Module):
             # phases go first, as in the state; (batch, rounds, dim, phases) is a view
             end = group.token + (group.rounds - 1) * p + group.width
             tokens = x[:, group.token : end].unfold(1, group.width, p).permute(3, 0, 1, 2) if p > 1 else x[None]
-            part = None if state is None else state.phases(group.phase, group.width)
+            own = None if state is None else state.phases(group.phase, group.width)
 
-            out, part = self.mix(tokens.flatten(0, 1), part, group.start)
+            out, own = part(tokens.flatten(0, 1), own, group.start)
             outs.append(out.unflatten(0, (-1, b)))
-            if part is not None and torch.is_grad_enabled():
-                parts.append((group.phase, part.map(lambda tensor: tensor.unflatten(0, (-1, b)))))
+            if own is not None and torch.is_grad_enabled():
+                parts.append((group.phase, own.map(lambda tensor: tensor.unflatten(0, (-1, b)))))
 
         # without gradients the parts were views, written in place
         if state is not None and parts:
-            state = state.joined(sorted(parts, key=lambda part: part[0]))
+            state = state.joined(sorted(parts, key=lambda each: each[0]))
         if not outs or p == 1:
             return (outs[0][0] if outs else x), state
 
@@ -194,18 +205,20 @@ class HierarchicalBlock(nn.Module):
 
     def mix(self, x: Tensor, state: BlockState | None, start: int) -> tuple[Tensor, BlockState | None]:
         """One sequence a row, with its own state."""
-        held = state or BlockState()
-        mixer_shift, kept = held.mixer_shift, held.mixer
-
         if self.attn is not None:
-            shifted, last = shift_tokens(x, mixer_shift)
-            mixed, after = self.attn(shifted, None if state is None else kept, start)
-            mixer_shift, kept = keep(mixer_shift, last), after or ()
-            x = x + mixed if self.attn_gate is None else self.attn_gate(x, mixed)
+            update, state = self.mixed(x, state, start)
+            x = x + update if self.attn_gate is None else self.attn_gate(x, update)
+        update, state = self.fed(x, state, start)
+        return (x + update if self.ff_gate is None else self.ff_gate(x, update)), state
 
-        shifted, last = shift_tokens(x, held.ff_shift)
-        x = x + self.ff(shifted) if self.ff_gate is None else self.ff_gate(x, self.ff(shifted))
-        ff_shift = keep(held.ff_shift, last)
-        if state is None or not torch.is_grad_enabled():
-            return x, state
-        return x, BlockState(mixer_shift, ff_shift, kept)
+    def mixed(self, x: Tensor, state: BlockState | None, start: int) -> tuple[Tensor, BlockState | None]:
+        """What the mixer adds to the stream."""
+        mixer: Any = self.attn
+        shifted, last = shift_tokens(x, None if state is None else state.mixer_shift)
+        update, after = mixer(shifted, None if state is None else state.mixer, start)
+        return update, state and replace(state, mixer_shift=keep(state.mixer_shift, last), mixer=after)
+
+    def fed(self, x: Tensor, state: BlockState | None, start: int) -> tuple[Tensor, BlockState | None]:
+        """What the feed-forward adds to the stream."""
+        shifted, last = shift_tokens(x, None if state is None else state.ff_shift)
+        return self.ff(shifted), state and replace(state, ff_shift=keep(state.ff_shift, last))

@@ -108,16 +108,27 @@ class HierarchicalMerge(nn.Module):
         contributions: list[Contribution] | None = None,
     ) -> tuple[list[Tensor], MergeState | None]:
         """`silent` levels, by their compression, are left out; what each gives is added to `contributions`."""
+        updates, state = self.found(tokens, state, position, silent, contributions)
+        merged = list(tokens)
+        for i, update in zip(self.into, updates, strict=True):
+            merged[i] = merged[i] + update
+        return merged, state
+
+    def found(
+        self,
+        tokens: Sequence[Tensor],
+        state: MergeState | None,
+        position: int,
+        silent: Collection[int],
+        contributions: list[Contribution] | None,
+    ) -> tuple[list[Tensor], MergeState | None]:
+        """What is added to each receiving level, and the state after it."""
         out = [i for i, c in enumerate(self.compressions) if c in silent]
         gathered, state = self.gather(tokens, state, position)
         updates = self.updates(gathered, out)
         if contributions is not None:
             contributions.append(self.contribution(gathered, updates, out))
-
-        merged = list(tokens)
-        for i, update in zip(self.into, updates, strict=True):
-            merged[i] = merged[i] + update
-        return merged, state
+        return updates, state
 
     def gather(
         self, tokens: Sequence[Tensor], state: MergeState | None, position: int

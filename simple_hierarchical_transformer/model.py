@@ -48,6 +48,7 @@ from .merge import AttentionMerge, Contribution, HierarchicalMerge, MergeState, 
 from .mixers import MIXERS
 from .mixers.attention import BACKENDS
 from .pretrained import Pretrained, shared_names
+from .reversible import Coupling, run_couplings, run_plainly
 from .state import BlockState, State
 
 # what the published package's windowed attention calls its rotary frequencies
@@ -152,6 +153,8 @@ class HierarchicalTransformer(
         share_feed_forward: likewise for levels of equal `dim` and `ff_mult`.
         residual: how mixers and feed-forwards add to the stream: 'add', or 'gru', by a gated recurrent unit (GTrXL,
             Parisotto et al. 2019, arXiv 1910.06764).
+        reversible: each level has two streams, from which the backward pass finds again what the layers got: in
+            training, activations of one layer are in memory, whatever the depth (Gomez et al. 2017, arXiv 1707.04585).
         ff_chunks: in training, feed-forwards have so many pieces of the sequence one after the other: less memory.
         share_layers: one set of weights for all layers, which are told apart by a learned vector each (Universal
             Transformer, Dehghani et al. 2019, arXiv 1807.03819).
@@ -226,6 +229,7 @@ class HierarchicalTransformer(
         share_attention: bool = False,
         share_feed_forward: bool = False,
         residual: Literal['add', 'gru'] = 'add',
+        reversible: bool = False,
         ff_chunks: int = 1,
         share_layers: bool = False,
         halting: Literal['act'] | None = None,
@@ -287,6 +291,16 @@ class HierarchicalTransformer(
                     f"halting is for share_layers = True and arrangement = 'parallel', got {share_layers} and "
                     f'{arrangement!r}'
                 )
+        if reversible:
+            together: list[tuple[str, Any, Any]] = [
+                ('residual', 'add', residual),
+                ('halting', None, halting),
+                ('arrangement', 'parallel', arrangement),
+                ('gradient_checkpointing', False, gradient_checkpointing),
+            ]
+            for name, allowed, given in together:
+                if given != allowed:
+                    raise ValueError(f'reversible goes with {name} = {allowed!r}, got {given!r}')
         check_choice('quantize_from', quantize_from, ('compressed', 'output'))
         if dynamics_hidden_dim is not None:
             check_int('dynamics_hidden_dim', dynamics_hidden_dim)
@@ -302,6 +316,7 @@ class HierarchicalTransformer(
             ('share_attention', share_attention),
             ('share_feed_forward', share_feed_forward),
             ('share_layers', share_layers),
+            ('reversible', reversible),
             ('use_flash_attn', use_flash_attn),
             ('gradient_checkpointing', gradient_checkpointing),
         ):
@@ -415,6 +430,7 @@ class HierarchicalTransformer(
         self.recon_loss_weight = recon_loss_weight
         self.recon_sample = recon_sample
         self.gradient_checkpointing = gradient_checkpointing
+        self.reversible = reversible
 
         # parts, in the order in which a sequence passes through them
 
@@ -727,6 +743,8 @@ class HierarchicalTransformer(
     def run_parallel(self, embeds: Tensor, now: Pass) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
         """Levels side by side: what their first blocks get, what their last ones give, and the coarsest map."""
         inputs, codes, now.embeds[:] = self.compress_all(embeds, now.state, now.position)
+        if self.reversible:
+            return inputs, self.run_reversible(inputs, now), codes
         tokens = inputs
         halting: Any = self.halting
         pondered = [halt.begin(x) for halt, x in zip(halting, inputs, strict=False)]
@@ -755,6 +773,55 @@ class HierarchicalTransformer(
             before = now.state and now.state.merges[i]
             tokens, held = merge(tokens, before, now.position, now.silent, now.contributions)
         return tokens, [after for _, after in mixed], held
+
+    def run_reversible(self, inputs: list[Tensor], now: Pass) -> list[Tensor]:
+        """What the last blocks give, where each level has two streams: mixers and merges read the second and add to the
+        first, feed-forwards read the first and add to the second. The mean of both is what comes out.
+        """
+        levels, couplings = range(len(self.levels)), []
+        first, second = levels, [len(levels) + j for j in levels]
+
+        def of_block(i: int, j: int, part: Callable[..., Any]) -> Callable[[list[Tensor]], list[Tensor]]:
+            def fn(read: list[Tensor]) -> list[Tensor]:
+                block: Any = self.layers[i][j]  # type: ignore[index]
+                before = now.blocks[i][j] or (now.state and now.state.blocks[i][j])
+                x = read[0]
+                if self.step_embeds:
+                    x = x + self.step_embeds[j][i]
+                update, after = block.within_phases(part, x, before, self.levels[j].length(now.position))
+                if now.state is not None:
+                    now.blocks[i][j] = after
+                return [update]
+
+            return fn
+
+        def of_merge(i: int, merge: HierarchicalMerge) -> Callable[[list[Tensor]], list[Tensor]]:
+            def fn(read: list[Tensor]) -> list[Tensor]:
+                before = None if now.state is None else now.state.merges[i]
+                updates, after = merge.found(read, before, now.position, now.silent, now.contributions)
+                if after is not None:
+                    now.merge_states[i] = after
+                return updates
+
+            return fn
+
+        for i, layer in enumerate(self.layers):
+            blocks: Any = layer
+            for j, block in enumerate(blocks):
+                steps = [self.step_embeds[j]] if self.step_embeds else []
+                if block.attn is not None:
+                    own = [*block.attn.parameters(), *steps]
+                    couplings.append(Coupling(of_block(i, j, block.mixed), [second[j]], [first[j]], own))
+                own = [*block.ff.parameters(), *steps]
+                couplings.append(Coupling(of_block(i, j, block.fed), [first[j]], [second[j]], own))
+            merge: Any = now.merges[i] if now.merges else None
+            if merge is not None:
+                couplings.append(Coupling(of_merge(i, merge), second, merge.into, list(merge.parameters())))
+
+        # what leaves more behind than updates is run once
+        run = run_couplings if now.state is None and now.contributions is None else run_plainly
+        streams = run(couplings, [*inputs, *inputs])
+        return [(streams[j] + streams[second[j]]) / 2 for j in levels]
 
     def run_hourglass(self, embeds: Tensor, now: Pass) -> tuple[list[Tensor], list[Tensor], None]:
         """Levels one inside the other: what their first blocks get, and what their last ones give."""
@@ -1010,7 +1077,7 @@ class HierarchicalTransformer(
     @property
     def _state_spec(self) -> tuple[Any, ...]:
         """What the shape of a state hangs on, and what it means."""
-        layout = (self.arrangement, self.autoencoder is not None, bool(self.halting), *self.merge_kind)
+        layout = (self.arrangement, self.autoencoder is not None, bool(self.halting), self.reversible, *self.merge_kind)
         # what trains a level is no matter of what it remembers
         untrained = dict(next_latent_loss_weight=0.0, prophet_loss_weight=0.0, quantized_loss_weight=0.0)
         levels = (replace(level, **untrained) for level in self.levels)  # type: ignore[arg-type]

@@ -130,10 +130,17 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
                 'window_sizes': None,
             },
         )
-    extra |= either({'residual': 'gru'}, {'ff_chunks': 2})
+    extra |= either(
+        {'residual': 'gru'}, {'ff_chunks': 2}, *([{'reversible': True}] if arrangement == 'parallel' else [])
+    )
     if extra.get('mixer_kwargs', {}).get('pattern_mode') != 'interleave':
         extra |= either(
-            {'share_layers': True}, *([{'share_layers': True, 'halting': 'act'}] if arrangement == 'parallel' else [])
+            {'share_layers': True},
+            *(
+                [{'share_layers': True, 'halting': 'act'}]
+                if arrangement == 'parallel' and 'reversible' not in extra
+                else []
+            ),
         )
     extra |= either(
         {'prophet_loss_weight': each(st.sampled_from([0.0, 0.2]))},

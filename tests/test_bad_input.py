@@ -126,6 +126,18 @@ GOOD: dict[str, Any] = dict(num_tokens=11, dim=8, depth=1, seq_len=16, dim_head=
             "autoencoder takes the compressors' place, and compressor is 'mean'",
         ),
         (dict(residual='none'), "residual must be one of add, gru, got 'none'"),
+        *(
+            (
+                dict(reversible=True, **{name: value}, **more),
+                f'reversible goes with {name} = {allowed!r}, got {value!r}',
+            )
+            for name, value, allowed, more in (
+                ('residual', 'gru', 'add', {}),
+                ('halting', 'act', None, dict(share_layers=True)),
+                ('arrangement', 'hourglass', 'parallel', {}),
+                ('gradient_checkpointing', True, False, {}),
+            )
+        ),
         (dict(ff_chunks=0), 'ff_chunks must be an integer of at least 1, got 0'),
         (dict(share_layers=1), 'share_layers must be True or False, got 1'),
         (

@@ -16,13 +16,15 @@ from torch.utils._pytree import tree_map
 from vector_quantize_pytorch import RandomProjectionQuantizer as PublishedQuantizer
 
 from simple_hierarchical_transformer import HierarchicalTransformer, LossParts, losses
+from simple_hierarchical_transformer import model as model_module
 from simple_hierarchical_transformer.block import GRUGate
 from simple_hierarchical_transformer.compress import Compressor
 from simple_hierarchical_transformer.halting import AdaptiveHalting
 from simple_hierarchical_transformer.levels import Level
 from simple_hierarchical_transformer.losses import RandomProjectionQuantizer
 from simple_hierarchical_transformer.merge import AttentionMerge, HierarchicalMerge
-from simple_hierarchical_transformer.training.cost import level_of
+from simple_hierarchical_transformer.reversible import run_plainly
+from simple_hierarchical_transformer.training.cost import bytes_kept, level_of
 
 BASE: dict[str, Any] = dict(
     num_tokens=11,
@@ -82,6 +84,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     'windows of half': dict(window_sizes='auto'),
     'gated residuals': dict(residual='gru'),
     'feed-forward in pieces': dict(ff_chunks=3),
+    'reversible': dict(reversible=True, depth=3, merge_into='all', ff_chunks=2),
+    'reversible of shared layers': dict(reversible=True, share_layers=True, merge='attention', share_feed_forward=True),
     'shared layers': dict(share_layers=True, depth=3, merge='attention'),
     'shared layers that halt': dict(share_layers=True, depth=4, halting='act', merge_into='all'),
 }  # fmt: skip
@@ -124,7 +128,9 @@ def test_chunks_equal_one_pass(option: dict[str, Any], grad: bool) -> None:
 def test_learns_one_batch_in_all_parts(option: dict[str, Any]) -> None:
     """Every part of the loss falls, every weight has a gradient, and recomputing layers changes none of it."""
     config = {**BASE, **option}
-    model, again = build(config).float(), build({**config, 'gradient_checkpointing': True}).float()
+    # what is reversible computes layers again by itself
+    checkpointing = not config.get('reversible', False)
+    model, again = build(config).float(), build({**config, 'gradient_checkpointing': checkpointing}).float()
     ids = torch.randint(0, 11, (2, 25))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     history = []
@@ -406,6 +412,59 @@ def test_pieces_of_a_feed_forward_are_the_whole() -> None:
         model(ids, return_loss=True)[0].backward()
         gradients.append([p.grad for p in model.parameters()])
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(
+    'option', [dict(depth=3), dict(share_layers=True, merge='attention', merge_into='all')], ids=str
+)
+def test_reversible_gradients_are_those_of_the_plain_form(
+    option: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dict(BASE, window_sizes=(3, 0, None), reversible=True, **option)
+    model, ids = build(config), torch.randint(0, 11, (2, 30))
+    loss, _ = model(ids, return_loss=True)
+    ours = torch.autograd.grad(loss, list(model.parameters()))
+    monkeypatch.setattr(model_module, 'run_couplings', run_plainly)
+    plain, _ = model(ids, return_loss=True)
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(ours, torch.autograd.grad(plain, list(model.parameters())), rtol=1e-9, atol=1e-12)
+
+
+def test_reversible_streams_written_out() -> None:
+    model, ids = build(dict(BASE, reversible=True, merge_into=(1, 8))), torch.randint(0, 11, (2, 30))
+    first = list(model(ids, return_hierarchical_token_embeds=True))
+    second = list(first)
+    for layer, merge in zip(model.layers, model.hierarchical_merges, strict=True):
+        for j, block in enumerate(layer):
+            first[j] = first[j] + block.within_phases(block.mixed, second[j])[0]
+            second[j] = second[j] + block.within_phases(block.fed, first[j])[0]
+        merged, _ = merge(second)
+        first = [a + new - b for a, new, b in zip(first, merged, second, strict=True)]
+    tokens = model(ids, return_hierarchical_embeds=True)
+    for a, b, norm, x in zip(first, second, model.norms, tokens, strict=True):
+        torch.testing.assert_close(x, norm((a + b) / 2))
+
+
+def test_reversible_layers_are_not_kept() -> None:
+    def kept(depth: int, **changes: Any) -> int:
+        config = dict(BASE, dim=32, heads=2, depth=depth, recon_loss_weight=0.0, next_latent_loss_weight=0.0)
+        model = HierarchicalTransformer(**{**config, **changes})
+        return bytes_kept(model, torch.randint(0, 11, (2, SEQ_LEN)), return_loss=True)
+
+    assert kept(8, reversible=True) == kept(2, reversible=True)
+    assert kept(8) > 3 * kept(2)
+    assert kept(8, reversible=True) < kept(2)
+
+
+def test_reversible_runs_in_half_precision() -> None:
+    model, ids = build(dict(BASE, reversible=True)), torch.randint(0, 11, (2, 25))
+    expected, _ = model(ids, return_loss=True)
+    model = model.float()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        loss, _ = model(ids, return_loss=True)
+    loss.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=0.03, atol=0.03)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 def test_layers_are_shared() -> None:

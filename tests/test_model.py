@@ -101,6 +101,10 @@ def test_losses_equal_the_definitions_written_out(config: dict[str, Any], n: int
                             seen.append(-given_back[k, read[b, position]])
             recon = recon + mean(seen)
 
+        if config.get('halting'):
+            # what it is has a test of its own
+            others = others + 0.01 * parts.named[f'ponder/{c}x']
+
         if level.prophet_loss_weight > 0 and (c > 1 or index not in model.predict_from):
             foreseen = []
             for b in range(2):

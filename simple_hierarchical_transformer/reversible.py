@@ -1,0 +1,95 @@
+"""Layers whose inputs are found again from their outputs, so that no layer's need be kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .norm import is_traced
+
+
+class Coupling(NamedTuple):
+    """A step that adds to some streams what it makes of others: streams that are read are none that are written."""
+
+    fn: Callable[[list[Tensor]], list[Tensor]]
+    """From the streams that are read, what is added to each that is written. It gives the same again, called again."""
+    reads: Sequence[int]
+    writes: Sequence[int]
+    parameters: Sequence[nn.Parameter]
+    """All that `fn` has."""
+
+
+def run_couplings(couplings: Sequence[Coupling], streams: Sequence[Tensor]) -> list[Tensor]:
+    """The streams after all couplings, in their order.
+
+    In training, of all that happens on the way nothing is kept but the streams at the end: the backward pass takes from
+    them what each coupling added, and forms it again to differentiate it. The gradients are the plain form's, at the
+    price of a second forward pass. Gomez et al. 2017, arXiv 1707.04585, algorithm 1; for transformers: Kitaev et al.
+    2020, arXiv 2001.04451, section 3. Under the compiler and the transforms of torch.func, which see through plain
+    operations alone, it is the plain form. It can be differentiated once.
+    """
+    parameters = list(dict.fromkeys(p for coupling in couplings for p in coupling.parameters))
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (*streams, *parameters))
+    if trains and not is_traced():
+        return list(_Reversible.apply(couplings, len(streams), *streams, *parameters))
+    return run_plainly(couplings, streams)
+
+
+def run_plainly(couplings: Sequence[Coupling], streams: Sequence[Tensor]) -> list[Tensor]:
+    streams = list(streams)
+    for fn, reads, writes, _ in couplings:
+        for i, update in zip(writes, fn([streams[i] for i in reads]), strict=True):
+            streams[i] = streams[i] + update
+    return streams
+
+
+class _Reversible(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, couplings: Sequence[Coupling], count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.couplings, ctx.count = couplings, count
+        device = tensors[0].device.type
+        # as it was, for what is formed again
+        ctx.autocast = dict(
+            device_type=device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device)
+        )
+        streams = run_plainly(couplings, tensors[:count])
+        # a stream that nothing was added to would be returned as it came
+        streams = [t.clone() if t is given else t for t, given in zip(streams, tensors[:count], strict=True)]
+        ctx.save_for_backward(*streams, *tensors[count:])
+        return tuple(streams)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        streams, parameters = list(ctx.saved_tensors[: ctx.count]), ctx.saved_tensors[ctx.count :]
+        into = list(grads)
+        found: dict[int, Tensor] = {}
+
+        for fn, reads, writes, own in reversed(ctx.couplings):
+            wanted = [p for p in own if p.requires_grad]
+            read = [streams[i].detach().requires_grad_() for i in reads]
+            with torch.enable_grad(), torch.autocast(**ctx.autocast):
+                updates = fn(read)
+            with torch.no_grad():
+                for i, update in zip(writes, updates, strict=True):
+                    streams[i] = streams[i] - update
+            # an update that hangs on none of them has no gradient
+            pairs = [(update, into[i]) for i, update in zip(writes, updates, strict=True) if update.requires_grad]
+            if not pairs:
+                continue
+            outs, ahead = zip(*((update, grad.to(update.dtype)) for update, grad in pairs), strict=True)
+            got = torch.autograd.grad(outs, [*read, *wanted], ahead, allow_unused=True)
+            for i, grad in zip(reads, got[: len(reads)], strict=True):
+                if grad is not None:
+                    into[i] = into[i] + grad
+            for p, grad in zip(wanted, got[len(reads) :], strict=True):
+                if grad is not None:
+                    found[id(p)] = found[id(p)] + grad if id(p) in found else grad
+
+        order = list(dict.fromkeys(p for coupling in ctx.couplings for p in coupling.parameters))
+        assert len(order) == len(parameters)
+        return None, None, *into, *(found.get(id(p)) for p in order)
