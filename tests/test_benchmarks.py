@@ -47,7 +47,7 @@ def test_ablations_go_on_where_they_stopped(
     ablations: Any, monkeypatch: pytest.MonkeyPatch, corpus: Path, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(ablations.BASE, 'dim', 8)
-    monkeypatch.setattr(ablations, 'ROUNDS', 1)
+    monkeypatch.setattr(ablations.paced, 'ROUNDS', 1)
 
     def ask(*args: object) -> dict[str, Any]:
         monkeypatch.setattr(sys, 'argv', ['ablations.py', '--data', str(corpus), *map(str, args)])
@@ -67,3 +67,51 @@ def test_ablations_go_on_where_they_stopped(
     assert (tmp_path / 'ablations.png').stat().st_size > 1000
     with pytest.raises(SystemExit, match='was made with'):
         ask('--minutes', 0.02, '--only', 'default')
+
+
+def test_mixers_are_timed_trained_and_reported(monkeypatch: pytest.MonkeyPatch, corpus: Path, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(ROOT / 'benchmarks')
+    mixers = importlib.import_module('mixers')
+    monkeypatch.setattr(mixers, 'HERE', tmp_path)
+    monkeypatch.setattr(mixers, 'RESULTS', tmp_path / 'mixers.json')
+    monkeypatch.setattr(mixers, 'LENGTH', 64)
+    monkeypatch.setattr(mixers.paced, 'ROUNDS', 1)
+    monkeypatch.setitem(mixers.BASE, 'dim', 8)
+    settings = (
+        '--minutes',
+        0.002,
+        '--valid-bytes',
+        1024,
+        '--seeds',
+        1,
+        '--only',
+        'attention',
+        's4d',
+        '--lengths',
+        1024,
+    )
+    monkeypatch.setattr(sys, 'argv', ['mixers.py', '--data', str(corpus), *map(str, settings)])
+    mixers.main()
+    held = json.loads((tmp_path / 'mixers.json').read_text())
+    assert 2 < held['runs']['s4d']['0']['bits'] < 9
+    assert held['costs']['s4d']['writing']['state'] < held['costs']['attention']['writing']['state']
+    assert '| s4d |' in (tmp_path / 'mixers.md').read_text()
+    assert (tmp_path / 'mixers_by_length.png').stat().st_size > 1000
+
+
+def test_synthetic_tasks_have_one_answer_and_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(ROOT / 'benchmarks')
+    synthetics = importlib.import_module('synthetics')
+    ids, answers = synthetics.recall(50)
+    for row, answer in zip(ids.tolist(), answers.tolist(), strict=True):
+        # all that ever followed the key that is asked for
+        assert {row[i + 1] for i in range(0, len(row) - 1, 2) if row[i] == row[-1]} == {answer}
+    ids, answers = synthetics.induction(50)
+    for row, answer in zip(ids.tolist(), answers.tolist(), strict=True):
+        assert [row[i + 1] for i in range(len(row) - 1) if row[i] == row[-1]] == [answer]
+
+    monkeypatch.setattr(synthetics, 'HERE', tmp_path)
+    monkeypatch.setattr(synthetics, 'RESULTS', tmp_path / 'synthetics.json')
+    monkeypatch.setattr(sys, 'argv', ['synthetics.py', '--steps', '5', '--seeds', '1', '--only', 'hyena'])
+    synthetics.main()
+    assert '| hyena |' in (tmp_path / 'synthetics.md').read_text()

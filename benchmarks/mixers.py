@@ -1,0 +1,160 @@
+"""What each mixer is worth, and what it costs: bits per byte at equal time, time by length, bytes a second in writing.
+
+python benchmarks/mixers.py --data enwiki-articles.xml.bz2
+
+Writes mixers.json run by run, and goes on from it; --report makes tables and picture of what it holds. How runs are
+compared: paced.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import paced
+import torch
+from side_by_side import machine, timed
+
+from simple_hierarchical_transformer import HierarchicalTransformer
+from simple_hierarchical_transformer.training.report import replace_file, write_text
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / 'mixers.json'
+LENGTH, BATCH = 1024, 1
+
+# one level: what a mixer can do alone
+BASE: dict[str, Any] = dict(
+    dim=128, depth=3, heads=2, hierarchies=1, hierarchical_stride=1, window_sizes=None, recon_loss_weight=0.0,
+    next_latent_loss_weight=0.0,
+)  # fmt: skip
+DEFAULT = 'attention'
+
+
+def mixer(name: str, **kwargs: Any) -> dict[str, Any]:
+    return dict(mixer=name, mixer_kwargs=kwargs)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    DEFAULT: {},
+    'attention in a window of 64': dict(window_sizes=64),
+    'attention, one head of keys': mixer('attention', kv_heads=1),
+    'attention, strided, interleaved': mixer('attention', pattern='strided'),
+    'attention, strided, union': mixer('attention', pattern='strided', pattern_mode='union'),
+    'attention, fixed, heads': mixer('attention', pattern='fixed', pattern_mode='heads'),
+    'lsh': mixer('lsh'),
+    'gateloop': mixer('gateloop'),
+    'simple-gateloop': mixer('simple-gateloop'),
+    's4d': mixer('s4d'),
+    's4d, inv': mixer('s4d', init='inv'),
+    'h3': mixer('h3'),
+    'hyena': mixer('hyena'),
+    'attention, gated residuals': dict(residual='gru'),
+    'attention, reversible': dict(reversible=True),
+    'attention, shared layers': dict(share_layers=True),
+    'attention, shared layers that halt': dict(share_layers=True, halting='act'),
+}
+LENGTHS = tuple(1024 * 2**k for k in range(6))
+# a layer that is slower than this at one length is not timed at the next
+TOO_SLOW = 20.0
+
+
+def by_length(settings: dict[str, Any], lengths: tuple[int, ...]) -> dict[str, float]:
+    """Milliseconds that one layer takes, forward and backward, over a sequence of each length: the best of three."""
+    found: dict[str, float] = {}
+    for n in lengths:
+        torch.manual_seed(0)
+        config = {**BASE, **settings, 'depth': 1}
+        block = HierarchicalTransformer(num_tokens=256, seq_len=n, **config).layers[0][0]  # type: ignore[index]
+        x = torch.randn(1, n, BASE['dim'], requires_grad=True)
+        best = min(timed(lambda block=block, x=x: block(x)[0].sum().backward())[0] for _ in range(3))
+        found[str(n)] = 1000 * best
+        if best > TOO_SLOW:
+            break
+    return found
+
+
+def writing(settings: dict[str, Any], *, new: int, context: int) -> dict[str, float]:
+    """Bytes a second in generation after a context, and the bytes of its state."""
+    torch.manual_seed(0)
+    model = HierarchicalTransformer(num_tokens=256, seq_len=2 * context, **{**BASE, **settings}).eval()
+    prompt = torch.randint(0, 256, (1, context))
+    with torch.no_grad():
+        _, state = model(prompt, return_state=True)
+        model.generate(prompt[:, :1], 2, state=state.clone())
+        seconds = min(timed(lambda: model.generate(prompt[:, :1], new, state=state.clone()))[0] for _ in range(3))
+    return dict(bytes_a_second=new / seconds, state=state.nbytes)
+
+
+def report(held: dict[str, Any]) -> None:
+    lines = [
+        '# What each mixer is worth, and what it costs',
+        '',
+        paced.protocol(held, 'mixers.py', BASE, DEFAULT, length=LENGTH, batch=BATCH),
+        '',
+        *paced.table(held, OPTIONS, DEFAULT),
+        '',
+        '![difference of each mixer to attention](mixers.png)',
+        '',
+        f'One layer of width {BASE["dim"]}, forward and backward, in milliseconds by the length of the sequence; bytes '
+        'a second that the whole model writes, and the kilobytes of its state, after a context of 1,024 bytes in a '
+        f'model for 2,048. The best of three. {held["costs_machine"]}. Made by the same command.',
+        '',
+        f'| mixer | {" | ".join(f"{n // 1024}k" for n in LENGTHS)} | bytes a second | state, kB |',
+        f'|{"---|" * (len(LENGTHS) + 3)}',
+    ]
+    for name in (name for name in OPTIONS if name in held['costs']):
+        cost = held['costs'][name]
+        times = [f'{cost["ms"][str(n)]:,.0f}' if str(n) in cost['ms'] else '' for n in LENGTHS]
+        wrote = cost['writing']
+        lines.append(f'| {name} | {" | ".join(times)} | {wrote["bytes_a_second"]:.0f} | {wrote["state"] / 1000:,.0f} |')
+    lines += ['', '![time of a layer by length](mixers_by_length.png)']
+    write_text(HERE / 'mixers.md', '\n'.join(lines) + '\n')
+    paced.draw(HERE / 'mixers.png', held, DEFAULT)
+    draw_lengths(held)
+
+
+def draw_lengths(held: dict[str, Any]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout='constrained')
+    axes = figure.subplots()
+    for k, (name, cost) in enumerate(held['costs'].items()):
+        style = ('-', '--', ':')[k // 10]
+        axes.plot([int(n) for n in cost['ms']], list(cost['ms'].values()), style, marker='o', markersize=3, label=name)
+    axes.set(xscale='log', yscale='log', xlabel='tokens', ylabel='milliseconds, forward and backward')
+    axes.set_xticks(LENGTHS, [f'{n // 1024}k' for n in LENGTHS])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, ncols=2)
+    replace_file(HERE / 'mixers_by_length.png', lambda partial: figure.savefig(partial, dpi=120, format='png'))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    paced.add_arguments(parser, OPTIONS, minutes=1.0, seeds=2)
+    parser.add_argument('--lengths', type=int, nargs='+', default=LENGTHS, help='at which a layer is timed')
+    args = parser.parse_args()
+
+    held: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    costs: dict[str, Any] = held.get('costs', {})
+    measured_on = held.get('costs_machine', machine())
+    if not args.report:
+        for name in args.only or OPTIONS:
+            if name not in costs:
+                found = dict(
+                    ms=by_length(OPTIONS[name], tuple(args.lengths)),
+                    writing=writing(OPTIONS[name], new=100, context=1024),
+                )
+                costs[name] = found
+                print(f'{name}: {", ".join(f"{ms:.0f}" for ms in found["ms"].values())} ms', flush=True)
+    options = {name: {**BASE, **changes} for name, changes in OPTIONS.items()}
+    held = paced.run_all(args, options, DEFAULT, RESULTS, length=LENGTH, batch=BATCH)
+    held |= dict(costs=costs, costs_machine=measured_on)
+    write_text(RESULTS, json.dumps(held, indent=1) + '\n')
+    report(held)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,234 @@
+"""Options of a model compared at equal time, whatever else the machine does: steps are timed first, all in turns.
+
+A machine's pace moves from minute to minute, by more than most options do. So each option's step is timed beside the
+default's, round by round, and each then trains, by train.py, for as many steps as fit into the time at that pace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from side_by_side import ROOT, machine, timed
+from torch import nn
+
+from simple_hierarchical_transformer import HierarchicalTransformer
+from simple_hierarchical_transformer.training.optim import build_optimizer
+from simple_hierarchical_transformer.training.report import replace_file, write_text
+
+# rounds of the clock, and steps in each
+ROUNDS, STEPS = 21, 3
+
+Options = Mapping[str, dict[str, Any]]
+
+
+def pace(options: Options, default: str, *, length: int, batch: int) -> tuple[float, dict[str, float]]:
+    """Milliseconds of a step of the default, and how many times that a step of each takes: medians over rounds."""
+    steps = {}
+    for name, settings in options.items():
+        torch.manual_seed(0)
+        model = HierarchicalTransformer(num_tokens=256, ignore_index=-1, seq_len=length, **settings)
+        optimizer = build_optimizer(model, 'adamw', lr=1e-4, weight_decay=0.1)
+
+        def step(model: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            for _ in range(STEPS):
+                model(torch.randint(0, 256, (batch, length + 1)), return_loss=True)[0].backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+
+        step()
+        steps[name] = step
+    seconds: dict[str, list[float]] = {name: [] for name in options}
+    for _ in range(ROUNDS):
+        for name, step in steps.items():
+            seconds[name].append(timed(step)[0] / STEPS)
+    base = seconds[default]
+    ratios = {name: [a / b for a, b in zip(found, base, strict=True)] for name, found in seconds.items()}
+    return 1000 * statistics.median(base), {name: statistics.median(found) for name, found in ratios.items()}
+
+
+def train(
+    model: dict[str, Any],
+    args: argparse.Namespace,
+    *,
+    seed: int,
+    steps: int,
+    length: int,
+    batch: int,
+    look: Callable[[HierarchicalTransformer], dict[str, Any]],
+) -> dict[str, Any]:
+    """One run of train.py, in a folder that goes when it has been read, and what `look` finds in its model."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / 'run'
+        command = [
+            sys.executable, str(ROOT / 'train.py'), '--preset', 'cpu', '--data', args.data, '--seq-len', str(length),
+            '--batch-size', str(batch), '--steps', str(steps), '--seed', str(seed),
+            '--valid-bytes', str(args.valid_bytes), '--every', str(10**9), '--checkpoint-every', str(10**9),
+            '--out', str(out), '--model', *(f'{key}={value}' for key, value in model.items()),
+        ]  # fmt: skip
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            sys.exit(f'{model}, seed {seed}: {result.stderr[-2000:]}')
+        with open(out / 'metrics.csv') as file:
+            last = list(csv.DictReader(file))[-1]
+        trained = HierarchicalTransformer.from_pretrained(out / 'final')
+    return dict(
+        bits=float(last['valid_bits_per_byte']),
+        streaming=float(last['valid_streaming_bits_per_byte']),
+        steps=int(last['step']),
+        parameters=sum(p.numel() for p in trained.parameters()),
+        **look(trained),
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser, options: Options, *, minutes: float, seeds: int) -> None:
+    parser.add_argument('--data', default='enwik8', help='what train.py --data takes')
+    parser.add_argument('--minutes', type=float, default=minutes, help='of training, for each run')
+    parser.add_argument('--seeds', type=int, default=seeds)
+    parser.add_argument('--valid-bytes', type=int, default=1 << 15)
+    parser.add_argument('--only', nargs='+', choices=options, help='some of the options, and the default')
+    parser.add_argument('--report', action='store_true', help='train nothing')
+
+
+def run_all(
+    args: argparse.Namespace,
+    options: Options,
+    default: str,
+    results: Path,
+    *,
+    length: int,
+    batch: int,
+    look: Callable[[str, HierarchicalTransformer], dict[str, Any]] = lambda *_: {},
+) -> dict[str, Any]:
+    """All runs that are asked for, each written to `results` once it is done; those that stand there are kept."""
+    held: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
+    if not args.report:
+        asked = dict(data=Path(args.data).name, minutes=args.minutes, valid_bytes=args.valid_bytes)
+        if held and asked != {key: held[key] for key in asked}:
+            sys.exit(f'{results} was made with { ({key: held[key] for key in asked}) }: move it away to begin anew')
+        held = held or dict(**asked, machine=machine(), pace={}, runs={})
+        names = list(dict.fromkeys([default, *(args.only or options)]))
+        if set(names) - set(held['pace']):
+            # what was timed before stays as it was
+            ms, ratios = pace({name: options[name] for name in names}, default, length=length, batch=batch)
+            held['ms'], held['pace'] = held.get('ms', ms), ratios | held['pace']
+            write_text(results, json.dumps(held, indent=1) + '\n')
+        for seed in range(args.seeds):
+            for name in names:
+                done = held['runs'].setdefault(name, {})
+                if str(seed) not in done:
+                    steps = max(round(60_000 * args.minutes / (held['ms'] * held['pace'][name])), 1)
+
+                    def look_at(model: HierarchicalTransformer, name: str = name) -> dict[str, Any]:
+                        return look(name, model)
+
+                    done[str(seed)] = found = train(
+                        options[name], args, seed=seed, steps=steps, length=length, batch=batch, look=look_at
+                    )
+                    write_text(results, json.dumps(held, indent=1) + '\n')
+                    print(f'{name}, seed {seed}: {found["bits"]:.3f}, {found["steps"]} steps', flush=True)
+    if not held.get('runs', {}).get(default):
+        sys.exit(f'{results} has no run of the default to compare with')
+    return held
+
+
+def mean_and_spread(values: list[float]) -> tuple[float, float]:
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def differences(runs: dict[str, Any], default: str) -> dict[str, list[float]]:
+    """Bits per byte of each option above those of the default, seed by seed."""
+    base = runs[default]
+    return {
+        name: [run['bits'] - base[seed]['bits'] for seed, run in found.items() if seed in base]
+        for name, found in runs.items()
+    }
+
+
+def chance(apart: dict[str, list[float]], default: str) -> float:
+    """How far apart from the default a mean over seeds comes to be by chance, 99 times in 100.
+
+    2.7 times its standard error, and that by the spread of all options' differences together: a few of one option's
+    say too little of how far they spread.
+    """
+    others = [found for name, found in apart.items() if name != default and len(found) > 1]
+    if not others:
+        return 0.0
+    return 2.7 * math.sqrt(statistics.mean(statistics.variance(found) / len(found) for found in others))
+
+
+def table(held: dict[str, Any], options: Options, default: str) -> list[str]:
+    """A line for each option, the best first."""
+    apart = differences(held['runs'], default)
+    reach = chance(apart, default)
+    rows = []
+    for name in (name for name in options if name in held['runs']):
+        found = list(held['runs'][name].values())
+        bits, spread = mean_and_spread([run['bits'] for run in found])
+        delta, delta_spread = mean_and_spread(apart[name])
+        says = 'chance' if abs(delta) <= reach else 'helps' if delta < 0 else 'hurts'
+        cells = [
+            name,
+            f'{bits:.3f} ± {spread:.3f}',
+            '' if name == default else f'{delta:+.3f} ± {delta_spread:.3f}',
+            '' if name == default else says,
+            f'{held["ms"] * held["pace"][name]:.0f}',
+            f'{found[0]["steps"]:,}',
+            f'{found[0]["parameters"] / 1e6:.2f}',
+        ]
+        rows.append((delta, f'| {" | ".join(cells)} |'))
+    return [
+        '| option | bits per byte | to the default | | ms a step | steps | parameters, M |',
+        '|---|---|---|---|---|---|---|',
+        *(row for _, row in sorted(rows)),
+    ]
+
+
+def protocol(held: dict[str, Any], script: str, base: dict[str, Any], default: str, *, length: int, batch: int) -> str:
+    """How the runs were made, for above their table."""
+    sizes = ', '.join(f'`{key} = {value!r}`' for key, value in base.items())
+    runs, minutes = held['runs'], held['minutes']
+    reach = chance(differences(runs, default), default)
+    return (
+        f'Validation bits per byte after {minutes:g} minutes of training, {len(runs[default])} seeds: mean and '
+        f'standard deviation; the difference to the default is taken seed by seed. {held["machine"]}. Made by `python '
+        f'benchmarks/{script} --data {held["data"]} --minutes {minutes:g} --seeds {len(runs[default])}`.\n\n'
+        f'All runs are `train.py --preset cpu` ({batch} x {length} bytes a step, AdamW), {held["valid_bytes"]:,} bytes '
+        f'of the validation split, in windows of {length}, with the model {sizes}, and one option changed. Steps were '
+        f'timed first, all options in turns ({ROUNDS} rounds of {STEPS} steps, the median ratio to the default), and '
+        'each option then had as many as fit into the time at its pace: it pays for what it costs, and not for what '
+        f'else the machine had to do. Sorted by the difference. A mean within {reach:.3f} of the default is called '
+        'chance: 2.7 standard errors, by the spread of all differences together.'
+    )
+
+
+def draw(path: Path, held: dict[str, Any], default: str) -> None:
+    """The differences to the default, run by run."""
+    from matplotlib.figure import Figure
+
+    apart = differences(held['runs'], default)
+    reach = chance(apart, default)
+    found = {name: each for name, each in apart.items() if name != default}
+    names = sorted(found, key=lambda name: statistics.mean(found[name]))
+    figure = Figure(figsize=(8, 0.3 * len(names) + 1.2), layout='constrained')
+    axes = figure.subplots()
+    for y, name in enumerate(names):
+        axes.plot(found[name], [y] * len(found[name]), 'o', color='tab:blue', alpha=0.4, markersize=5)
+        axes.plot(statistics.mean(found[name]), y, '|', color='black', markersize=14)
+    axes.axvspan(-reach, reach, color='gray', alpha=0.2, label='chance')
+    axes.set(yticks=range(len(names)), yticklabels=names, xlabel='bits per byte above the default (left is better)')
+    axes.invert_yaxis()
+    axes.grid(axis='x', alpha=0.3)
+    axes.legend(loc='lower right')
+    replace_file(path, lambda partial: figure.savefig(partial, dpi=120, format='png'))
