@@ -15,7 +15,7 @@ test: $(VENV)/test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n auto --dist loadfile $(ARGS)
 
 # one stamp for each set of packages, made anew when what it was made from changes
 $(VENV)/train $(VENV)/test: setup.py pyproject.toml constraints.txt

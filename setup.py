@@ -34,6 +34,7 @@ setup(
         'track': ['tensorboard>=2.15'],
         'test': [
             'pytest>=8',
+            'pytest-xdist>=3.5',
             'hypothesis>=6.100',
             'ruff>=0.9',
             'mypy>=1.13',

@@ -159,6 +159,8 @@ class Run:
         if self.length < (stride := max(level.stride for level in model.levels)):
             # a level without a token has no gradient, which processes would wait for
             raise ValueError(f'--segment-length must be at least the largest stride, {stride}, got {self.length}')
+        if self.accelerator.is_fsdp2 and model.reversible:
+            raise ValueError('reversible layers run parts of a block on their own, which cannot be sharded with it')
         if self.accelerator.is_fsdp2 and (shared := shared_names(model)):
             name, first = next(iter(shared.items()))
             raise ValueError(f'weights that blocks share, as {name} and {first}, cannot be sharded with their blocks')

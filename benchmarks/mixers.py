@@ -2,8 +2,8 @@
 
 python benchmarks/mixers.py --data enwiki-articles.xml.bz2
 
-Writes mixers.json run by run, and goes on from it; --report makes tables and picture of what it holds. How runs are
-compared: paced.py.
+Writes mixers.json and mixers_costs.json run by run, and goes on from them; --report makes tables and pictures of what
+they hold. How runs are compared: paced.py.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from simple_hierarchical_transformer.training.report import replace_file, write_
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / 'mixers.json'
+COSTS = HERE / 'mixers_costs.json'
 LENGTH, BATCH = 1024, 1
 
 # one level: what a mixer can do alone
@@ -36,7 +37,7 @@ def mixer(name: str, **kwargs: Any) -> dict[str, Any]:
     return dict(mixer=name, mixer_kwargs=kwargs)
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
+MIXERS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
     'attention in a window of 64': dict(window_sizes=64),
     'attention, one head of keys': mixer('attention', kv_heads=1),
@@ -48,13 +49,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     'simple-gateloop': mixer('simple-gateloop'),
     's4d': mixer('s4d'),
     's4d, inv': mixer('s4d', init='inv'),
+    's4d, by matrices': mixer('s4d', fft='monarch'),
     'h3': mixer('h3'),
     'hyena': mixer('hyena'),
+}
+# what stands around a mixer
+AROUND: dict[str, dict[str, Any]] = {
     'attention, gated residuals': dict(residual='gru'),
     'attention, reversible': dict(reversible=True),
     'attention, shared layers': dict(share_layers=True),
     'attention, shared layers that halt': dict(share_layers=True, halting='act'),
 }
+OPTIONS = {**MIXERS, **AROUND}
 LENGTHS = tuple(1024 * 2**k for k in range(6))
 # a layer that is slower than this at one length is not timed at the next
 TOO_SLOW = 20.0
@@ -87,7 +93,7 @@ def writing(settings: dict[str, Any], *, new: int, context: int) -> dict[str, fl
     return dict(bytes_a_second=new / seconds, state=state.nbytes)
 
 
-def report(held: dict[str, Any]) -> None:
+def report(held: dict[str, Any], costs: dict[str, Any]) -> None:
     lines = [
         '# What each mixer is worth, and what it costs',
         '',
@@ -99,28 +105,28 @@ def report(held: dict[str, Any]) -> None:
         '',
         f'One layer of width {BASE["dim"]}, forward and backward, in milliseconds by the length of the sequence; bytes '
         'a second that the whole model writes, and the kilobytes of its state, after a context of 1,024 bytes in a '
-        f'model for 2,048. The best of three. {held["costs_machine"]}. Made by the same command.',
+        f'model for 2,048. The best of three. {costs["machine"]}. Made by the same command.',
         '',
         f'| mixer | {" | ".join(f"{n // 1024}k" for n in LENGTHS)} | bytes a second | state, kB |',
         f'|{"---|" * (len(LENGTHS) + 3)}',
     ]
-    for name in (name for name in OPTIONS if name in held['costs']):
-        cost = held['costs'][name]
+    for name in (name for name in OPTIONS if name in costs['found']):
+        cost = costs['found'][name]
         times = [f'{cost["ms"][str(n)]:,.0f}' if str(n) in cost['ms'] else '' for n in LENGTHS]
         wrote = cost['writing']
         lines.append(f'| {name} | {" | ".join(times)} | {wrote["bytes_a_second"]:.0f} | {wrote["state"] / 1000:,.0f} |')
     lines += ['', '![time of a layer by length](mixers_by_length.png)']
     write_text(HERE / 'mixers.md', '\n'.join(lines) + '\n')
     paced.draw(HERE / 'mixers.png', held, DEFAULT)
-    draw_lengths(held)
+    draw_lengths(costs['found'])
 
 
-def draw_lengths(held: dict[str, Any]) -> None:
+def draw_lengths(costs: dict[str, Any]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout='constrained')
     axes = figure.subplots()
-    for k, (name, cost) in enumerate(held['costs'].items()):
+    for k, (name, cost) in enumerate(costs.items()):
         style = ('-', '--', ':')[k // 10]
         axes.plot([int(n) for n in cost['ms']], list(cost['ms'].values()), style, marker='o', markersize=3, label=name)
     axes.set(xscale='log', yscale='log', xlabel='tokens', ylabel='milliseconds, forward and backward')
@@ -137,23 +143,18 @@ def main() -> None:
     parser.add_argument('--lengths', type=int, nargs='+', default=LENGTHS, help='at which a layer is timed')
     args = parser.parse_args()
 
-    held: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    costs: dict[str, Any] = held.get('costs', {})
-    measured_on = held.get('costs_machine', machine())
+    costs: dict[str, Any] = json.loads(COSTS.read_text()) if COSTS.exists() else dict(machine=machine(), found={})
     if not args.report:
         for name in args.only or OPTIONS:
-            if name not in costs:
-                found = dict(
+            if name in MIXERS and name not in costs['found']:
+                costs['found'][name] = found = dict(
                     ms=by_length(OPTIONS[name], tuple(args.lengths)),
                     writing=writing(OPTIONS[name], new=100, context=1024),
                 )
-                costs[name] = found
+                write_text(COSTS, json.dumps(costs, indent=1) + '\n')
                 print(f'{name}: {", ".join(f"{ms:.0f}" for ms in found["ms"].values())} ms', flush=True)
     options = {name: {**BASE, **changes} for name, changes in OPTIONS.items()}
-    held = paced.run_all(args, options, DEFAULT, RESULTS, length=LENGTH, batch=BATCH)
-    held |= dict(costs=costs, costs_machine=measured_on)
-    write_text(RESULTS, json.dumps(held, indent=1) + '\n')
-    report(held)
+    report(paced.run_all(args, options, DEFAULT, RESULTS, length=LENGTH, batch=BATCH), costs)
 
 
 if __name__ == '__main__':

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -65,8 +66,8 @@ class GRUGate(nn.Module):
 class FeedForward(nn.Module):
     """Pre-norm GELU feed-forward, bias-free.
 
-    Of `chunks` above 1, training has that many pieces of the sequence one after the other, forward and again backward,
-    so that the hidden layer of one piece alone is ever in memory.
+    With `chunks` above 1, that many pieces of the sequence go through one after the other, and again in the backward
+    pass, so that the hidden layer of one piece alone is ever in memory.
     """
 
     def __init__(self, dim: int, mult: float, chunks: int = 1) -> None:
@@ -82,12 +83,11 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.chunks == 1 or not torch.is_grad_enabled():
+        if self.chunks == 1 or torch._C._are_functorch_transforms_active():
             return self.net(x)
-        pieces = (
-            checkpoint(self.net, p, use_reentrant=False, preserve_rng_state=False) for p in x.chunk(self.chunks, 1)
-        )
-        return torch.cat(list(pieces), dim=1)
+        again = partial(checkpoint, self.net, use_reentrant=False, preserve_rng_state=False)
+        net = again if torch.is_grad_enabled() else self.net
+        return torch.cat([net(piece) for piece in x.chunk(self.chunks, dim=1)], dim=1)
 
 
 class Group(NamedTuple):

@@ -28,7 +28,7 @@ class AdaptiveHalting(nn.Module):
     """Ends tokens where their probabilities to end sum to 1, and gives the mean of their steps by those probabilities.
 
     A token that has ended stays as it is, and others go on seeing it. Its probability hangs on itself, so that it is
-    causal. Graves 2016, arXiv 1603.08983, equations 5 to 9; per position: Dehghani et al. 2019, arXiv 1807.03819.
+    causal. Graves 2016, arXiv 1603.08983; per position: Dehghani et al. 2019, arXiv 1807.03819.
     """
 
     def __init__(self, dim: int) -> None:

@@ -167,11 +167,13 @@ def build_levels(
         elif compress not in COMPRESSORS:
             allowed = ', '.join(COMPRESSORS)
             raise ValueError(f'compressor must be one of {allowed}, or a module, got {compress!r} for hierarchy {c}')
-        if not (isinstance(mix, type) and issubclass(mix, nn.Module)) and mix not in mixers:
+        if not (isinstance(mix, type) and issubclass(mix, nn.Module)) and not (isinstance(mix, str) and mix in mixers):
             allowed = ', '.join(mixers)
             raise ValueError(f'mixer must be one of {allowed}, or a class of modules, got {mix!r} for hierarchy {c}')
         if mix_kwargs is not None and not isinstance(mix_kwargs, Mapping):
             raise ValueError(f'mixer_kwargs must be a dict or None, got {mix_kwargs!r} for hierarchy {c}')
+        if mix == 'attention' and w == 0 and mix_kwargs:
+            raise ValueError(f'mixer_kwargs of hierarchy {c} are for attention, and its window_sizes of 0 has none')
         if w == 'auto':
             w = max(seq_len // c // 2, 1) if seq_len >= c else None
         elif isinstance(w, str):

@@ -71,8 +71,8 @@ class Read(NamedTuple):
     """Each level's tokens as its blocks get them, `(batch, ceil(n / stride), dim)`."""
     tokens: list[Tensor]
     """Each level's final embeddings, likewise."""
-    pondered: Sequence[Tensor]
-    """What each level's tokens have pondered, `(batch, ceil(n / stride))`, where they halt by themselves."""
+    pondered: Mapping[int, Tensor]
+    """What the tokens of levels that halt have pondered, `(batch, ceil(n / stride))`."""
     predict_from: Tensor
     """Those of the levels that predict, side by side at each position: `(batch, n, sum of their dims)`."""
 
@@ -91,8 +91,8 @@ class Pass(NamedTuple):
     """Of the next state, as all that follow: filled as levels are run."""
     blocks: list[list[BlockState | None]]
     merge_states: list[MergeState | None]
-    pondered: list[Tensor]
-    """What tokens have pondered, level by level, filled at the end."""
+    pondered: dict[int, Tensor]
+    """What tokens have pondered, by level, filled at the end."""
 
 
 class HierarchicalTransformer(
@@ -155,11 +155,13 @@ class HierarchicalTransformer(
             Parisotto et al. 2019, arXiv 1910.06764).
         reversible: each level has two streams, from which the backward pass finds again what the layers got: in
             training, activations of one layer are in memory, whatever the depth (Gomez et al. 2017, arXiv 1707.04585).
+            Segments with a state are trained in the plain form, which keeps them. Not for layers that FSDP shards.
         ff_chunks: in training, feed-forwards have so many pieces of the sequence one after the other: less memory.
         share_layers: one set of weights for all layers, which are told apart by a learned vector each (Universal
             Transformer, Dehghani et al. 2019, arXiv 1807.03819).
-        halting: with `share_layers`, 'act' has each token take as many of the layers as it decides: adaptive
-            computation time (Graves 2016, arXiv 1603.08983).
+        halting: with `share_layers`, 'act' has each token of a level that predicts take as many of the layers as it
+            decides: adaptive computation time (Graves 2016, arXiv 1603.08983). Time is saved where all levels predict
+            and all tokens of a pass without a state have ended.
         ponder_loss_weight: weight of what tokens ponder, so that they end in time.
         predict_hierarchy: the compression factor of the level that predicts; the smallest by default.
         predict_use_all_hierarchy: predict from all levels, concatenated.
@@ -391,11 +393,8 @@ class HierarchicalTransformer(
             if max(compressions) == 1:
                 raise ValueError(f'autoencoder needs a hierarchy that compresses, got {compressions}')
         if share_layers:
-            for level in levels:
-                if (
-                    level.mixer_kwargs.get('pattern_mode', 'interleave') == 'interleave'
-                    and 'pattern' in level.mixer_kwargs
-                ):
+            for kwargs in (level.mixer_kwargs for level in levels if level.mixer == 'attention'):
+                if 'pattern' in kwargs and kwargs.get('pattern_mode', 'interleave') == 'interleave':
                     raise ValueError(
                         "share_layers has no layers to interleave: pattern_mode must be 'union' or 'heads'"
                     )
@@ -473,10 +472,13 @@ class HierarchicalTransformer(
         self.step_embeds = nn.ParameterList(
             nn.Parameter(0.02 * torch.randn(depth, level.dim)) for level in levels if share_layers
         )
-        self.halting = nn.ModuleList(AdaptiveHalting(level.dim) for level in levels if halting is not None)
+        # keyed by the level's index: what levels tell others on the way has no halting
+        self.halting = nn.ModuleDict(
+            {str(i): AdaptiveHalting(levels[i].dim) for i in self.predict_from if halting is not None}
+        )
         if share_attention:
             alike = [
-                (level.dim, level.heads, level.dim_head, level.window is None, *level.mixer_kwargs.items())
+                (level.dim, level.heads, level.dim_head, level.window is None, *sorted(level.mixer_kwargs.items()))
                 for level in levels
             ]
             for i, first in find_alike(
@@ -507,7 +509,7 @@ class HierarchicalTransformer(
             ),
             ('quantized', [level.quantized_loss_weight for level in levels]),
             ('next_latent', [level.next_latent_loss_weight for level in levels]),
-            ('ponder', [ponder_loss_weight if self.halting else 0.0] * len(levels)),
+            ('ponder', [ponder_loss_weight if str(i) in self.halting else 0.0 for i in range(len(levels))]),
         ):
             self.parts += [Part(kind, w, i, compressions[i]) for i, w in enumerate(weights) if w > 0]
         if any(level.prophet_loss_weight for level in levels) and not any(
@@ -709,7 +711,7 @@ class HierarchicalTransformer(
             merges = [None] * len(merges)
             held = held if state is None else list(state.merges[:-1])
         blocks: list[list[BlockState | None]] = [[None] * len(self.levels) for _ in self.layers]
-        now = Pass(state, position, merges, self.silent, contributions, [None] * len(self.levels), blocks, held, [])
+        now = Pass(state, position, merges, self.silent, contributions, [None] * len(self.levels), blocks, held, {})
         run = self.run_hourglass if self.arrangement == 'hourglass' else self.run_parallel
 
         embeds = self.token_emb(ids)
@@ -747,19 +749,21 @@ class HierarchicalTransformer(
             return inputs, self.run_reversible(inputs, now), codes
         tokens = inputs
         halting: Any = self.halting
-        pondered = [halt.begin(x) for halt, x in zip(halting, inputs, strict=False)]
+        pondered = {int(j): halt.begin(inputs[int(j)]) for j, halt in halting.items()}
         for i in range(len(self.layers)):
             before = tokens
             tokens, now.blocks[i][:], held = self.recomputed(self.run_layer, i, tokens, now)
             if held is not None:
                 now.merge_states[i] = held
-            for j, halt in enumerate(halting):
-                tokens[j], pondered[j] = halt(before[j], tokens[j], pondered[j], i == len(self.layers) - 1)
+            for j in pondered:
+                tokens[j], pondered[j] = halting[str(j)](before[j], tokens[j], pondered[j], i == len(self.layers) - 1)
             looked_on = now.state is not None or now.contributions is not None or torch.compiler.is_compiling()
-            if pondered and not looked_on and not any(each.running.any() for each in pondered):
+            if looked_on or len(pondered) < len(tokens):
+                continue
+            if not any(each.running.any() for each in pondered.values()):
                 break
-        now.pondered[:] = [each.cost for each in pondered]
-        return inputs, [each.output for each in pondered] or tokens, codes
+        now.pondered.update({j: each.cost for j, each in pondered.items()})
+        return inputs, [pondered[j].output if j in pondered else x for j, x in enumerate(tokens)], codes
 
     def run_layer(
         self, i: int, tokens: list[Tensor], now: Pass
@@ -805,18 +809,23 @@ class HierarchicalTransformer(
 
             return fn
 
+        def weights_of(module: nn.Module, j: int | None = None) -> Callable[[], list[nn.Parameter]]:
+            def own() -> list[nn.Parameter]:
+                steps = [self.step_embeds[j]] if j is not None and self.step_embeds else []
+                return [*module.parameters(), *steps]
+
+            return own
+
         for i, layer in enumerate(self.layers):
             blocks: Any = layer
             for j, block in enumerate(blocks):
-                steps = [self.step_embeds[j]] if self.step_embeds else []
                 if block.attn is not None:
-                    own = [*block.attn.parameters(), *steps]
+                    own = weights_of(block.attn, j)
                     couplings.append(Coupling(of_block(i, j, block.mixed), [second[j]], [first[j]], own))
-                own = [*block.ff.parameters(), *steps]
-                couplings.append(Coupling(of_block(i, j, block.fed), [first[j]], [second[j]], own))
+                couplings.append(Coupling(of_block(i, j, block.fed), [first[j]], [second[j]], weights_of(block.ff, j)))
             merge: Any = now.merges[i] if now.merges else None
             if merge is not None:
-                couplings.append(Coupling(of_merge(i, merge), second, merge.into, list(merge.parameters())))
+                couplings.append(Coupling(of_merge(i, merge), second, merge.into, weights_of(merge)))
 
         # what leaves more behind than updates is run once
         run = run_couplings if now.state is None and now.contributions is None else run_plainly
@@ -941,8 +950,8 @@ class HierarchicalTransformer(
             count = own.get(part.name)
             targets, ignore_index = self.targets(part, ids, labels, position)
             if i is not None and kind == 'ponder':
-                total = targets.numel() if count is None else count[0].clamp(min=1)
-                named[part.name] = read.pondered[i].sum() / max(total, 1)
+                total = max(targets.numel(), 1) if count is None else count[0].clamp(min=1)
+                named[part.name] = read.pondered[i].sum() / total
                 continue
             if i is not None and kind == 'next_latent':
                 named[part.name] = self.next_latent_loss(i, x, read.embeds, targets != ignore_index, position, count)

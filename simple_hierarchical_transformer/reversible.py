@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .linear import autocast_dtype
 from .norm import is_traced
 
 
@@ -19,8 +21,8 @@ class Coupling(NamedTuple):
     """From the streams that are read, what is added to each that is written. It gives the same again, called again."""
     reads: Sequence[int]
     writes: Sequence[int]
-    parameters: Sequence[nn.Parameter]
-    """All that `fn` has."""
+    parameters: Callable[[], Sequence[nn.Parameter]]
+    """All that `fn` has, at the moment."""
 
 
 def run_couplings(couplings: Sequence[Coupling], streams: Sequence[Tensor]) -> list[Tensor]:
@@ -30,13 +32,18 @@ def run_couplings(couplings: Sequence[Coupling], streams: Sequence[Tensor]) -> l
     them what each coupling added, and forms it again to differentiate it. The gradients are the plain form's, at the
     price of a second forward pass. Gomez et al. 2017, arXiv 1707.04585, algorithm 1; for transformers: Kitaev et al.
     2020, arXiv 2001.04451, section 3. Under the compiler and the transforms of torch.func, which see through plain
-    operations alone, it is the plain form. It can be differentiated once.
+    operations alone, it is the plain form. It can be differentiated once, while the modules have the weights that they
+    had.
     """
-    parameters = list(dict.fromkeys(p for coupling in couplings for p in coupling.parameters))
+    parameters = all_parameters(couplings)
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (*streams, *parameters))
     if trains and not is_traced():
         return list(_Reversible.apply(couplings, len(streams), *streams, *parameters))
     return run_plainly(couplings, streams)
+
+
+def all_parameters(couplings: Sequence[Coupling]) -> list[nn.Parameter]:
+    return list(dict.fromkeys(p for coupling in couplings for p in coupling.parameters()))
 
 
 def run_plainly(couplings: Sequence[Coupling], streams: Sequence[Tensor]) -> list[Tensor]:
@@ -51,11 +58,8 @@ class _Reversible(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, couplings: Sequence[Coupling], count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.couplings, ctx.count = couplings, count
-        device = tensors[0].device.type
         # as it was, for what is formed again
-        ctx.autocast = dict(
-            device_type=device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device)
-        )
+        ctx.autocast = autocast_dtype(tensors[0].device)
         streams = run_plainly(couplings, tensors[:count])
         # a stream that nothing was added to would be returned as it came
         streams = [t.clone() if t is given else t for t, given in zip(streams, tensors[:count], strict=True)]
@@ -68,11 +72,21 @@ class _Reversible(torch.autograd.Function):
         streams, parameters = list(ctx.saved_tensors[: ctx.count]), ctx.saved_tensors[ctx.count :]
         into = list(grads)
         found: dict[int, Tensor] = {}
+        order = all_parameters(ctx.couplings)
+        if len(order) != len(parameters) or any(p is not q for p, q in zip(order, parameters, strict=True)):
+            raise RuntimeError(
+                'reversible layers form again what they added, and their weights were swapped for others since '
+                '(functional_call): keep them until after the backward pass'
+            )
+        device = streams[0].device.type
+        autocast: Any = nullcontext()
+        if torch.amp.is_autocast_available(device):
+            autocast = torch.autocast(device, dtype=ctx.autocast, enabled=ctx.autocast is not None)
 
         for fn, reads, writes, own in reversed(ctx.couplings):
-            wanted = [p for p in own if p.requires_grad]
+            wanted = [p for p in own() if p.requires_grad]
             read = [streams[i].detach().requires_grad_() for i in reads]
-            with torch.enable_grad(), torch.autocast(**ctx.autocast):
+            with torch.enable_grad(), autocast:
                 updates = fn(read)
             with torch.no_grad():
                 for i, update in zip(writes, updates, strict=True):
@@ -90,6 +104,4 @@ class _Reversible(torch.autograd.Function):
                 if grad is not None:
                     found[id(p)] = found[id(p)] + grad if id(p) in found else grad
 
-        order = list(dict.fromkeys(p for coupling in ctx.couplings for p in coupling.parameters))
-        assert len(order) == len(parameters)
         return None, None, *into, *(found.get(id(p)) for p in order)

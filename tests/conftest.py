@@ -16,6 +16,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# before torch reads it: threads of small tensors wait for each other, and test files run side by side
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings

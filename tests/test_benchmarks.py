@@ -74,6 +74,7 @@ def test_mixers_are_timed_trained_and_reported(monkeypatch: pytest.MonkeyPatch, 
     mixers = importlib.import_module('mixers')
     monkeypatch.setattr(mixers, 'HERE', tmp_path)
     monkeypatch.setattr(mixers, 'RESULTS', tmp_path / 'mixers.json')
+    monkeypatch.setattr(mixers, 'COSTS', tmp_path / 'mixers_costs.json')
     monkeypatch.setattr(mixers, 'LENGTH', 64)
     monkeypatch.setattr(mixers.paced, 'ROUNDS', 1)
     monkeypatch.setitem(mixers.BASE, 'dim', 8)
@@ -94,7 +95,8 @@ def test_mixers_are_timed_trained_and_reported(monkeypatch: pytest.MonkeyPatch, 
     mixers.main()
     held = json.loads((tmp_path / 'mixers.json').read_text())
     assert 2 < held['runs']['s4d']['0']['bits'] < 9
-    assert held['costs']['s4d']['writing']['state'] < held['costs']['attention']['writing']['state']
+    costs = json.loads((tmp_path / 'mixers_costs.json').read_text())['found']
+    assert costs['s4d']['writing']['state'] < costs['attention']['writing']['state']
     assert '| s4d |' in (tmp_path / 'mixers.md').read_text()
     assert (tmp_path / 'mixers_by_length.png').stat().st_size > 1000
 

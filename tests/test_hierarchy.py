@@ -12,7 +12,8 @@ from conftest import SEQ_LEN, Golden, build
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 from vector_quantize_pytorch import RandomProjectionQuantizer as PublishedQuantizer
 
 from simple_hierarchical_transformer import HierarchicalTransformer, LossParts, losses
@@ -456,6 +457,33 @@ def test_reversible_layers_are_not_kept() -> None:
     assert kept(8, reversible=True) < kept(2)
 
 
+def test_pieces_of_a_feed_forward_are_small_in_reversible_layers_too() -> None:
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            self.size = max([self.size, *(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))])
+            return out
+
+    sizes = []
+    for chunks in (1, 8):
+        config = dict(num_tokens=11, dim=8, depth=2, seq_len=256, ff_mult=32, heads=1, dim_head=4)
+        model = HierarchicalTransformer(**config, reversible=True, ff_chunks=chunks, next_latent_loss_weight=0.0)
+        with Largest() as largest:
+            model(torch.randint(0, 11, (1, 257)), return_loss=True)[0].backward()
+        sizes.append(largest.size)
+    assert sizes[1] < sizes[0] / 4
+
+
+def test_reversible_layers_whose_weights_were_swapped_say_so() -> None:
+    model, ids = build(dict(BASE, reversible=True)), torch.randint(0, 11, (2, 25))
+    others = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    loss, _ = torch.func.functional_call(model, others, (ids,), dict(return_loss=True))
+    with pytest.raises(RuntimeError, match='their weights were swapped for others since'):
+        loss.backward()
+
+
 def test_reversible_runs_in_half_precision() -> None:
     model, ids = build(dict(BASE, reversible=True)), torch.randint(0, 11, (2, 25))
     expected, _ = model(ids, return_loss=True)
@@ -514,10 +542,14 @@ def test_tokens_halt_by_themselves() -> None:
 
 
 def test_pondering_costs_and_ends() -> None:
-    config = dict(BASE, share_layers=True, depth=4, halting='act', recon_loss_weight=0.0, next_latent_loss_weight=0.0)
+    config = dict(BASE, share_layers=True, depth=4, halting='act', predict_use_all_hierarchy=True)
+    config |= dict(recon_loss_weight=0.0, next_latent_loss_weight=0.0)
     model, ids = build(dict(config, ponder_loss_weight=0.5)), torch.randint(0, 11, (2, 25))
     loss, parts = model(ids, return_loss=True)
     assert set(parts.named) == {'ce', 'ponder/1x', 'ponder/8x', 'ponder/4x'}
+    # without the logits of the others, theirs do not halt: what they tell on the way is their last step's
+    some = build(dict(config, predict_use_all_hierarchy=False))
+    assert set(some(ids, return_loss=True)[1].named) == {'ce', 'ponder/1x'}
     assert all(1 <= parts.named[f'ponder/{c}x'] <= 5 for c in (1, 4, 8))
     torch.testing.assert_close(loss, parts.ce + 0.5 * sum(parts.named[f'ponder/{c}x'] for c in (1, 4, 8)))
 
@@ -525,7 +557,7 @@ def test_pondering_costs_and_ends() -> None:
     for number, layer in enumerate(model.layers[0]):
         layer.register_forward_hook(lambda *_, number=number: ran.append(number))
     with torch.no_grad():
-        for halt in model.halting:
+        for halt in model.halting.values():
             halt.to_halt.bias.fill_(20)
         _, parts = model(ids, return_loss=True)
     # all end with the first step, and no other is taken

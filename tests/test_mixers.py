@@ -187,11 +187,13 @@ def test_finite_at_100_000_positions(case: tuple[str, bool, dict[str, Any]]) -> 
     if case[0] == 'attention':
         settings = dict(length=100_000, stride=256) if 'pattern' in case[2] else dict(window=50)
     mixer = make(case, **settings).float()
-    x = torch.randn(1, 100_000, DIM)
-    with torch.no_grad():
-        out, _ = mixer(x, None, 0)
+    x = torch.randn(1, 100_000, DIM, requires_grad=True)
+    out, _ = mixer(x, None, 0)
     assert out.isfinite().all()
     assert out[:, -1000:].std() > 1e-4
+    out[:, -1000:].sum().backward()
+    assert x.grad.isfinite().all()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in mixer.parameters())
 
 
 @cases
@@ -219,11 +221,97 @@ def test_runs_in_half_precision_and_compiled(case: tuple[str, bool, dict[str, An
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+@cases
+def test_a_half_precision_model_is_near_the_exact_one_far_out(case: tuple[str, bool, dict[str, Any]]) -> None:
+    name = case[0]
+    exact, half = make(case).float(), make(case).bfloat16()
+    # of weights that both have
+    with torch.no_grad():
+        for p, q in zip(exact.parameters(), half.parameters(), strict=True):
+            p.copy_(q)
+    x = torch.randn(1, 30, DIM).bfloat16()
+    state = half.initial_state(1, x)
+    with torch.no_grad():
+        expected, _ = exact(x.float(), None, 0)
+        out, _ = half(x, None, 0)
+        steps = [half(x[:, i, None], state, i)[0] for i in range(30)]
+    if name == 'lsh':
+        # a rounded hash is another bucket
+        assert out.isfinite().all()
+        return
+    assert out.dtype == torch.bfloat16
+    for got in (out, torch.cat(steps, dim=1)):
+        assert (got.float() - expected).norm() < 0.05 * expected.norm()
+
+
+def test_a_half_precision_ssm_keeps_its_time_scales() -> None:
+    ssm, n = DiagonalSSM(16, state_dim=32, init='lin', fft='torch'), 3000
+    u = torch.randn(1, n, 16).bfloat16()
+    expected, _ = ssm(u.float())
+    ssm.bfloat16()
+    assert {p.dtype for p in (ssm.log_dt, ssm.a_imag)} == {torch.float32}
+    assert ssm.c.dtype == torch.bfloat16
+    state = ssm.initial_state(1, u)
+    with torch.no_grad():
+        out, _ = ssm(u)
+        _, state = ssm(u[:, :1500], state)
+        rest, _ = ssm(u[:, 1500:], state)
+    for got in (out[:, 1500:], rest):
+        assert (got.float() - expected[:, 1500:]).norm() < 0.03 * expected[:, 1500:].norm()
+
+
+def test_hyena_s_filters_are_made_anew_where_weights_change() -> None:
+    mixer, x = make(CASES['hyena']).float(), torch.randn(1, 20, DIM)
+    with torch.no_grad():
+        before = mixer(x, None, 0)[0]
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            mixer(x, None, 0)
+        # whatever was formed under autocast
+        assert torch.equal(mixer(x, None, 0)[0], before)
+        mixer.filters.to_filters.weight.mul_(torch.rand(2 * DIM, 1) + 0.5).add_(0.1)
+        after = mixer(x, None, 0)[0]
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(after, mixer(x, None, 0)[0])
+
+
+@pytest.mark.parametrize('name', ['gateloop', 'simple-gateloop'])
+def test_transforms_of_functions_see_through_a_recurrence(name: str) -> None:
+    mixer, x = make(CASES[name]), torch.randn(1, 9, DIM, dtype=torch.float64)
+    weights = dict(mixer.named_parameters())
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(mixer, weights, (x, None, 0))[0].square().sum()
+
+    ours = torch.func.grad(loss)({name: weight.detach() for name, weight in weights.items()})
+    expected = torch.autograd.grad(loss(weights), list(weights.values()))
+    torch.testing.assert_close(list(ours.values()), list(expected))
+
+
 # each written out
 
 
 def heads_of(t: Tensor, heads: int) -> Tensor:
     return t.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def pattern_written_out(i: int, *, pattern: str, parts: tuple[str, ...], stride: int, summary: int) -> list[int]:
+    """Which tokens a token attends to, one by one."""
+
+    def holds(j: int) -> bool:
+        near = i - j <= stride if pattern == 'strided' else j // stride == i // stride
+        far = (i - j) % stride == 0 if pattern == 'strided' else j % stride >= stride - summary
+        return j == i or ('near' in parts and near) or ('far' in parts and far)
+
+    return [j for j in range(i + 1) if holds(j)]
+
+
+@given(
+    i=st.integers(0, 90), first=st.integers(0, 90), stride=st.integers(1, 9), summary=st.integers(1, 9),
+    pattern=st.sampled_from(['strided', 'fixed']), parts=st.sampled_from([('near',), ('far',), ('near', 'far')]),
+)  # fmt: skip
+def test_attended_is_the_pattern(i: int, first: int, **pattern: Any) -> None:
+    first, pattern['summary'] = min(first, i), min(pattern['summary'], pattern['stride'])
+    assert attended(i, first=first, **pattern) == [j for j in pattern_written_out(i, **pattern) if j >= first]
 
 
 def attention_written_out(mixer: Attention, x: Tensor) -> Tensor:
@@ -238,7 +326,7 @@ def attention_written_out(mixer: Attention, x: Tensor) -> Tensor:
         row = []
         for i in range(n):
             first = 0 if mixer.window is None else max(i - mixer.window, 0)
-            at = attended(i, **near[0], first=0) if near else list(range(first, i + 1))
+            at = pattern_written_out(i, **near[0]) if near else list(range(first, i + 1))
             weights = (turned[0][:, h, i, None] * turned[1][:, h, at]).sum(-1).div(2).softmax(-1)
             row.append((weights[..., None] * v[:, h % kv, at]).sum(1))
         outs.append(torch.stack(row, dim=1))
@@ -320,13 +408,12 @@ def h3_written_out(mixer: H3, x: Tensor) -> Tensor:
 
 def hyena_written_out(mixer: Hyena, x: Tensor) -> Tensor:
     made = mixer.filters
-    # kept in float32
-    t = torch.linspace(0, 1, LENGTH)[:, None]
-    angles = 2 * math.pi * t * torch.linspace(1e-4, 7, 8)
-    hidden = torch.cat((t, angles.cos(), angles.sin()), dim=-1).to(x.dtype)
+    t = torch.arange(LENGTH, dtype=x.dtype)[:, None] / (LENGTH - 1)
+    angles = 2 * math.pi * t * torch.linspace(1e-4, 7, 8, dtype=x.dtype)
+    hidden = torch.cat((t, angles.cos(), angles.sin()), dim=-1)
     for i in range(2):
         hidden = torch.sin(made.frequency[i] * made.to_hidden[i](hidden))
-    fall = torch.exp(-t * (-math.log(0.01) / torch.linspace(1.5, 0.3, mixer.order * DIM))).to(x.dtype)
+    fall = torch.exp(-t * (-math.log(0.01) / torch.linspace(1.5, 0.3, mixer.order * DIM, dtype=x.dtype)))
     filters = made.to_filters(hidden) * fall
     filters = filters / filters.abs().sum(0)
     parts = taps_written_out(mixer.short_conv.kernel, mixer.to_in(mixer.norm(x))).chunk(mixer.order + 1, dim=-1)
@@ -495,6 +582,8 @@ def test_a_state_moves_to_another_dtype_and_counts_stay_whole() -> None:
         (dict(mixer='mamba'), 'mixer must be one of attention, lsh, gateloop, simple-gateloop, s4d, h3, hyena, or a'),
         (dict(mixer=nn.Identity()), 'or a class of modules, got Identity() for hierarchy 1'),
         (dict(mixer=('attention', 's4d')), 'mixer must be one value or one for each of the 3 hierarchies'),
+        (dict(mixer=('attention', ['s4d'], 's4d')), "or a class of modules, got ['s4d'] for hierarchy 8"),
+        (dict(mixer_kwargs=dict(kv_heads=2), window_sizes=0), 'mixer_kwargs of hierarchy 1 are for attention, and its'),
         (dict(mixer_kwargs=3), 'mixer_kwargs must be a dict or None, got 3 for hierarchy 1'),
         (dict(mixer='s4d', mixer_kwargs=dict(order=2)), 'of hierarchy 1 must be of state_dim, init, fft for mixer S4D'),
         (dict(mixer='hyena', mixer_kwargs=dict(length=2)), "short, filter_dim, fft for mixer Hyena, got 'length'"),

@@ -155,7 +155,7 @@ class Attention(nn.Module):
             grouped-query attention, Ainslie et al. 2023, arXiv 2305.13245; 1 is multi-query attention. Query head `i`
             meets head `i % kv_heads`. By default as many as of queries.
         pattern: 'strided' or 'fixed': full attention made sparse, near by and far away (Child et al. 2019, arXiv
-            1904.10509, section 4), in time `O(seq * sqrt(seq))`. Its rotary embeddings are without xPos, so that far
+            1904.10509), in time `O(seq * sqrt(seq))`. Its rotary embeddings are without xPos, so that far
             tokens are heard.
         pattern_mode: what a head has of a pattern: 'interleave', near by in even layers and far away in odd ones;
             'union', both; 'heads', near by in the first half of the heads and far away in the others.

@@ -23,13 +23,16 @@ def causal_conv(x: Tensor, kernel: Tensor, fft: str = 'torch') -> Tensor:
     """`y[:, t] = sum over s of kernel[s] * x[:, t - s]`, channel by channel, with zeros before the first token.
 
     x and the result: `(batch, seq, dim)`; kernel: `(taps, dim)`. In float32 at least. Time `O(seq * log(seq) * dim)`
-    by PyTorch's FFT; `O(seq * sqrt(seq) * dim)` by 'monarch', in matrix products alone: see `Monarch`. A position
+    by PyTorch's FFT; `O(seq * sqrt(seq) * dim)` by 'monarch', in matrix products alone, for devices
+    that are much faster at those: on a CPU it is the slower one. A position
     hears of later ones by rounding, some 1e-16 of them in float64.
     """
     exact = torch.promote_types(x.dtype, torch.float32)
     n, taps = x.shape[1], min(len(kernel), x.shape[1])
     # room for the whole product, so that its end does not come round to its beginning
     size = 1 << max(n + taps - 2, 1).bit_length()
+    if fft == 'torch' and 3 * size // 4 >= n + taps - 1:
+        size = 3 * size // 4
     signal, taps_first = x.to(exact).transpose(1, 2), kernel[:taps].to(exact).t()
     if fft == 'monarch':
         out = monarch_product(signal, taps_first, size)

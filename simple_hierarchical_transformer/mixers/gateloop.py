@@ -28,7 +28,7 @@ class GateLoop(nn.Module):
         S_n = a_n * S_{n-1} + k_n^T v_n,    y_n = Re(q_n S_n),    a_n = sigmoid(alpha_n) * exp(i * beta_n)
 
     with one gate for each channel of the keys, and what comes out normed, times `SiLU` of a projection of the token.
-    Katsch 2023, arXiv 2311.01927, equations 2 to 8. `(batch, seq, dim)` to `(batch, seq, dim)`.
+    Katsch 2023, arXiv 2311.01927. `(batch, seq, dim)` to `(batch, seq, dim)`.
 
     Time and memory `O(seq * dim * dim / state_heads)`. Its state is S, `(batch, heads, width, width, 2)` of real and
     imaginary parts, whatever was read: `2 * dim * dim / state_heads` numbers.
@@ -60,7 +60,8 @@ class GateLoop(nn.Module):
 
     def initial_state(self, batch: int, like: Tensor) -> tuple[Tensor, ...]:
         width = self.norm.gamma.shape[0] // self.heads
-        return (like.new_zeros(batch, self.heads, width, width, 2),)
+        exact = torch.promote_types(like.dtype, torch.float32)
+        return (like.new_zeros(batch, self.heads, width, width, 2, dtype=exact),)
 
     def forward(
         self, x: Tensor, state: tuple[Tensor, ...] | None = None, start: int = 0
@@ -110,7 +111,8 @@ class SimpleGateLoop(nn.Module):
         return 3 * 2 * n * self.norm.gamma.shape[0]
 
     def initial_state(self, batch: int, like: Tensor) -> tuple[Tensor, ...]:
-        return (like.new_zeros(batch, self.norm.gamma.shape[0]),)
+        exact = torch.promote_types(like.dtype, torch.float32)
+        return (like.new_zeros(batch, self.norm.gamma.shape[0], dtype=exact),)
 
     def forward(
         self, x: Tensor, state: tuple[Tensor, ...] | None = None, start: int = 0

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..levels import check_int
-from ..linear import Linear
+from ..linear import Linear, autocast_dtype
 from ..norm import RMSNorm
 from ..state import keep
 from .convolution import causal_conv, check_fft, conv_products
@@ -26,39 +28,41 @@ DECAY_TARGET, FASTEST, SLOWEST = 1e-2, 0.3, 1.5
 class ImplicitFilters(nn.Module):
     """Filters over `length` positions, from a network of the position, under a window that decays: `(length, filters)`.
 
-    Each filter's absolute values sum to 1, so that what comes out does not grow with the length. Poli et al. 2023,
-    arXiv 2302.10866, section 3.3.
+    Poli et al. 2023, arXiv 2302.10866, section 3. Each filter's absolute values sum to 1, so that what comes out does
+    not grow with the length. They are made in float32 at least, whatever the model and autocast are in.
     """
-
-    features: Tensor
 
     def __init__(self, filters: int, *, length: int, hidden: int) -> None:
         super().__init__()
-        t = torch.linspace(0, 1, length)[:, None]
-        angles = 2 * math.pi * t * torch.linspace(1e-4, BANDS - 1, BANDS)
-        self.register_buffer('features', torch.cat((t, angles.cos(), angles.sin()), dim=-1), persistent=False)
+        self.length = length
         self.to_hidden = nn.ModuleList([nn.Linear(2 * BANDS + 1, hidden), nn.Linear(hidden, hidden)])
         self.frequency = nn.Parameter(torch.full((2, hidden), FREQUENCY))
         self.to_filters = nn.Linear(hidden, filters, bias=False)
-        rates = -math.log(DECAY_TARGET) / torch.linspace(SLOWEST, FASTEST, filters)
-        self.register_buffer('window', torch.exp(-t * rates), persistent=False)
         self._made: tuple[Any, Tensor] | None = None
 
     def forward(self) -> Tensor:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        parameters = list(self.parameters())
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(p.is_inference() for p in parameters):
             return self.make()
         # steps of generation ask for the same again and again
-        key = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in self.parameters())
+        key = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters)
         if self._made is None or self._made[0] != key:
             self._made = (key, self.make())
         return self._made[1]
 
     def make(self) -> Tensor:
-        x = self.features
-        for to_hidden, frequency in zip(self.to_hidden, self.frequency, strict=True):
-            x = torch.sin(frequency * to_hidden(x))
-        filters = self.to_filters(x) * self.window
-        return filters / filters.abs().sum(dim=0, keepdim=True).clamp(min=1e-6)
+        like = self.frequency
+        exact: dict[str, Any] = dict(device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
+        with nullcontext() if autocast_dtype(like.device) is None else torch.autocast(like.device.type, enabled=False):
+            t = torch.linspace(0, 1, self.length, **exact)[:, None]
+            angles = 2 * math.pi * t * torch.linspace(1e-4, BANDS - 1, BANDS, **exact)
+            x = torch.cat((t, angles.cos(), angles.sin()), dim=-1)
+            layers: Any = self.to_hidden
+            for layer, frequency in zip(layers, self.frequency, strict=True):
+                x = torch.sin(frequency.to(x) * F.linear(x, layer.weight.to(x), layer.bias.to(x)))
+            rates = -math.log(DECAY_TARGET) / torch.linspace(SLOWEST, FASTEST, self.to_filters.out_features, **exact)
+            filters = F.linear(x, self.to_filters.weight.to(x)) * torch.exp(-t * rates)
+            return filters / filters.abs().sum(dim=0, keepdim=True).clamp(min=1e-6)
 
 
 class Hyena(nn.Module):
@@ -67,11 +71,11 @@ class Hyena(nn.Module):
         v_1 = v,    v_{n+1} = x_n * (h_n conv v_n + D_n v_n),    y = v_{N+1}
 
     where v and x_1 to x_N are projections of the tokens, each through a short convolution, and the filters h come from
-    `ImplicitFilters`. Poli et al. 2023, arXiv 2302.10866, definition 3.1 and algorithm 3.
+    `ImplicitFilters`. Poli et al. 2023, arXiv 2302.10866, section 3.
 
     A filter has `length` taps, so that is how far back a token is heard, with a state too. Time `O(order * seq *
     log(seq) * dim)`, of a step `O(order * length * dim)`. Its state are the inputs of all convolutions, which have no
-    shorter summary: `(batch, short - 1, (order + 1) * dim)`, and `order` times `(batch, length - 1, dim)`.
+    shorter summary: `(batch, short - 1, (order + 1) * dim)`, and `order` times `(batch, length - 1, dim)`, rings.
 
     Args:
         dim: width of the tokens.
@@ -120,17 +124,27 @@ class Hyena(nn.Module):
         v, *gates = joined.chunk(self.order + 1, dim=-1)
         filters = self.filters().chunk(self.order, dim=-1)
         for n, (gate, taps, bias) in enumerate(zip(gates, filters, self.skip_bias, strict=True), 1):
-            mixed, held[n] = self.long_conv(v, taps, held[n])
+            mixed, held[n] = self.long_conv(v, taps, held[n], start)
             v = gate * (mixed + bias * v)
         return self.to_out(v), None if state is None else tuple(held)  # type: ignore[arg-type]
 
-    def long_conv(self, v: Tensor, taps: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The convolution of a chunk, and the last inputs that the chunks to come still hear of."""
-        if before is None:
+    def long_conv(self, v: Tensor, taps: Tensor, ring: Tensor | None, start: int) -> tuple[Tensor, Tensor | None]:
+        """The convolution of a chunk, and the last inputs that the chunks to come still hear of, the oldest to be
+        overwritten next: token `t` in slot `t % (length - 1)`.
+        """
+        if ring is None:
             return causal_conv(v, taps, self.fft), None
-        n, heard = v.shape[1], torch.cat((before.to(v.dtype), v), dim=1)
-        if n == 1:
-            mixed = torch.einsum('btd,td->bd', heard, taps.flip(0).to(v.dtype))[:, None]
-        else:
-            mixed = causal_conv(heard, taps, self.fft)[:, -n:]
-        return mixed, keep(before, heard[:, n:])
+        slots, n = ring.shape[1], v.shape[1]
+        if not slots:
+            return v * taps[0].to(v.dtype), ring
+        oldest = start % slots
+        if n == 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # the oldest comes first, and meets the last tap
+            of_old, of_new = taps[1:].flip(0).to(v.dtype).split((slots - oldest, oldest))
+            mixed = (ring[:, oldest:] * of_old).sum(dim=1) + (ring[:, :oldest] * of_new).sum(dim=1)
+            mixed = mixed + v[:, 0] * taps[0].to(v.dtype)
+            ring[:, oldest] = v[:, 0]
+            return mixed[:, None].to(v.dtype), ring
+        heard = torch.cat((ring.roll(-oldest, dims=1).to(v.dtype), v), dim=1)
+        mixed = causal_conv(heard, taps, self.fft)[:, -n:]
+        return mixed, keep(ring, heard[:, n:].roll((start + n) % slots, dims=1))

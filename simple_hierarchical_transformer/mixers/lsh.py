@@ -16,6 +16,8 @@ from .rotary import Rotary
 MIN_BLOCK = 64
 # the score of a token with itself, which it attends to only where it has nobody else
 ALONE = -1e5
+# tokens of a chunk that go one by one faster than a sort of all that is kept
+FEW = 16
 
 
 class LSHAttention(nn.Module):
@@ -24,7 +26,7 @@ class LSHAttention(nn.Module):
     A hash is the nearest of `buckets` directions, half of them random and half their opposites; near vectors mostly
     share one. Keys are queries of length one, and a token attends to itself only where it has nobody else. Rounds are
     weighed by the sums that their softmaxes divide by, so that a pair that meets in several rounds counts in each.
-    Kitaev et al. 2020, arXiv 2001.04451, section 2, without rotary embeddings there.
+    Kitaev et al. 2020, arXiv 2001.04451, section 2; rotary embeddings are added here.
 
     There, sorted tokens are cut into chunks, and which chunk a token falls into hangs on tokens after it. Here a token
     attends to the last `entries` of its bucket, itself among them, which hang on nothing that comes: the windowed
@@ -91,8 +93,13 @@ class LSHAttention(nn.Module):
         q, k, v, bucket = rows(q), rows(k), rows(v), bucket.flatten(0, 2)
         if state is None:
             out, total, _ = self.attend(q, k, v, bucket)
-        elif n == 1:
-            out, total, state = self.step(q, k, v, bucket, state)
+        elif n <= FEW:
+            outs, totals = [], []
+            for i in range(n):
+                out, total, state = self.step(*(t[:, i : i + 1] for t in (q, k, v, bucket)), state=state)
+                outs.append(out)
+                totals.append(total)
+            out, total = torch.cat(outs, dim=1), torch.cat(totals, dim=1)
         else:
             out, total, state = self.attend_with_state(q, k, v, bucket, state)
         # of each round, as much as it has of all that was divided by

@@ -1,6 +1,6 @@
 """Factorized sparse attention: each token attends near by, and to some tokens far away, about sqrt(n) of each.
 
-Child et al. 2019, arXiv 1904.10509, section 4.
+Child et al. 2019, arXiv 1904.10509.
 """
 
 from __future__ import annotations
@@ -25,12 +25,16 @@ def attended(
     near all tokens of its block of l, and far the last c of each block. A token always attends to itself, too.
     """
 
-    def holds(j: int) -> bool:
-        near = position - j <= stride if pattern == 'strided' else j // stride == position // stride
-        far = (position - j) % stride == 0 if pattern == 'strided' else j % stride >= stride - summary
-        return j == position or ('near' in parts and near) or ('far' in parts and far)
-
-    return [j for j in range(first, position + 1) if holds(j)]
+    found = {position}
+    if 'near' in parts:
+        begin = position - stride if pattern == 'strided' else position // stride * stride
+        found.update(range(max(first, begin), position))
+    if 'far' in parts and pattern == 'strided':
+        found.update(range(first + (position - first) % stride, position, stride))
+    elif 'far' in parts:
+        for end in range(first // stride * stride + stride, position + stride, stride):
+            found.update(range(max(first, end - summary), min(end, position)))
+    return sorted(found)
 
 
 def keys_of_pattern(n: float, *, pattern: str, parts: Collection[str], stride: int, summary: int) -> float:

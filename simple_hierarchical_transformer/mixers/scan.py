@@ -19,12 +19,19 @@ def scan(a: Tensor, b: Tensor, initial: Tensor | None = None) -> Tensor:
     The sequence falls into about `sqrt(seq)` blocks. All of them run side by side from zeros, step by step, and what
     each block's end carries on to the next is added after: `2 * sqrt(seq)` steps one after the other, and three times
     the operations of the recurrence itself. Blelloch 1990, "Prefix Sums and Their Applications", has it for a tree.
-    Nothing is divided by a product of gates, so that none that vanishes does harm.
+    Nothing is divided by a product of gates, so that none that vanishes does harm. It can be differentiated once; under
+    the transforms of torch.func it runs step by step.
     """
     if initial is None:
         initial = torch.zeros_like(b[:, 0])
     if b.shape[1] == 1:
         return torch.addcmul(b, a, initial[:, None])
+    if torch._C._are_functorch_transforms_active():
+        # the transforms of torch.func see through plain operations alone
+        steps = [initial]
+        for gate, added in zip(a.unbind(1), b.unbind(1), strict=True):
+            steps.append(gate * steps[-1] + added)
+        return torch.stack(steps[1:], dim=1)
     return _Scan.apply(a, b, initial)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,8 @@ class DiagonalSSM(nn.Module):
         x_t = exp(dt A) x_{t-1} + u_t,    y_t = 2 Re(C (exp(dt A) - 1) / A x_t) + D u_t
 
     which is `x' = A x + B u, y = C x + D u` with B = 1, held constant over each step dt, of which x is kept before B is
-    applied. A has complex numbers in pairs, of which one half is kept. Gu et al. 2022, arXiv 2206.11893: the kernel is
-    eq. 6, the initialisations 'lin' and 'inv' are eqs. 9 and 8.
+    applied. A has complex numbers in pairs, of which one half is kept. The kernel and the initialisations 'lin' and
+    'inv' are those of Gu et al. 2022, arXiv 2206.11893.
 
     A sequence is convolved with the kernel `2 Re(C (exp(dt A) - 1) / A exp(dt A)^t)`, a step runs the recurrence.
     Powers of `exp(dt A)` up to t are products of a small one and a multiple of `sqrt(seq)`, so that kernel, state and
@@ -56,7 +57,18 @@ class DiagonalSSM(nn.Module):
         return conv_products(n, dim, self.fft) + 8 * n * dim * states
 
     def initial_state(self, batch: int, like: Tensor) -> Tensor:
-        return like.new_zeros(batch, *self.c.shape)
+        return like.new_zeros(batch, *self.c.shape, dtype=torch.promote_types(like.dtype, torch.float32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # a half-precision model keeps exact time scales and frequencies: rounding them would turn far positions to
+        # other angles
+        exact = {name: getattr(self, name).detach() for name in ('log_dt', 'a_imag')}
+        super()._apply(fn, recurse)
+        for name, value in exact.items():
+            p = getattr(self, name)
+            if torch.finfo(p.dtype).bits < 32:
+                p.data = value.to(p.device)
+        return self
 
     def coefficients(self) -> tuple[Tensor, Tensor]:
         """`dt A` and what x is read with, complex `(dim, state_dim / 2)`, in float32 at least."""
@@ -97,7 +109,7 @@ class DiagonalSSM(nn.Module):
 class S4D(nn.Module):
     """A diagonal state space model for each channel, GELU, and a gated linear map that mixes channels.
 
-    Gu et al. 2022, arXiv 2206.11893; the layer around it is S4's (Gu et al. 2022, arXiv 2111.00396, section 3.4).
+    Gu et al. 2022, arXiv 2206.11893; the layer around it is S4's (Gu et al. 2022, arXiv 2111.00396).
     `(batch, seq, dim)` to `(batch, seq, dim)`. Time and state: see `DiagonalSSM`.
 
     Args:
@@ -140,8 +152,8 @@ class H3(nn.Module):
         y = q * diagonal(shift(k) * v)
 
     `shift` is the state space model whose matrix shifts its state by one: a learned sum over the last `shift_dim`
-    keys, and a skip. `diagonal` is a `DiagonalSSM`. Heads have width 1. Fu et al. 2023, arXiv 2212.14052, section 3.1
-    and algorithm 1. `(batch, seq, dim)` to `(batch, seq, dim)`.
+    keys, and a skip. `diagonal` is a `DiagonalSSM`. Heads have width 1. Fu et al. 2023, arXiv 2212.14052,
+    section 3. `(batch, seq, dim)` to `(batch, seq, dim)`.
 
     Time `O(seq * (log(seq) + state_dim) * dim)`. Its state are the last keys, `(batch, shift_dim - 1, dim)`, and that
     of the diagonal model, `(batch, dim, state_dim / 2, 2)`.
