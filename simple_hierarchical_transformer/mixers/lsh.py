@@ -96,7 +96,8 @@ class LSHAttention(nn.Module):
         elif n <= FEW:
             outs, totals = [], []
             for i in range(n):
-                out, total, state = self.step(*(t[:, i : i + 1] for t in (q, k, v, bucket)), state=state)
+                each = slice(i, i + 1)
+                out, total, state = self.step(q[:, each], k[:, each], v[:, each], bucket[:, each], state)
                 outs.append(out)
                 totals.append(total)
             out, total = torch.cat(outs, dim=1), torch.cat(totals, dim=1)
