@@ -140,7 +140,7 @@ class HierarchicalBlock(nn.Module):
         super().__init__()
         self.phases = level.phases
         # the token mixer, whichever it is, under the name that it has among the published package's weights
-        self.attn = build_mixer(level, length=length, layer=layer, backend=attn_backend) if level.mixes else None
+        self.attn = build_mixer(level, length=length, layer=layer, backend=attn_backend)
         self.ff = FeedForward(level.dim, level.ff_mult, ff_chunks)
         gated = residual == 'gru'
         self.attn_gate = GRUGate(level.dim) if gated and self.attn is not None else None

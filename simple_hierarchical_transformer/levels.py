@@ -172,8 +172,6 @@ def build_levels(
             raise ValueError(f'mixer must be one of {allowed}, or a class of modules, got {mix!r} for hierarchy {c}')
         if mix_kwargs is not None and not isinstance(mix_kwargs, Mapping):
             raise ValueError(f'mixer_kwargs must be a dict or None, got {mix_kwargs!r} for hierarchy {c}')
-        if mix == 'attention' and w == 0 and mix_kwargs:
-            raise ValueError(f'mixer_kwargs of hierarchy {c} are for attention, and its window_sizes of 0 has none')
         if w == 'auto':
             w = max(seq_len // c // 2, 1) if seq_len >= c else None
         elif isinstance(w, str):

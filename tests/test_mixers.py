@@ -583,7 +583,7 @@ def test_a_state_moves_to_another_dtype_and_counts_stay_whole() -> None:
         (dict(mixer=nn.Identity()), 'or a class of modules, got Identity() for hierarchy 1'),
         (dict(mixer=('attention', 's4d')), 'mixer must be one value or one for each of the 3 hierarchies'),
         (dict(mixer=('attention', ['s4d'], 's4d')), "or a class of modules, got ['s4d'] for hierarchy 8"),
-        (dict(mixer_kwargs=dict(kv_heads=2), window_sizes=0), 'mixer_kwargs of hierarchy 1 are for attention, and its'),
+        (dict(mixer_kwargs=dict(bogus=2), window_sizes=0), "stride, summary for mixer Attention, got 'bogus'"),
         (dict(mixer_kwargs=3), 'mixer_kwargs must be a dict or None, got 3 for hierarchy 1'),
         (dict(mixer='s4d', mixer_kwargs=dict(order=2)), 'of hierarchy 1 must be of state_dim, init, fft for mixer S4D'),
         (dict(mixer='hyena', mixer_kwargs=dict(length=2)), "short, filter_dim, fft for mixer Hyena, got 'length'"),

@@ -63,7 +63,10 @@ MIXERS: dict[str, type[nn.Module]] = {
 
 
 def build_mixer(level: Level, *, length: int, layer: int, backend: str) -> Any:
-    """A level's mixer. Raises ValueError where `mixer_kwargs` has what its class does not take."""
+    """A level's mixer, or None where a window of 0 leaves attention out.
+
+    Raises ValueError where `mixer_kwargs` has what its class does not take.
+    """
     mixer = MIXERS[level.mixer] if isinstance(level.mixer, str) else level.mixer
     parameters = inspect.signature(mixer).parameters
     settings = dict(
@@ -78,4 +81,6 @@ def build_mixer(level: Level, *, length: int, layer: int, backend: str) -> Any:
                 f'mixer_kwargs of hierarchy {level.compression} must be of {", ".join(own) or "none"} for mixer '
                 f'{mixer.__name__}, got {name!r}'
             )
+    if not level.mixes:
+        return None
     return mixer(**{name: value for name, value in settings.items() if name in parameters}, **level.mixer_kwargs)
