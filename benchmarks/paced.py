@@ -178,6 +178,9 @@ def table(held: dict[str, Any], options: Options, default: str) -> list[str]:
         bits, spread = mean_and_spread([run['bits'] for run in found])
         delta, delta_spread = mean_and_spread(apart[name])
         says = 'chance' if abs(delta) <= reach else 'helps' if delta < 0 else 'hurts'
+        if not reach:
+            # one seed says nothing of chance
+            says = ''
         cells = [
             name,
             f'{bits:.3f} ± {spread:.3f}',

@@ -56,6 +56,8 @@ def test_training_step_compiles_to_machine_code() -> None:
 @settings(max_examples=15)
 @given(config=configs(), with_state=st.booleans())
 def test_checkpointing_changes_no_number(config: dict[str, Any], with_state: bool) -> None:
+    # what is reversible computes layers again by itself
+    config = {**config, 'reversible': False}
     plain, again = build(config), build(dict(config, gradient_checkpointing=True))
     ids = torch.randint(0, 11, (2, 20))
 
