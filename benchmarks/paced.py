@@ -233,5 +233,5 @@ def draw(path: Path, held: dict[str, Any], default: str) -> None:
     axes.set(yticks=range(len(names)), yticklabels=names, xlabel='bits per byte above the default (left is better)')
     axes.invert_yaxis()
     axes.grid(axis='x', alpha=0.3)
-    axes.legend(loc='lower right')
+    axes.legend(loc='upper right')
     replace_file(path, lambda partial: figure.savefig(partial, dpi=120, format='png'))
