@@ -275,15 +275,21 @@ class AttentionMerge(HierarchicalMerge):
         return [self.attend(to, query, heard, silent)[0] for to, query, heard in gathered]
 
     def weights(self, gathered: Any, silent: Collection[int]) -> list[Tensor]:
-        return [self.attend(to, query, heard, silent)[1] for to, query, heard in gathered]
+        heard_of = torch.tensor([j for j in range(len(self.dims)) if j not in silent], dtype=torch.long)
+        found = [self.attend(to, query, heard, silent)[1] for to, query, heard in gathered]
+        wholes = [each.new_zeros(*each.shape[:3], len(self.dims), each.shape[-1]) for each in found]
+        return [whole.index_copy(3, heard_of.to(whole.device), each) for whole, each in zip(wholes, found, strict=True)]
 
     def attend(self, to: Any, query: Tensor, heard: Sequence[Heard], silent: Collection[int]) -> tuple[Tensor, Tensor]:
-        """The update `(batch, tokens, dim)`, and its weights `(batch, tokens, heads, levels, 1 + window)`."""
+        """The update `(batch, tokens, dim)`, and its weights `(batch, tokens, heads, levels, 1 + window)`.
+
+        Levels are those that are not silent.
+        """
         batch, count, heads, _ = query.shape
-        none = to.bias.new_zeros(batch, count, heads, len(heard), 1 + self.window) if silent or not count else None
         members = [j for j in range(len(heard)) if j not in silent]
-        if none is not None and (not members or not count):
-            return to.bias.new_zeros(batch, count, to.to_out.out_features), none
+        if not members or not count:
+            update = to.bias.new_zeros(batch, count, to.to_out.out_features)
+            return update, to.bias.new_zeros(batch, count, heads, len(members), 1 + self.window)
         back = torch.arange(1 + self.window, device=query.device)
         query = query * query.shape[-1] ** -0.5
 
@@ -307,8 +313,7 @@ class AttentionMerge(HierarchicalMerge):
             shares = in_groups(level_weights.to(query.dtype), heard[j])
             part: Any = sum(share[..., None] * row for share, row in zip(shares.unbind(dim=-1), rows, strict=True))
             out = out + part.flatten(1, 2)[:, heard[j].lead : heard[j].lead + count]
-        weights = found if none is None else none.index_copy(3, torch.tensor(members, device=none.device), found)
-        return to.to_out(out.flatten(2)), weights
+        return to.to_out(out.flatten(2)), found
 
 
 def in_groups(x: Tensor, heard: Heard) -> Tensor:
