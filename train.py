@@ -166,9 +166,14 @@ class Run:
             raise ValueError(f'weights that blocks share, as {name} and {first}, cannot be sharded with their blocks')
         self.parameters = cost.parameters_by_level(model)
         self.flops = cost.step_flops(model, self.length) / self.length
-        optimizer: Any = build_optimizer(model, s.optimizer, lr=s.lr, weight_decay=s.weight_decay, device=self.device)
+        optimizer: Any = build_optimizer(
+            model, s.optimizer, lr=s.lr, table_lr=s.table_lr, weight_decay=s.weight_decay, device=self.device,
+            sparse=not (self.accelerator.is_fsdp2 or s.compile),
+        )  # fmt: skip
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.model = self.accelerator.unwrap_model(self.wrapped)
+        # a table that moves by rows takes no notice of how long its gradient is
+        self.clipped = [p for group in self.optimizer.param_groups if group['rule'] != 'rows' for p in group['params']]
         self.call = torch.compile(self.wrapped) if s.compile else self.wrapped
         self.average = WeightAverage(self.model, s.ema) if s.ema else None
         # curves that runs of other settings have too, then each part that is on
@@ -235,7 +240,7 @@ class Run:
             each |= parts.named
             # a curve of a loss that is off is one of zeros
             losses += torch.stack([each.get(name, torch.zeros_like(loss)) for name in self.losses]).detach()
-        norm = full(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.s.clip))
+        norm = full(self.accelerator.clip_grad_norm_(self.clipped, self.s.clip))
         # which all processes have the same
         return torch.cat((losses, norm.detach()[None].to(losses) / self.world))
 
@@ -248,7 +253,7 @@ class Run:
         progress = self.progress
         rate = learning_rate(self.done(), highest=self.s.lr, schedule=self.s.schedule, warmup=self.s.warmup)
         for group in self.optimizer.param_groups:
-            group['lr'] = rate
+            group['lr'] = rate * group['scale']
         if self.batches.begins(progress.step):
             self.states = []
 

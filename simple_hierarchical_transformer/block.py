@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .levels import Level
-from .linear import Chain, Linear
+from .linear import Chain, Linear, begin_at_zero
 from .mixers import build_mixer
 from .mixers.attention import Backend
 from .norm import RMSNorm
@@ -63,22 +63,38 @@ class GRUGate(nn.Module):
         return torch.lerp(x, h.to(x.dtype), z.to(x.dtype))
 
 
+class SquaredReLU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x).square()
+
+
+class SwiGLU(nn.Module):
+    """Half of the channels, gated by the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = x.chunk(2, dim=-1)
+        return value * F.silu(gate)
+
+
+ACTIVATIONS: dict[str, type[nn.Module]] = dict(gelu=nn.GELU, relu2=SquaredReLU, swiglu=SwiGLU)
+
+
 class FeedForward(nn.Module):
-    """Pre-norm GELU feed-forward, bias-free.
+    """Pre-norm feed-forward, bias-free.
 
     With `chunks` above 1, that many pieces of the sequence go through one after the other, and again in the backward
     pass, so that the hidden layer of one piece alone is ever in memory.
     """
 
-    def __init__(self, dim: int, mult: float, chunks: int = 1) -> None:
+    def __init__(self, dim: int, mult: float, chunks: int = 1, activation: str = 'gelu') -> None:
         super().__init__()
         self.dim = dim
         self.chunks = chunks
         inner = int(dim * mult)
         self.net = Chain(
             RMSNorm(dim),
-            Linear(dim, inner, bias=False),
-            nn.GELU(),
+            Linear(dim, 2 * inner if activation == 'swiglu' else inner, bias=False),
+            ACTIVATIONS[activation](),
             Linear(inner, dim, bias=False),
         )
 
@@ -124,6 +140,7 @@ class HierarchicalBlock(nn.Module):
         layer: its number among the level's blocks, from 0.
         attn_backend: what windowed attention runs on.
         residual: how mixer and feed-forward add to the stream: 'add', or 'gru' through a `GRUGate`.
+        ff_activation: that of the feed-forward.
         ff_chunks: pieces of the sequence that the feed-forward has one after the other.
     """
 
@@ -135,21 +152,27 @@ class HierarchicalBlock(nn.Module):
         layer: int = 0,
         attn_backend: Backend = 'auto',
         residual: str = 'add',
+        ff_activation: str = 'gelu',
         ff_chunks: int = 1,
     ) -> None:
         super().__init__()
         self.phases = level.phases
         # the token mixer, whichever it is, under the name that it has among the published package's weights
         self.attn = build_mixer(level, length=length, layer=layer, backend=attn_backend)
-        self.ff = FeedForward(level.dim, level.ff_mult, ff_chunks)
+        self.ff = FeedForward(level.dim, level.ff_mult, ff_chunks, ff_activation)
         gated = residual == 'gru'
         self.attn_gate = GRUGate(level.dim) if gated and self.attn is not None else None
         self.ff_gate = GRUGate(level.dim) if gated else None
 
     def share_attention(self, other: HierarchicalBlock) -> None:
         """Takes another level's weights, not its window."""
-        for name in ('norm', 'to_qkv', 'to_out'):
+        for name in ('norm', 'qk_norm', 'to_qkv', 'to_out'):
             setattr(self.attn, name, getattr(other.attn, name))
+
+    def begin_at_zero(self) -> None:
+        """Mixer and feed-forward add nothing at first."""
+        for out in (self.ff.net[-1], getattr(self.attn, 'to_out', None)):
+            begin_at_zero(out)
 
     def initial_state(self, batch_size: int, like: Tensor) -> BlockState:
         """That of a block that has read nothing, in the dtype and on the device of `like`."""

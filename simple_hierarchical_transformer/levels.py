@@ -31,6 +31,7 @@ class Level:
     compressor: str = 'conv'
     mixer: str | type[nn.Module] = 'attention'
     mixer_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    depth: int = 1
 
     @property
     def phases(self) -> int:
@@ -99,6 +100,7 @@ def build_levels(
     hierarchies: int | Sequence[int],
     hierarchical_stride: int | Sequence[int],
     dim: int | Sequence[int],
+    depth: int | Sequence[int],
     dim_head: int | Sequence[int],
     heads: int | Sequence[int],
     ff_mult: float | Sequence[float],
@@ -129,6 +131,7 @@ def build_levels(
     count = len(compressions)
     strides = per_level('hierarchical_stride', hierarchical_stride, count)
     dims = per_level('dim', dim, count)
+    depths = per_level('depth', depth, count)
     dim_heads = per_level('dim_head', dim_head, count)
     all_heads = per_level('heads', heads, count)
     ff_mults = per_level('ff_mult', ff_mult, count)
@@ -141,8 +144,8 @@ def build_levels(
     settings = per_level('mixer_kwargs', mixer_kwargs, count)
 
     levels = []
-    for c, s, d, d_head, h, mult, w, next_latent, prophet, quantize, compress, mix, mix_kwargs in zip(
-        compressions, strides, dims, dim_heads, all_heads, ff_mults, windows,
+    for c, s, d, layers, d_head, h, mult, w, next_latent, prophet, quantize, compress, mix, mix_kwargs in zip(
+        compressions, strides, dims, depths, dim_heads, all_heads, ff_mults, windows,
         next_latents, prophets, quantized, compressors, named, settings, strict=True,
     ):  # fmt: skip
         if not is_int(s) or s < 1 or s & (s - 1):
@@ -152,6 +155,7 @@ def build_levels(
 
         # the token shift moves half of the channels, so there must be two of them
         check_int('dim', d, 2)
+        check_int('depth', layers)
         check_int('heads', h)
         check_number('ff_mult', mult)
         check_number('next_latent_loss_weight', next_latent)
@@ -189,8 +193,9 @@ def build_levels(
             )
             w = None
 
+        settings_of_mixer = dict(mix_kwargs or {})
         levels.append(
-            Level(c, s, d, d_head, h, mult, w, next_latent, prophet, quantize, compress, mix, dict(mix_kwargs or {}))
+            Level(c, s, d, d_head, h, mult, w, next_latent, prophet, quantize, compress, mix, settings_of_mixer, layers)
         )
 
     return tuple(levels)

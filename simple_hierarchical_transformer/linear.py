@@ -176,3 +176,9 @@ class Chain(nn.Sequential):
             else:
                 x, between = x if between is None else between(x), part
         return x if between is None else between(x)
+
+
+def begin_at_zero(module: nn.Module | None) -> None:
+    """Makes a map one that gives zeros, where there is one."""
+    for p in () if module is None else module.parameters():
+        nn.init.zeros_(p)

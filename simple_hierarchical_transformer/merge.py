@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .levels import Level
-from .linear import Chain, Linear, linear
+from .linear import Chain, Linear, Part, begin_at_zero, linear
 from .norm import RMSNorm
 from .state import keep
 
@@ -31,10 +32,14 @@ class Contribution(NamedTuple):
     silent."""
 
 
-def concat_levels(
-    tokens: Sequence[Tensor], strides: Sequence[int], state: MergeState | None = None, position: int = 0
-) -> tuple[Tensor, MergeState | None]:
-    """All levels' tokens side by side at each position: `(batch, n, sum of dims)`.
+def at_each_position(
+    tokens: Sequence[Tensor],
+    strides: Sequence[int],
+    state: MergeState | None = None,
+    position: int = 0,
+    parts: Sequence[Part | None] | None = None,
+) -> tuple[list[Tensor], MergeState | None]:
+    """What each level's token at a position says: `(batch, n, dim)` each, or what one of `parts` makes of it.
 
     A level token of stride s is repeated for its s positions. The chunk begins at `position`, and where that is in
     the middle of a stride, the token that stands for its first positions is the last of the chunk before: `state`
@@ -45,15 +50,25 @@ def concat_levels(
     columns: list[Tensor] = []
     kept: list[Tensor | None] = []
 
-    for x, stride, last in zip(tokens, strides, state or (None,) * len(tokens), strict=True):
+    for i, (x, stride, last) in enumerate(zip(tokens, strides, state or (None,) * len(tokens), strict=True)):
         begun = position % stride
         if begun and last is not None:
             x = torch.cat((last, x), dim=1)
         # a chunk may be too short to have one
         kept.append(keep(last, x[:, -1:] if x.shape[1] or last is None else last))
+        if parts is not None and (part := parts[i]) is not None:
+            x = part(x)
         columns.append(x if stride == 1 else x.repeat_interleave(stride, dim=1)[:, begun : begun + n])
 
-    return torch.cat(columns, dim=-1), state and tuple(kept)
+    return columns, state and tuple(kept)
+
+
+def concat_levels(
+    tokens: Sequence[Tensor], strides: Sequence[int], state: MergeState | None = None, position: int = 0
+) -> tuple[Tensor, MergeState | None]:
+    """All levels' tokens side by side at each position, as `at_each_position` has them: `(batch, n, sum of dims)`."""
+    columns, state = at_each_position(tokens, strides, state, position)
+    return torch.cat(columns, dim=-1), state
 
 
 def without(x: Tensor, dims: Sequence[int], silent: Collection[int]) -> Tensor:
@@ -91,6 +106,10 @@ class HierarchicalMerge(nn.Module):
             nn.SiLU(),
             Linear(2 * dim_out, dim_out),
         )
+
+    def begin_at_zero(self) -> None:
+        """Nothing is added at first."""
+        begin_at_zero(self.net[-1])
 
     def initial_state(self, batch_size: int, like: Tensor) -> MergeState:
         """Each strided level's last token, `(batch, 1, dim)`."""
@@ -176,6 +195,66 @@ class HierarchicalMerge(nn.Module):
         )
 
 
+class LinearMerge(HierarchicalMerge):
+    """Adds to a level one linear map of each other level's token at its position.
+
+    Maps are taken of a level's own tokens, before they are repeated for the positions that they stand for: of all
+    merges the one that costs least, and the coarser the level the less.
+    """
+
+    def build(self, levels: Sequence[Level]) -> None:
+        # a level tells itself nothing
+        self.heard = [[i for i in self.into if i != j] for j in range(len(levels))]
+        self.norms = nn.ModuleList(RMSNorm(dim) if self.heard[j] else nn.Identity() for j, dim in enumerate(self.dims))
+        self.to_others = nn.ModuleList(
+            Linear(dim, sum(self.dims[i] for i in self.heard[j]), bias=False) if self.heard[j] else nn.Identity()
+            for j, dim in enumerate(self.dims)
+        )
+
+    def begin_at_zero(self) -> None:
+        for each in self.to_others:
+            begin_at_zero(each)
+
+    def gather(
+        self, tokens: Sequence[Tensor], state: MergeState | None, position: int
+    ) -> tuple[Any, MergeState | None]:
+        parts: Any = [
+            partial(to, after=norm) if heard else None
+            for to, norm, heard in zip(self.to_others, self.norms, self.heard, strict=True)
+        ]
+        columns, state = at_each_position(tokens, self.strides, state, position, parts)
+        told = {}
+        for j, (column, heard) in enumerate(zip(columns, self.heard, strict=True)):
+            for i, each in zip(
+                heard, column.split([self.dims[i] for i in heard], dim=-1) if heard else (), strict=True
+            ):
+                told[i, j] = each[:, -position % self.strides[i] :: self.strides[i]]
+        return (told, tokens), state
+
+    def updates(self, gathered: Any, silent: Collection[int]) -> list[Tensor]:
+        told, tokens = gathered
+        updates = []
+        for i in self.into:
+            others = [each for (to, j), each in told.items() if to == i and j not in silent]
+            updates.append(sum(others[1:], others[0]) if others else torch.zeros_like(tokens[i]))
+        return updates
+
+    def weights(self, gathered: Any, silent: Collection[int]) -> list[Tensor]:
+        found = []
+        for i in self.into:
+            like = gathered[1][i]
+            shares = []
+            for j, (to, norm, heard) in enumerate(zip(self.to_others, self.norms, self.heard, strict=True)):
+                share = like.new_zeros(())
+                if i in heard and j not in silent:
+                    rows = cast(Any, to).weight.split([self.dims[k] for k in heard])[heard.index(i)]
+                    share = (rows * norm.gamma).square().sum()
+                shares.append(share)
+            total = torch.stack(shares)
+            found.append(total / total.sum().clamp(min=torch.finfo(total.dtype).tiny))
+        return found
+
+
 class Receiver(nn.Module):
     """How one level attends to all: its queries, and each level's keys and values for it."""
 
@@ -228,6 +307,10 @@ class AttentionMerge(HierarchicalMerge):
     def build(self, levels: Sequence[Level]) -> None:
         self.norms = nn.ModuleList(RMSNorm(dim) for dim in self.dims)
         self.receivers = nn.ModuleDict({str(i): Receiver(levels[i], self.dims, self.window) for i in self.into})
+
+    def begin_at_zero(self) -> None:
+        for to in self.receivers.values():
+            begin_at_zero(to.to_out)  # type: ignore[arg-type]
 
     def initial_state(self, batch_size: int, like: Tensor) -> MergeState:
         """For each receiver, each level's last keys and values that its next token may still reach back to."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .block import HierarchicalBlock
+from .block import ACTIVATIONS, HierarchicalBlock
 from .compress import Autoencoder, Compressor
 from .generate import Generative, check_ids
 from .halting import AdaptiveHalting
@@ -29,7 +29,7 @@ from .levels import (
     is_int,
     per_level,
 )
-from .linear import Linear
+from .linear import Linear, begin_at_zero
 from .losses import (
     ChunkSummarizer,
     LatentDynamics,
@@ -44,9 +44,10 @@ from .losses import (
     rollout_counts,
     seen_ids,
 )
-from .merge import AttentionMerge, Contribution, HierarchicalMerge, MergeState, concat_levels, without
+from .merge import AttentionMerge, Contribution, HierarchicalMerge, LinearMerge, MergeState, concat_levels, without
 from .mixers import MIXERS
 from .mixers.attention import BACKENDS
+from .ngrams import NGramEmbedding
 from .pretrained import Pretrained, shared_names
 from .reversible import Coupling, run_couplings, run_plainly
 from .state import BlockState, State
@@ -117,11 +118,18 @@ class HierarchicalTransformer(
     Args:
         num_tokens: size of the vocabulary.
         dim: width of the level. Embeddings have the largest of them.
-        depth: number of layers.
+        depth: number of layers; with `arrangement = 'hourglass'` it may be another for each hierarchy.
         seq_len: the longest sequence that one pass reads.
         dim_head: width of an attention head.
         heads: number of attention heads.
         ff_mult: hidden width of the feed-forward, as a multiple of `dim`.
+        ff_activation: what stands between its two maps: 'gelu'; 'relu2', the square of a ReLU (So et al. 2021, arXiv
+            2109.08668); 'swiglu', a gate of a third map (Shazeer 2020, arXiv 2002.05202), at the same hidden width.
+        ngrams: n of the n-grams of ids that are embedded beside each id, as `(2, 3, 4)`: what ends there is known
+            before any layer has looked back (`NGramEmbedding`).
+        ngram_rows: of the table that each of `ngrams` has, a power of two.
+        zero_init: mixers, feed-forwards, merges and logits begin at zero, so that a model begins as its embeddings
+            alone (Bachlechner et al. 2020, arXiv 2003.04887; Yang et al. 2022, arXiv 2203.03466, appendix D.2).
         hierarchies: compression factors, powers of two that differ: `(1, 2, 8)`.
         window_sizes: how many tokens of the level before it a token attends to, besides itself. None is full
             attention, 0 no attention, 'auto' half of the level's length `seq_len // c`. One that exceeds it counts as
@@ -133,8 +141,8 @@ class HierarchicalTransformer(
         mixer_kwargs: what a mixer is built with besides, as a dict.
         hierarchy_merge_all: the older name of `merge_into = 'all'`.
         merge_into: who receives what is merged: 'predict', the level that predicts; 'all'; or a tuple of hierarchies.
-        merge: how levels are pooled: 'concat', a feed-forward over all of them, concatenated; 'attention', where each
-            receiving token attends over the levels' tokens at its position.
+        merge: how levels are pooled: 'concat', a feed-forward over all of them, concatenated; 'linear', a linear map of
+            each other level; 'attention', where each receiving token attends over the levels' tokens at its position.
         merge_window: with `merge = 'attention'`, how many of each level's tokens before that are attended to as well.
         arrangement: 'parallel', levels side by side that merge after every layer; 'hourglass', one inside the other,
             from the finest: half of its layers, then the next coarser level from what they make, merged back in, then
@@ -211,11 +219,15 @@ class HierarchicalTransformer(
         *,
         num_tokens: int,
         dim: int | Sequence[int],
-        depth: int,
+        depth: int | Sequence[int],
         seq_len: int = 2048,
         dim_head: int | Sequence[int] = 64,
         heads: int | Sequence[int] = 8,
         ff_mult: float | Sequence[float] = 4,
+        ff_activation: Literal['gelu', 'relu2', 'swiglu'] = 'gelu',
+        ngrams: Sequence[int] = (),
+        ngram_rows: int = 1 << 16,
+        zero_init: bool = False,
         hierarchies: int | Sequence[int] = 1,
         window_sizes: int | Literal['auto'] | Sequence[int | Literal['auto'] | None] | None = None,
         hierarchical_stride: int | Sequence[int] = 1,
@@ -223,7 +235,7 @@ class HierarchicalTransformer(
         mixer_kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
         hierarchy_merge_all: bool = False,
         merge_into: Literal['predict', 'all'] | Sequence[int] = 'predict',
-        merge: Literal['concat', 'attention'] = 'concat',
+        merge: Literal['concat', 'linear', 'attention'] = 'concat',
         merge_window: int = 0,
         arrangement: Literal['parallel', 'hourglass'] = 'parallel',
         compressor: str | nn.Module | Sequence[str | nn.Module] = 'conv',
@@ -267,12 +279,19 @@ class HierarchicalTransformer(
         super().__init__()
 
         check_int('num_tokens', num_tokens)
-        check_int('depth', depth)
         check_int('seq_len', seq_len)
         check_int('num_rollouts', num_rollouts)
         check_int('dynamics_num_layers', dynamics_num_layers)
         check_int('merge_window', merge_window, 0)
         check_int('ff_chunks', ff_chunks)
+        check_choice('ff_activation', ff_activation, tuple(ACTIVATIONS))
+        check_sequence('ngrams', ngrams)
+        for order in ngrams:
+            check_int('ngrams', order, 2)
+        if len(set(ngrams)) != len(ngrams):
+            raise ValueError(f'ngrams must all differ, got {ngrams!r}')
+        if check_int('ngram_rows', ngram_rows, 2) & (ngram_rows - 1):
+            raise ValueError(f'ngram_rows must be a power of two, got {ngram_rows}')
         check_int('quantizer_codebooks', quantizer_codebooks)
         check_int('quantizer_codebook_size', quantizer_codebook_size, 2)
         check_int('quantizer_dim', quantizer_dim)
@@ -283,7 +302,7 @@ class HierarchicalTransformer(
         if not 0 < check_number('recon_sample', recon_sample) <= 1:
             raise ValueError(f'recon_sample must be above 0 and at most 1, got {recon_sample!r}')
         check_choice('attn_backend', attn_backend, BACKENDS)
-        check_choice('merge', merge, ('concat', 'attention'))
+        check_choice('merge', merge, ('concat', 'linear', 'attention'))
         check_choice('arrangement', arrangement, ('parallel', 'hourglass'))
         check_choice('residual', residual, ('add', 'gru'))
         if halting is not None:
@@ -318,6 +337,7 @@ class HierarchicalTransformer(
             ('share_attention', share_attention),
             ('share_feed_forward', share_feed_forward),
             ('share_layers', share_layers),
+            ('zero_init', zero_init),
             ('reversible', reversible),
             ('use_flash_attn', use_flash_attn),
             ('gradient_checkpointing', gradient_checkpointing),
@@ -329,6 +349,7 @@ class HierarchicalTransformer(
             hierarchies=hierarchies,
             hierarchical_stride=hierarchical_stride,
             dim=dim,
+            depth=depth,
             dim_head=dim_head,
             heads=heads,
             ff_mult=ff_mult,
@@ -342,6 +363,12 @@ class HierarchicalTransformer(
             mixers=MIXERS,
             seq_len=seq_len,
         )
+        layers = max(level.depth for level in levels)
+        if any(level.depth < layers for level in levels) and (arrangement != 'hourglass' or share_layers):
+            raise ValueError(
+                f"depth may differ between hierarchies with arrangement = 'hourglass' and share_layers = False alone, "
+                f'got {depth!r} with {arrangement!r} and {share_layers}'
+            )
         self.levels = levels
         self.num_tokens = num_tokens
         self.seq_len = seq_len
@@ -435,6 +462,7 @@ class HierarchicalTransformer(
 
         dim_embed = max(level.dim for level in levels)
         self.token_emb = nn.Embedding(num_tokens, dim_embed)
+        self.ngram_emb = NGramEmbedding(dim_embed, ngrams, ngram_rows) if ngrams else None
         self.autoencoder = None
         if autoencoder:
             decoded = num_tokens if autoencoder_loss_weight > 0 else None
@@ -454,28 +482,36 @@ class HierarchicalTransformer(
 
         def make_layer(number: int) -> nn.ModuleList:
             return nn.ModuleList(
-                HierarchicalBlock(
+                None  # type: ignore[misc]
+                if number >= level.depth
+                else HierarchicalBlock(
                     level,
                     length=-(-seq_len // level.compression),
                     layer=number,
                     attn_backend=attn_backend,
                     residual=residual,
+                    ff_activation=ff_activation,
                     ff_chunks=ff_chunks,
                 )
                 for level in levels
             )
 
         self.layers = nn.ModuleList(
-            [make_layer(0)] * depth if share_layers else [make_layer(number) for number in range(depth)]
+            [make_layer(0)] * layers if share_layers else [make_layer(number) for number in range(layers)]
         )
         # what tells layers that share their weights apart
         self.step_embeds = nn.ParameterList(
-            nn.Parameter(0.02 * torch.randn(depth, level.dim)) for level in levels if share_layers
+            nn.Parameter(0.02 * torch.randn(layers, level.dim)) for level in levels if share_layers
         )
         # keyed by the level's index: what levels tell others on the way has no halting
         self.halting = nn.ModuleDict(
             {str(i): AdaptiveHalting(levels[i].dim) for i in self.predict_from if halting is not None}
         )
+
+        def shared_layers(*numbers: int) -> Any:
+            """Those that all of these levels have."""
+            return self.layers[: min(levels[i].depth for i in numbers)]
+
         if share_attention:
             alike = [
                 (level.dim, level.heads, level.dim_head, level.window is None, *sorted(level.mixer_kwargs.items()))
@@ -487,13 +523,13 @@ class HierarchicalTransformer(
                 alike,
                 [level.mixer == 'attention' and level.mixes for level in levels],
             ):
-                for layer in self.layers:
-                    layer[i].share_attention(layer[first])  # type: ignore[index]
+                for layer in shared_layers(i, first):
+                    layer[i].share_attention(layer[first])
         if share_feed_forward:
             sizes = [(level.dim, int(level.dim * level.ff_mult)) for level in levels]
             for i, first in find_alike('share_feed_forward', 'dim and ff_mult', sizes, [True] * len(levels)):
-                for layer in self.layers:
-                    layer[i].ff = layer[first].ff  # type: ignore[index]
+                for layer in shared_layers(i, first):
+                    layer[i].ff = layer[first].ff
 
         # the parts of the loss, and what each takes beside its level's final tokens
 
@@ -529,7 +565,7 @@ class HierarchicalTransformer(
         ) -> nn.Module:
             if merge == 'attention':
                 return AttentionMerge(members, into, strides, window=merge_window)
-            return HierarchicalMerge(members, into, strides)
+            return (LinearMerge if merge == 'linear' else HierarchicalMerge)(members, into, strides)
 
         self.hierarchical_merges = nn.ModuleList()
         if arrangement == 'hourglass':
@@ -537,9 +573,9 @@ class HierarchicalTransformer(
                 self.hierarchical_merges.append(make_merge((finer, coarser), [0], [1, coarser.stride // finer.stride]))
         elif len(levels) > 1:
             if share_layers:
-                self.hierarchical_merges.extend([make_merge(levels, into)] * depth)
+                self.hierarchical_merges.extend([make_merge(levels, into)] * layers)
             else:
-                self.hierarchical_merges.extend(make_merge(levels, into) for _ in range(depth))
+                self.hierarchical_merges.extend(make_merge(levels, into) for _ in range(layers))
 
         self.norms = nn.ModuleList(nn.LayerNorm(level.dim) for level in levels)
         self.to_logits = Linear(sum(levels[i].dim for i in self.predict_from), num_tokens, bias=False)
@@ -574,7 +610,7 @@ class HierarchicalTransformer(
         # what no loss reads still shapes the embeddings that forward returns, yet cannot be trained: the last norm, and
         # the last attention of a merge
 
-        alone = arrangement == 'parallel' and len(levels) > 1 and (depth == 1 or not share_layers)
+        alone = arrangement == 'parallel' and len(levels) > 1 and (layers == 1 or not share_layers)
         last = self.hierarchical_merges[-1] if alone else None
         receivers: Any = last.receivers if isinstance(last, AttentionMerge) else {}
         for i, norm in enumerate(self.norms):
@@ -582,6 +618,12 @@ class HierarchicalTransformer(
                 make_buffers(norm)
                 if str(i) in receivers:
                     make_buffers(receivers[str(i)])
+
+        if zero_init:
+            parts: Any = [*(block for layer in self.layers for block in layer if block), *self.hierarchical_merges]  # type: ignore[attr-defined]
+            for each in parts:
+                each.begin_at_zero()
+            begin_at_zero(self.to_logits)
 
         self.register_load_state_dict_pre_hook(adapt_published_keys)
 
@@ -669,7 +711,7 @@ class HierarchicalTransformer(
         of_inputs = return_hierarchical_token_embeds or (return_quantized_ids and self.quantize_from == 'compressed')
         if of_inputs and state is None and self.arrangement == 'parallel':
             # levels are compressed before anything else is done
-            inputs = self.compress_all(self.token_emb(ids), None, 0)[0]
+            inputs = self.compress_all(self.embed(ids, None)[0], None, 0)[0]
             return self.quantize(inputs) if return_quantized_ids else inputs
         read, state = self.read(ids, state, position, ablate_hierarchical_merge, contributions)
 
@@ -710,11 +752,14 @@ class HierarchicalTransformer(
         if ablate_merge:
             merges = [None] * len(merges)
             held = held if state is None else list(state.merges[:-1])
-        blocks: list[list[BlockState | None]] = [[None] * len(self.levels) for _ in self.layers]
+        layers: Any = self.layers
+        blocks = [
+            [BlockState() if block is None and state is not None else None for block in layer] for layer in layers
+        ]
         now = Pass(state, position, merges, self.silent, contributions, [None] * len(self.levels), blocks, held, {})
         run = self.run_hourglass if self.arrangement == 'hourglass' else self.run_parallel
 
-        embeds = self.token_emb(ids)
+        embeds, seen = self.embed(ids, state)
         inputs, tokens, codes = run(embeds, now)
         tokens = [norm(x) for norm, x in zip(self.norms, tokens, strict=True)]
 
@@ -733,6 +778,7 @@ class HierarchicalTransformer(
             state = replace(
                 state,
                 position=position + ids.shape[1],
+                ids=seen,
                 written=state.written if in_place else [],
                 embeds=tuple(now.embeds),
                 blocks=tuple(map(tuple, now.blocks)),  # type: ignore[arg-type]
@@ -741,6 +787,14 @@ class HierarchicalTransformer(
             if in_place:
                 state.written[:] = [state.position]
         return Read(embeds, codes, inputs, tokens, now.pondered, predict_from), state
+
+    def embed(self, ids: Tensor, state: State | None) -> tuple[Tensor, Tensor | None]:
+        """Embeddings `(batch, n, max(dim))`, and what n-grams to come begin with."""
+        embeds = self.token_emb(ids)
+        if self.ngram_emb is None:
+            return embeds, None
+        more, seen = self.ngram_emb(ids, state and state.ids)
+        return embeds + more, seen
 
     def run_parallel(self, embeds: Tensor, now: Pass) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
         """Levels side by side: what their first blocks get, what their last ones give, and the coarsest map."""
@@ -842,8 +896,9 @@ class HierarchicalTransformer(
             x, now.embeds[j] = self.compress(j, finer, now.state, start)
             inputs[j] = x
             start = self.levels[j].length(now.position)
-            for i in range(len(self.layers)):
-                if i == len(self.layers) // 2 and k + 1 < len(self.order):
+            depth = self.levels[j].depth
+            for i in range(depth):
+                if i == depth // 2 and k + 1 < len(self.order):
                     inner, merge = run_level(k + 1, x, start), now.merges[k]
                     if merge is not None:
                         before = now.state and now.state.merges[k]
@@ -1075,8 +1130,12 @@ class HierarchicalTransformer(
         return State(
             position=0,
             spec=self._state_spec,
+            ids=None if self.ngram_emb is None else self.ngram_emb.initial_state(batch_size, like),
             embeds=tuple(zeros(batch_size, *reached(i)) if reached(i)[0] else None for i in range(len(self.levels))),
-            blocks=tuple(tuple(block.initial_state(batch_size, like) for block in layer) for layer in layers),
+            blocks=tuple(
+                tuple(BlockState() if block is None else block.initial_state(batch_size, like) for block in layer)
+                for layer in layers
+            ),
             merges=(
                 *(merge.initial_state(batch_size, like) for merge in self.hierarchical_merges),  # type: ignore[operator]
                 tuple(zeros(batch_size, 1, level.dim) if level.stride > 1 else None for level in predicting),
@@ -1086,7 +1145,14 @@ class HierarchicalTransformer(
     @property
     def _state_spec(self) -> tuple[Any, ...]:
         """What the shape of a state hangs on, and what it means."""
-        layout = (self.arrangement, self.autoencoder is not None, bool(self.halting), self.reversible, *self.merge_kind)
+        layout = (
+            self.arrangement,
+            self.ngram_emb and self.ngram_emb.orders,
+            self.autoencoder is not None,
+            bool(self.halting),
+            self.reversible,
+            *self.merge_kind,
+        )
         # what trains a level is no matter of what it remembers
         untrained = dict(next_latent_loss_weight=0.0, prophet_loss_weight=0.0, quantized_loss_weight=0.0)
         levels = (replace(level, **untrained) for level in self.levels)  # type: ignore[arg-type]

@@ -89,6 +89,8 @@ class State:
     """How many ids each row has read."""
     spec: tuple[Any, ...]
     """What the model that made it is built like: another model refuses it."""
+    ids: Tensor | None
+    """Where n-grams are embedded, the last ids plus 1, `(batch, n - 1)`, and 0 where there was none."""
     embeds: tuple[Tensor | None, ...]
     """For each level what its compressor still reaches back to: of embeddings the last c - 1, `(batch, c - 1,
     dim_embed)`, where its tokens are made of them; None where it looks at one token alone."""
@@ -139,7 +141,7 @@ class State:
     def tensors(self) -> Iterator[Tensor]:
         """All that it holds."""
         held = (tensor for layer in self.blocks for block in layer for tensor in block.held)
-        yield from (tensor for tensor in (*self.embeds, *held, *chain(*self.merges)) if tensor is not None)
+        yield from (tensor for tensor in (self.ids, *self.embeds, *held, *chain(*self.merges)) if tensor is not None)
 
     def map(self, fn: Callable[[Tensor], Tensor], by_phase: Callable[[Tensor], Tensor]) -> State:
         """`fn` of every tensor that the batch leads, `by_phase` of every tensor that phases lead."""
@@ -150,6 +152,7 @@ class State:
         return replace(
             self,
             written=[],
+            ids=of((self.ids,))[0],
             embeds=of(self.embeds),
             blocks=tuple(tuple(block.map(by_phase) for block in layer) for layer in self.blocks),
             merges=tuple(map(of, self.merges)),

@@ -114,7 +114,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     if 'autoencoder' not in extra:
         extra |= {'compressor': each(st.sampled_from(COMPRESSORS))}
     if count > 1:
-        extra |= either(*({'merge': 'attention', 'merge_window': window} for window in (0, 2)))
+        extra |= either({'merge': 'linear'}, *({'merge': 'attention', 'merge_window': window} for window in (0, 2)))
         alike = dict(dim=8, dim_head=2, heads=2, ff_mult=1)
         shared = {'share_feed_forward': True, **alike}
         windows = [{'share_attention': True, 'window_sizes': window, **alike} for window in (None, 3, 'auto')]
@@ -124,6 +124,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         extra |= either(
             {'mixer': each(st.sampled_from(['attention', 'gateloop', 'simple-gateloop']))},
             {'mixer_kwargs': {'kv_heads': 1}},
+            {'mixer_kwargs': {'qk_norm': True}, 'mixer': 'attention'},
             {
                 'mixer_kwargs': {
                     'pattern': draw(st.sampled_from(PATTERNS)),
@@ -145,6 +146,11 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
                 else []
             ),
         )
+    if arrangement == 'hourglass' and 'share_layers' not in extra:
+        extra |= {'depth': each(st.integers(1, 3))}
+    orders = draw(st.lists(st.integers(2, 6), min_size=1, max_size=3, unique=True))
+    extra |= either({'ngrams': tuple(orders), 'ngram_rows': draw(st.sampled_from([2, 64]))})
+    extra |= either({'ff_activation': draw(st.sampled_from(['relu2', 'swiglu']))}, {'zero_init': True})
     extra |= either(
         {'prophet_loss_weight': each(st.sampled_from([0.0, 0.2]))},
         {

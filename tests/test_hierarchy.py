@@ -64,6 +64,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     'merge into two': dict(merge_into=(8, 1)),
     'merge by attention': dict(merge='attention'),
     'merge by attention over the last': dict(merge='attention', merge_window=3, merge_into='all'),
+    'linear merge': dict(merge='linear'),
+    'linear merge into all': dict(merge='linear', merge_into='all'),
     'shared attention': dict(share_attention=True, heads=2),
     'shared feed-forward': dict(share_feed_forward=True),
     'attention compressor': dict(compressor='attention'),
@@ -82,6 +84,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     'hourglass of coarse levels': dict(
         arrangement='hourglass', hierarchies=(2, 8, 4), hierarchical_stride=(1, 4, 1), compressor='linear'
     ),
+    'hourglass of other depths': dict(arrangement='hourglass', depth=(1, 3, 2), merge='linear'),
+    'n-grams': dict(ngrams=(2, 5, 3), ngram_rows=64),
+    'n-grams of an hourglass': dict(ngrams=(4,), ngram_rows=2, arrangement='hourglass'),
+    'normed queries and keys': dict(mixer_kwargs=dict(qk_norm=True)),
+    'squared ReLU': dict(ff_activation='relu2'),
+    'SwiGLU': dict(ff_activation='swiglu', ff_chunks=2),
     'windows of half': dict(window_sizes='auto'),
     'gated residuals': dict(residual='gru'),
     'feed-forward in pieces': dict(ff_chunks=3),

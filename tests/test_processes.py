@@ -26,7 +26,8 @@ from simple_hierarchical_transformer import HierarchicalTransformer
 SETTINGS: tuple[object, ...] = (
     '--preset', 'cpu', '--steps', 20, '--every', 10, '--checkpoint-every', 10, '--valid-bytes', 2048,
     '--documents', '--seq-len', 64, '--batch-size', 2,
-    '--model', 'dim=16,24', 'depth=2', 'heads=1', 'recon_loss_weight=0.1', 'next_latent_loss_weight=0.25',
+    '--model', 'dim=16,24', 'depth=2', 'heads=1', 'ngrams=(2,3)', 'ngram_rows=64',
+    'recon_loss_weight=0.1', 'next_latent_loss_weight=0.25',
     # quantized targets are left out: between two of the same distance rounding decides
     'prophet_loss_weight=0.1', 'autoencoder=True', 'merge=attention', 'merge_window=1',
 )  # fmt: skip
@@ -150,6 +151,7 @@ SHARDED = textwrap.dedent(
         model = HierarchicalTransformer(
             num_tokens=64, dim=(16, 24), depth=2, heads=2, dim_head=8, seq_len=64, hierarchies=(1, 4),
             hierarchical_stride=(1, 4), window_sizes=(8, None), gradient_checkpointing=checkpointing,
+            ngrams=(2, 3), ngram_rows=32,
         )
         if shard:
             mesh = init_device_mesh('cpu', (world,))
@@ -157,7 +159,7 @@ SHARDED = textwrap.dedent(
             for block in [module for module in model.modules() if isinstance(module, HierarchicalBlock)]:
                 fully_shard(block, mesh=mesh)
             fully_shard(model, mesh=mesh)
-        optimizer = build_optimizer(model, optimizer_name, lr=3e-3, weight_decay=0.1)
+        optimizer = build_optimizer(model, optimizer_name, lr=3e-3, weight_decay=0.1, sparse=not shard)
         return model, optimizer, WeightAverage(model, 0.9)
 
     def learn(model, optimizer, average, steps, part, parts):
@@ -167,7 +169,8 @@ SHARDED = textwrap.dedent(
             ids[0, 5:] = 0
             loss, _ = model(ids.chunk(parts)[part], return_loss=True, counts=model.count_targets(ids))
             (loss * parts).backward()
-            norms.append(float(full(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))))
+            dense = [p for name, p in model.named_parameters() if name != 'ngram_emb.weight']
+            norms.append(float(full(torch.nn.utils.clip_grad_norm_(dense, 1.0))))
             optimizer.step()
             optimizer.zero_grad()
             average.update()
@@ -184,12 +187,14 @@ SHARDED = textwrap.dedent(
         for mine, its in zip(ours, theirs, strict=True):
             assert mine.keys() == its.keys()
             for key in its:
-                torch.testing.assert_close(mine[key], its[key], rtol=0, atol=1e-5)
+                # rows move as far however small their gradient is, and with it what rounding made of it
+                atol = 1e-4 if 'ngram_emb' in key else 1e-5
+                torch.testing.assert_close(mine[key], its[key], rtol=0, atol=atol)
 
     spread, single = build(True), build(False)
     for begin in (0, 5):
         norms = learn(*spread, range(begin, begin + 5), rank, world)
-        torch.testing.assert_close(norms, learn(*single, range(begin, begin + 5), 0, 1))
+        torch.testing.assert_close(norms, learn(*single, range(begin, begin + 5), 0, 1), rtol=1e-5, atol=0)
         for model, _, average in (spread, single):
             with average.applied(), torch.no_grad():
                 model(torch.ones(1, 8, dtype=torch.long))

@@ -30,7 +30,7 @@ SETTINGS: tuple[object, ...] = (
     '--preset', 'cpu', '--steps', 24, '--every', 7, '--checkpoint-every', 5, '--keep', 9, '--valid-bytes', 1024,
     '--seq-len', 64, '--segment-length', 16, '--batch-size', 1, '--grad-accum', 2, '--optimizer', 'muon', '--ema', 0.9,
     '--model', 'dim=16', 'depth=1', 'heads=1', 'ff_mult=2', 'share_feed_forward=True', 'recon_loss_weight=0.1',
-    'recon_sample=0.5', 'next_latent_loss_weight=0.25',
+    'recon_sample=0.5', 'next_latent_loss_weight=0.25', 'ngrams=(2,3)', 'ngram_rows=256',
 )  # fmt: skip
 
 

@@ -44,7 +44,7 @@ def test_muon_moves_matrices_by_orthogonal_momentum() -> None:
     """Against the same written out for one matrix, two steps, with Nesterov's momentum and decay."""
     p = nn.Parameter(torch.randn(6, 4, 2))
     start, gradients = p.detach().clone(), torch.randn(2, 6, 4, 2)
-    optimizer = optim.Muon([dict(params=[p], weight_decay=0.1, muon=True)], lr=0.01)
+    optimizer = optim.MixedOptimizer([dict(params=[p], weight_decay=0.1, rule='muon')], lr=0.01)
     momentum, expected = torch.zeros(6, 8), start.flatten(1)
     for gradient in gradients:
         p.grad = gradient.clone()
@@ -61,7 +61,7 @@ def test_matrices_of_one_shape_do_not_mix() -> None:
         ps = [nn.Parameter(torch.zeros(4, 3)) for _ in range(count)]
         for i, p in enumerate(ps):
             p.grad = torch.randn(4, 3, generator=torch.Generator().manual_seed(i))
-        optim.Muon([dict(params=ps, muon=True)], lr=1.0).step()
+        optim.MixedOptimizer([dict(params=ps, rule='muon')], lr=1.0).step()
         return ps[0].detach()
 
     torch.testing.assert_close(moved(1), moved(5))
@@ -85,7 +85,7 @@ def test_every_parameter_learns_in_one_group_and_biases_do_not_decay(name: str, 
         for p in group['params']:
             assert (p.ndim >= 2 and not names[p].endswith('bias')) == (group['weight_decay'] > 0)
     if name == 'muon':
-        by = {p for group in optimizer.param_groups if group['muon'] for p in group['params']}
+        by = {p for group in optimizer.param_groups if group['rule'] == 'muon' for p in group['params']}
         assert model.layers[0][0].ff.net[1].weight in by
         # tables have a row for each id, on one side
         ids = {11, 4 * 11, 1024}
@@ -98,7 +98,7 @@ def test_what_muon_does_not_take_is_as_adamw_has_it() -> None:
     torch.manual_seed(0)
     a, b = (nn.Linear(5, 3) for _ in range(2))
     b.load_state_dict(a.state_dict())
-    ours = optim.Muon([dict(params=list(a.parameters()), weight_decay=0.1)], lr=1e-2, betas=(0.9, 0.95))
+    ours = optim.MixedOptimizer([dict(params=list(a.parameters()), weight_decay=0.1)], lr=1e-2, betas=(0.9, 0.95))
     theirs = torch.optim.AdamW(b.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
     for step in range(3):
         x = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
@@ -109,7 +109,7 @@ def test_what_muon_does_not_take_is_as_adamw_has_it() -> None:
     for mine, its in zip(a.parameters(), b.parameters(), strict=True):
         assert torch.equal(mine, its)
     with pytest.raises(ValueError, match=r'muon is for matrices, got parameters of shape \(3,\)'):
-        optim.Muon([dict(params=list(a.parameters()), muon=True)], lr=1e-2)
+        optim.MixedOptimizer([dict(params=list(a.parameters()), rule='muon')], lr=1e-2)
 
 
 @pytest.mark.parametrize('name', optim.OPTIMIZERS)

@@ -34,7 +34,8 @@ class Mixer(Protocol):
     A class of modules is built with what its constructor names of `dim`, `dim_head`, `heads` and `window`, the level's
     settings; `length`, how many tokens a phase has in a pass of `seq_len` ids; `layer`, the number of the block from 0;
     `backend`, the model's `attn_backend`; and with the level's `mixer_kwargs`. It may have a method `products(n)` that
-    tells the operations of a pass over n tokens, products with weights aside, for a run's account of its cost.
+    tells the operations of a pass over n tokens, products with weights aside, for a run's account of its cost. If it
+    has a part `to_out`, that is what begins at zero by `zero_init`.
     """
 
     def __call__(

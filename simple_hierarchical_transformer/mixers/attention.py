@@ -154,6 +154,8 @@ class Attention(nn.Module):
         kv_heads: heads of keys and values, a divisor of `heads`, each of which serves `heads / kv_heads` of queries:
             grouped-query attention, Ainslie et al. 2023, arXiv 2305.13245; 1 is multi-query attention. Query head `i`
             meets head `i % kv_heads`. By default as many as of queries.
+        qk_norm: queries and keys have their root mean square brought to one learned gain for each channel (Henry et al.
+            2020, arXiv 2010.04245; by RMSNorm as in Dehghani et al. 2023, arXiv 2302.05442, section 2).
         pattern: 'strided' or 'fixed': full attention made sparse, near by and far away (Child et al. 2019, arXiv
             1904.10509), in time `O(seq * sqrt(seq))`. Its rotary embeddings are without xPos, so that far
             tokens are heard.
@@ -178,6 +180,7 @@ class Attention(nn.Module):
         layer: int = 0,
         backend: Backend = 'auto',
         kv_heads: int | None = None,
+        qk_norm: bool = False,
         pattern: Literal['strided', 'fixed'] | None = None,
         pattern_mode: Literal['interleave', 'union', 'heads'] = 'interleave',
         stride: int | None = None,
@@ -187,6 +190,8 @@ class Attention(nn.Module):
         kv_heads = heads if kv_heads is None else check_int('kv_heads', kv_heads)
         if heads % kv_heads:
             raise ValueError(f'kv_heads must divide the {heads} heads, got {kv_heads}')
+        if not isinstance(qk_norm, bool):
+            raise ValueError(f'qk_norm must be True or False, got {qk_norm!r}')
         self.kv_heads, self.groups = kv_heads, heads // kv_heads
         self.dim_head = dim_head
         self.backend = backend
@@ -202,6 +207,7 @@ class Attention(nn.Module):
 
         full = window is None
         self.norm = RMSNorm(dim) if full else nn.LayerNorm(dim)
+        self.qk_norm = RMSNorm(dim_head) if qk_norm else None
         self.rotary_emb = Rotary(dim_head, pairs='interleaved' if full else 'halves', xpos=full and pattern is None)
         self.to_qkv = Linear(dim, (heads + 2 * kv_heads) * dim_head, bias=False)
         self.to_out = Linear(heads * dim_head, dim, bias=False)
@@ -252,6 +258,9 @@ class Attention(nn.Module):
         qkv = self.to_qkv(x, after=self.norm).unflatten(-1, (self.groups + 2, self.kv_heads, -1))
         qk, v = (part.permute(2, 0, 3, 1, 4) for part in qkv.split((self.groups + 1, 1), dim=-3))
         v = v[0]
+        if self.qk_norm is not None:
+            # under autocast a norm gives the dtype of its weight
+            qk = self.qk_norm(qk).to(v.dtype)
 
         if cache is not None:
             out, cache = self.attend_with_cache(qk, v, cache, start)

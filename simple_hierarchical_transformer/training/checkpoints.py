@@ -98,7 +98,8 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
     on_device = {p for g in optimizer.param_groups if g.get('fused') or g.get('capturable') for p in g['params']}
     for name, p in model.named_parameters():
         for key, tensor in held[f'{OPTIMIZER}.{name}'].items():
-            if tensor.shape == p.shape:
+            if tensor.shape[:1] == p.shape[:1]:
+                # one number for each weight, or for each row
                 optimizer.state[p][key] = shard_like(tensor, p).clone()
             else:
                 # a count of steps

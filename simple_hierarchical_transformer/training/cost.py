@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model import HierarchicalTransformer
-from .optim import KERNELS
+from .optim import KERNELS, NGRAMS
 
 # where in a parameter's name the number of its level stands
 LEVEL_AT = {
@@ -59,6 +59,8 @@ def step_flops(model: HierarchicalTransformer, length: int) -> float:
     layers: Any = model.layers
     for layer in layers:
         for level, block in zip(model.levels, layer, strict=True):
+            if block is None:
+                continue
             row = length / level.stride / level.phases
             total += level.phases * getattr(block.attn, 'products', lambda _: 0.0)(row)
     return 3 * total
@@ -66,7 +68,7 @@ def step_flops(model: HierarchicalTransformer, length: int) -> float:
 
 def multiplies(name: str, parameter: nn.Parameter) -> bool:
     """Whether tokens are multiplied with a parameter of that name: not with tables, biases, or what makes kernels."""
-    apart = {'token_emb', 'step_embeds', *KERNELS} & set(name.split('.'))
+    apart = {'token_emb', *NGRAMS, 'step_embeds', *KERNELS} & set(name.split('.'))
     return parameter.ndim >= 2 and not apart and not name.endswith('bias')
 
 

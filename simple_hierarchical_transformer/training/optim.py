@@ -11,29 +11,39 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from ..levels import check_choice
+from ..ngrams import NGramEmbedding
 from .sharded import full, reshard, shard_like
 
 OPTIMIZERS = ('adamw', 'muon')
 SCHEDULES = ('cosine', 'linear', 'constant', 'wsd')
 FUSED = ('cpu', 'cuda', 'xpu')
+RULES = ('adamw', 'muon', 'rows')
 
 # what makes kernels and time scales is no matrix that a token is multiplied with
 KERNELS = ('ssm', 'shift_ssm', 'short_conv', 'filters')
+# of which a step reads few rows
+NGRAMS = ('ngram_emb',)
 # tables of ids and what maps to ids have a row for each id: nothing that a rotation means anything to
 TABLES = ('token_emb', 'to_logits', 'to_recon', 'to_prophet', 'to_quantized', 'to_ids', 'step_embeds', 'halting')
 
 
-class Muon(torch.optim.AdamW):
-    """Muon for the groups with `muon=True`, AdamW for the others: one optimizer, one learning rate.
+class MixedOptimizer(torch.optim.AdamW):
+    """AdamW, and for groups that name another `rule` that one: one optimizer, one course of the learning rate.
 
-    A matrix moves by its momentum, orthogonalised by a Newton-Schulz iteration, times `0.2 * sqrt(max(rows, columns))`,
-    which is as far as AdamW would move it. A convolution's kernel counts as a matrix of its output channels.
+    'muon': a matrix moves by its momentum, orthogonalised by a Newton-Schulz iteration, times `0.2 * sqrt(max(rows,
+    columns))`, which is as far as AdamW would move it. A convolution's kernel counts as a matrix of its output
+    channels. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; the scale: Liu et al. 2025, arXiv
+    2502.16982, eq. 4.
 
-    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; the scale: Liu et al. 2025, arXiv 2502.16982, eq. 4.
+    'rows': of a table those rows move that have a gradient, sparse or dense, each by it over the root of the mean
+    square that its gradients had, without a momentum: what was not read stays as it is, at no cost. Adagrad by rows
+    with AdamW's running mean; that of one number a row: Naumov et al. 2019, arXiv 1906.00091, whose tables it is for.
 
     Args:
-        params: groups of parameters; those with `muon=True` must have two dimensions or more.
-        momentum: of the groups with `muon=True`.
+        params: groups of parameters; those with `rule='muon'` must have two dimensions or more, those with
+            `rule='rows'` exactly two.
+        momentum: of the groups with `rule='muon'`.
         iterations: of Newton-Schulz.
         settings: what torch.optim.AdamW takes.
     """
@@ -41,23 +51,28 @@ class Muon(torch.optim.AdamW):
     def __init__(
         self, params: Iterable[dict[str, Any]], *, momentum: float = 0.95, iterations: int = 5, **settings: Any
     ) -> None:
-        super().__init__([{'muon': False, **group} for group in params], **settings)
+        super().__init__([{'rule': 'adamw', **group} for group in params], **settings)
         for group in self.param_groups:
             group.update(momentum=momentum, iterations=iterations)
-            if group['muon'] and (flat := [tuple(p.shape) for p in group['params'] if p.ndim < 2]):
-                raise ValueError(f'muon is for matrices, got parameters of shape {", ".join(map(str, flat))}')
+            check_choice('rule', group['rule'], RULES)
+            refused = {'muon': lambda p: p.ndim < 2, 'rows': lambda p: p.ndim != 2}.get(group['rule'], lambda p: False)
+            if wrong := [tuple(p.shape) for p in group['params'] if refused(p)]:
+                kind = 'matrices' if group['rule'] == 'muon' else 'tables'
+                raise ValueError(f'{group["rule"]} is for {kind}, got parameters of shape {", ".join(map(str, wrong))}')
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         groups = self.param_groups
-        self.param_groups = [group for group in groups if not group['muon']]
+        self.param_groups = [group for group in groups if group['rule'] == 'adamw']
         try:
             loss = super().step(closure)
         finally:
             self.param_groups = groups
         for group in groups:
-            if group['muon']:
+            if group['rule'] == 'muon':
                 self.step_matrices(group)
+            elif group['rule'] == 'rows':
+                self.step_rows(group)
         return loss
 
     def step_matrices(self, group: dict[str, Any]) -> None:
@@ -80,6 +95,28 @@ class Muon(torch.optim.AdamW):
             for (p, _), move in zip(entries, moves, strict=True):
                 p.mul_(1 - group['lr'] * group['weight_decay'])
                 p.sub_(shard_like(move.view(p.shape), p), alpha=group['lr'] * scale)
+
+    def step_rows(self, group: dict[str, Any]) -> None:
+        """Moves the rows of a group's tables that have a gradient."""
+        decay, lr, eps = group['betas'][1], group['lr'], group['eps']
+        for p in group['params']:
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if not state:
+                # one number a row, sharded as the table is
+                state['mean_square'] = torch.zeros_like(p.detach()[:, :1])
+            held = state['mean_square']
+            if p.grad.is_sparse:
+                grad = p.grad.coalesce()
+                [rows], values = grad.indices(), grad.values()
+                means = held[rows].lerp_(values.square().mean(dim=-1, keepdim=True), 1 - decay)
+                held[rows] = means
+                p.index_add_(0, rows, values / (means.sqrt() + eps), alpha=-lr)
+            else:
+                squares = p.grad.square().mean(dim=-1, keepdim=True)
+                held.copy_(torch.where(squares > 0, held.lerp(squares, 1 - decay), held))
+                p.sub_(p.grad / (held.sqrt() + eps), alpha=lr)
 
 
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
@@ -105,38 +142,55 @@ def build_optimizer(
     *,
     lr: float,
     weight_decay: float,
+    table_lr: float | None = None,
     betas: tuple[float, float] = (0.9, 0.95),
     device: torch.device | None = None,
+    sparse: bool = True,
 ) -> torch.optim.Optimizer:
     """AdamW, fused where there is such a kernel, or Muon. Weights of two dimensions and more decay, others, and biases
     and kernels of whatever shape, do not.
 
-    `device` is where the model will be, where that is not where it is.
+    Tables of ids, and what maps to ids, have a learning rate of their own, `table_lr`, where it is given. Each group
+    has its share of `lr` as `scale`, for whoever sets it anew. Tables of n-grams always move by rows, and do not decay.
+
+    Args:
+        model: whose parameters.
+        name: 'adamw' or 'muon'.
+        lr: of what has no learning rate of its own.
+        weight_decay: of matrices and tables.
+        table_lr: that of tables.
+        betas: of AdamW; the second of rows, too.
+        device: where the model will be, where that is not where it is.
+        sparse: whether tables of n-grams get sparse gradients on a CPU. Not where weights will be
+            sharded, or the step compiled.
     """
     named = list(model.named_parameters())
     tables: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
+    ngrams: list[nn.Parameter] = []
     for key, p in named:
         parts = set(key.split('.'))
-        if p.ndim < 2 or key.endswith('bias') or parts & set(KERNELS):
+        if parts & set(NGRAMS):
+            ngrams.append(p)
+        elif p.ndim < 2 or key.endswith('bias') or parts & set(KERNELS):
             others.append(p)
         else:
             (tables if parts & set(TABLES) else matrices).append(p)
-    if name == 'muon':
-        groups = [
-            dict(params=matrices, weight_decay=weight_decay, muon=True),
-            dict(params=tables, weight_decay=weight_decay),
-            dict(params=others, weight_decay=0.0),
-        ]
-        return Muon([group for group in groups if group['params']], lr=lr, betas=betas)
+    scale = 1.0 if table_lr is None else table_lr / lr
+    groups: list[dict[str, Any]] = [
+        dict(params=matrices, weight_decay=weight_decay, rule=name),
+        dict(params=tables, weight_decay=weight_decay, scale=scale),
+        dict(params=others, weight_decay=0.0),
+        dict(params=ngrams, weight_decay=0.0, rule='rows', scale=scale),
+    ]
+    groups = [{'scale': 1.0, 'lr': lr * group.get('scale', 1.0), **group} for group in groups if group['params']]
+    for module in model.modules():
+        if isinstance(module, NGramEmbedding):
+            # on a GPU a dense gradient costs little
+            module.sparse = sparse and (device or module.weight.device).type == 'cpu'
     fused = all((device or p.device).type in FUSED for _, p in named)
-    return torch.optim.AdamW(
-        [dict(params=matrices + tables, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)],
-        lr=lr,
-        betas=betas,
-        fused=fused,
-    )
+    return MixedOptimizer(groups, lr=lr, betas=betas, fused=fused)
 
 
 def learning_rate(progress: float, *, highest: float, schedule: str, warmup: float) -> float:

@@ -23,7 +23,7 @@ TEXTS: dict[str, Any] = dict(num_tokens=PAD + 1, ignore_index=PAD, recon_ignore_
 
 DEFAULTS: dict[str, Any] = dict(
     data=None, documents=False, text_key='text', segment_length=None, steps=None, minutes=None,
-    optimizer='adamw', weight_decay=0.1, clip=1.0, warmup=0.03, schedule='cosine', ema=None,
+    optimizer='adamw', table_lr=None, weight_decay=0.1, clip=1.0, warmup=0.03, schedule='cosine', ema=None,
     mixed_precision=None, compile=False, gradient_checkpointing=False, seed=42,
     every=200, checkpoint_every=1000, keep=3, log_every=10, log_with=None, workers=0,
     valid_bytes=1 << 16,  # how much of the validation split is scored on the way
@@ -113,6 +113,7 @@ def parse_args(argv: list[str] | None, description: str | None) -> argparse.Name
     learning.add_argument('--model', nargs='+', metavar='NAME=VALUE', help='arguments of the model: dim=256 depth=2')
     learning.add_argument('--optimizer', choices=OPTIMIZERS)
     option(learning, 'lr', type=float, help='highest learning rate')
+    option(learning, 'table-lr', type=float, help='that of tables of ids and what maps to ids (default: --lr)')
     learning.add_argument('--schedule', choices=SCHEDULES, help='how the learning rate falls after its warm-up')
     learning.add_argument('--warmup', type=share, help='share of the run over which it rises')
     learning.add_argument('--weight-decay', type=share, help='of matrices')

@@ -1,0 +1,280 @@
+"""What a recipe has besides the hierarchy: n-grams, norms, activations, beginnings, and tables that move by rows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SEQ_LEN, build
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from simple_hierarchical_transformer import HierarchicalTransformer
+from simple_hierarchical_transformer.block import FeedForward
+from simple_hierarchical_transformer.levels import Level
+from simple_hierarchical_transformer.merge import LinearMerge
+from simple_hierarchical_transformer.mixers import Attention
+from simple_hierarchical_transformer.ngrams import NGramEmbedding
+from simple_hierarchical_transformer.training import optim
+
+SMALL: dict[str, Any] = dict(
+    num_tokens=11, dim=8, depth=2, seq_len=SEQ_LEN, dim_head=4, heads=2, ignore_index=-1, recon_ignore_index=-1
+)
+
+
+def filled(dim: int, orders: tuple[int, ...], rows: int) -> NGramEmbedding:
+    embedding = NGramEmbedding(dim, orders, rows).double()
+    nn.init.normal_(embedding.weight)
+    return embedding
+
+
+# n-grams
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=40), st.sets(st.integers(2, 5), min_size=1))
+def test_equal_n_grams_are_embedded_alike_and_others_are_told_apart(text: list[int], orders: set[int]) -> None:
+    """Against a table in which each n-gram, begun by nothing where the text begins, has a row of its own."""
+    embedding = filled(3, tuple(orders), 1 << 20)
+    found = embedding(torch.tensor([text]))[0][0]
+    padded = [-1] * max(orders) + text
+
+    def grams(i: int) -> tuple[tuple[int, ...], ...]:
+        end = i + 1 + max(orders)
+        return tuple(tuple(padded[end - n : end]) for n in orders)
+
+    for i in range(len(text)):
+        for j in range(i):
+            assert torch.equal(found[i], found[j]) == (grams(i) == grams(j))
+
+
+def test_n_grams_spread_evenly_over_the_rows_of_their_table() -> None:
+    """As chance would have it: of m balls in as many bins, 1 - 1/e of the bins get one."""
+    rows = 1 << 12
+    embedding = NGramEmbedding(1, (2, 3), rows)
+    # bytes that count up, and that are drawn
+    for text in (torch.arange(rows)[None] % 64 * 64 + torch.arange(rows) // 64, torch.randint(0, 1 << 16, (1, rows))):
+        found = embedding.find(F.pad(text + 1, (2, 0)))[0]
+        for k in range(2):
+            assert found[:, k].min() >= k * rows
+            assert found[:, k].max() < (k + 1) * rows
+            assert abs(len(found[:, k].unique()) / rows - (1 - math.exp(-1))) < 0.03
+
+
+def test_an_n_gram_helps_where_nothing_looks_back() -> None:
+    """Two bytes decide the next: without attention or shift's memory of more than one, their pair has to be known."""
+    torch.manual_seed(0)
+    table = torch.randint(0, 8, (8, 8, 8))
+    text = [0, 1, 2]
+    for _ in range(4000):
+        text.append(int(table[text[-3], text[-2], text[-1]]) if len(text) % 5 else int(torch.randint(0, 8, ())))
+    ids = torch.tensor(text)[: 62 * 64].view(62, 64)
+
+    def learnt(**settings: Any) -> float:
+        torch.manual_seed(1)
+        model = HierarchicalTransformer(**{**SMALL, 'seq_len': 64, 'window_sizes': 0, 'depth': 1, **settings})
+        optimizer = optim.build_optimizer(model, 'adamw', lr=1e-2, table_lr=5e-2, weight_decay=0.0)
+        for _ in range(60):
+            loss = model(ids, return_loss=True)[0]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.item()
+
+    assert learnt(ngrams=(2, 3), ngram_rows=1 << 12) < learnt() - 0.5
+
+
+# tables that move by rows
+
+
+@pytest.mark.parametrize('sparse', [False, True])
+def test_rows_that_were_read_move_as_written_out_and_no_others(sparse: bool) -> None:
+    torch.manual_seed(0)
+    table = nn.Embedding(6, 3, sparse=sparse)
+    expected, squares = table.weight.detach().clone(), torch.zeros(6)
+    optimizer = optim.MixedOptimizer([dict(params=[table.weight], rule='rows')], lr=0.1, betas=(0.9, 0.8))
+    for ids in ([1, 4, 1], [4], [0, 1]):
+        target = torch.randn(len(ids), 3)
+        (table(torch.tensor(ids)) * target).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for row in set(ids):
+            gradient = sum(each for each, i in zip(target, ids, strict=True) if i == row)
+            squares[row] = 0.8 * squares[row] + 0.2 * gradient.square().mean()
+            expected[row] -= 0.1 * gradient / squares[row].sqrt()
+    torch.testing.assert_close(table.weight.detach(), expected)
+
+
+def test_sparse_gradients_train_as_dense_ones_do() -> None:
+    def trained(sparse: bool) -> tuple[dict[str, Tensor], bool]:
+        torch.manual_seed(0)
+        model = HierarchicalTransformer(**SMALL, ngrams=(2, 3), ngram_rows=32, hierarchies=(1, 4)).double()
+        optimizer = optim.build_optimizer(model, 'muon', lr=1e-2, table_lr=3e-2, weight_decay=0.1, sparse=sparse)
+        for step in range(4):
+            ids = torch.randint(0, 11, (2, 20), generator=torch.Generator().manual_seed(step))
+            model(ids, return_loss=True)[0].backward()
+            assert model.ngram_emb is not None
+            grad = model.ngram_emb.weight.grad
+            assert grad is not None
+            was_sparse = grad.is_sparse
+            optimizer.step()
+            optimizer.zero_grad()
+        return model.state_dict(), was_sparse
+
+    (a, first), (b, second) = trained(True), trained(False)
+    assert first
+    assert not second
+    for name, weight in a.items():
+        torch.testing.assert_close(weight, b[name])
+
+
+def test_tables_have_a_learning_rate_of_their_own() -> None:
+    model = HierarchicalTransformer(**SMALL, ngrams=(2,), ngram_rows=32)
+    optimizer = optim.build_optimizer(model, 'muon', lr=1e-2, table_lr=5e-2, weight_decay=0.1)
+    names = {p: name for name, p in model.named_parameters()}
+    rates = {names[p]: (g['lr'], g['scale'], g['rule']) for g in optimizer.param_groups for p in g['params']}
+    assert rates.keys() == set(names.values())
+    for name, (lr, scale, rule) in rates.items():
+        table = name in ('token_emb.weight', 'to_logits.weight', 'ngram_emb.weight')
+        assert (lr, scale) == ((5e-2, 5.0) if table else (1e-2, 1.0))
+        assert (rule == 'rows') == (name == 'ngram_emb.weight')
+
+
+def test_a_user_may_train_tables_with_an_optimizer_of_theirs() -> None:
+    model = HierarchicalTransformer(**SMALL, ngrams=(2,), ngram_rows=32)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randint(0, 11, (2, 20)), return_loss=True)[0].backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+# the parts, written out
+
+
+def test_normed_queries_and_keys_written_out() -> None:
+    torch.manual_seed(0)
+    mixer = Attention(dim=6, dim_head=4, heads=2, window=3, qk_norm=True).double()
+    assert mixer.qk_norm is not None
+    nn.init.normal_(mixer.qk_norm.gamma)
+    x = torch.randn(2, 9, 6, dtype=torch.float64)
+    q, k, v = mixer.to_qkv(mixer.norm(x)).view(2, 9, 3, 2, 4).permute(2, 0, 3, 1, 4)
+    q, k = (t / t.square().mean(dim=-1, keepdim=True).sqrt() * mixer.qk_norm.gamma for t in (q, k))
+    q, k = mixer.rotary_emb(torch.stack((q, k)))
+    distance = torch.arange(9)[:, None] - torch.arange(9)
+    scores = (q @ k.mT / 2).masked_fill((distance < 0) | (distance > 3), -torch.inf)
+    expected = mixer.to_out((scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(mixer(x)[0], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('activation', ['relu2', 'swiglu'])
+def test_activations_written_out(activation: str) -> None:
+    torch.manual_seed(0)
+    ff = FeedForward(4, 2, activation=activation).double()
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    hidden = ff.net[1](ff.net[0](x))
+    assert hidden.shape[-1] == (16 if activation == 'swiglu' else 8)
+    value, gate = hidden[..., :8], hidden[..., 8:]
+    hidden = value * gate / (1 + (-gate).exp()) if activation == 'swiglu' else hidden.clamp(min=0) ** 2
+    torch.testing.assert_close(ff(x), ff.net[3](hidden), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('into', [(0,), (1,), (0, 2, 1)])
+def test_linear_merge_written_out(into: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    dims, strides, n = (4, 6, 5), (1, 4, 2), 11
+    levels = [Level(c, s, d, 4, 2, 2, None, 0.0) for c, s, d in zip((1, 4, 2), strides, dims, strict=True)]
+    merge = LinearMerge(levels, into).double()
+    tokens = [torch.randn(2, level.length(n), level.dim, dtype=torch.float64) for level in levels]
+    merged, _ = merge(tokens)
+    for i, (x, level) in enumerate(zip(tokens, levels, strict=True)):
+        expected = x.clone()
+        for j in range(3) if i in into else ():
+            if j == i:
+                continue
+            heard = [k for k in into if k != j]
+            first = sum(dims[k] for k in heard[: heard.index(i)])
+            weight = merge.to_others[j].weight[first : first + dims[i]]  # type: ignore[index]
+            for t in range(x.shape[1]):
+                other = tokens[j][:, t * level.stride // strides[j]]
+                expected[:, t] += merge.norms[j](other) @ weight.T  # type: ignore[operator]
+        torch.testing.assert_close(merged[i], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [
+        {},
+        dict(merge='attention', merge_into='all'),
+        dict(merge='linear', arrangement='hourglass', depth=(1, 3)),
+        dict(mixer='s4d', mixer_kwargs=dict(), dim=8),
+    ],
+    ids=['concat', 'attention', 'linear', 's4d'],
+)
+def test_a_model_that_begins_at_zero_is_its_embeddings_alone_and_learns(settings: dict[str, Any]) -> None:
+    config = {**SMALL, 'hierarchies': (1, 4), 'zero_init': True, **settings}
+    model = HierarchicalTransformer(**config)
+    ids = torch.randint(0, 11, (4, 24))
+    with torch.no_grad():
+        embeds = model(ids, return_hierarchical_embeds=True)[0]
+        assert not model(ids).any()
+        # the finest level's tokens pass through unchanged
+        tokens = model.norms[0](model(ids, return_hierarchical_token_embeds=True)[0])
+    torch.testing.assert_close(embeds, tokens)
+    optimizer = optim.build_optimizer(model, 'adamw', lr=1e-2, weight_decay=0.0)
+    losses = []
+    for _ in range(25):
+        loss = model(ids, return_loss=True)[0]
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    # all weights have left zero
+    assert losses[-1] < losses[0] - 0.5
+    assert all(p.abs().sum() > 0 for p in model.parameters())
+
+
+def test_levels_of_an_hourglass_have_their_own_depth() -> None:
+    config = {**SMALL, 'hierarchies': (4, 1), 'arrangement': 'hourglass', 'depth': (3, 1)}
+    model = build(config)
+    there = [[block is not None for block in layer] for layer in model.layers]
+    assert there == [[True, True], [True, False], [True, False]]
+    # a layer of the coarse level that the fine one has none beside is heard
+    ids = torch.randint(0, 11, (1, 24))
+    before = model(ids)
+    with torch.no_grad():
+        model.layers[2][0].ff.net[-1].weight.add_(0.1)  # type: ignore[index, union-attr]
+    assert not torch.equal(before, model(ids))
+
+
+@pytest.mark.parametrize(
+    ('settings', 'message'),
+    [
+        (dict(ngrams=3), 'ngrams must be a tuple or list, got 3'),
+        (dict(ngrams=(1, 2)), 'ngrams must be an integer of at least 2, got 1'),
+        (dict(ngrams=(2, 2)), r'ngrams must all differ, got \(2, 2\)'),
+        (dict(ngrams=(2,), ngram_rows=100), 'ngram_rows must be a power of two, got 100'),
+        (dict(ff_activation='relu'), "ff_activation must be one of gelu, relu2, swiglu, got 'relu'"),
+        (dict(zero_init=1), 'zero_init must be True or False, got 1'),
+        (dict(mixer_kwargs=dict(qk_norm=1)), 'qk_norm must be True or False, got 1'),
+        (dict(depth=0), 'depth must be an integer of at least 1, got 0'),
+        (dict(depth=(1, 2)), 'depth must be one value or one for each of the 1 hierarchies'),
+        (dict(depth=(1, 2), hierarchies=(1, 2)), "depth may differ between hierarchies with arrangement = 'hourglass'"),
+        (
+            dict(depth=(1, 2), hierarchies=(1, 2), arrangement='hourglass', share_layers=True),
+            'depth may differ between hierarchies',
+        ),
+    ],
+)
+def test_refuses(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HierarchicalTransformer(**{**SMALL, **settings})
+
+
+def test_refuses_a_rule_that_there_is_not_and_what_is_no_table() -> None:
+    with pytest.raises(ValueError, match="rule must be one of adamw, muon, rows, got 'sgd'"):
+        optim.MixedOptimizer([dict(params=[nn.Parameter(torch.zeros(2, 2))], rule='sgd')], lr=1.0)
+    with pytest.raises(ValueError, match=r'rows is for tables, got parameters of shape \(3,\)'):
+        optim.MixedOptimizer([dict(params=[nn.Parameter(torch.zeros(3))], rule='rows')], lr=1.0)
