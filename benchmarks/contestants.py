@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -175,7 +174,7 @@ def main() -> None:
         streaming_bits=windowed_bits(
             model, held_out['test'][: run['streaming_bytes'] + 1], seq_len, fresh=seq_len // OVERLAP
         ),
-        version=metadata.version(Path(run['package']).name),
+        version=metadata.version(run['package']),
         torch=torch.__version__,
     )
     print(json.dumps(result))

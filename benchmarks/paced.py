@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import inspect
 import json
 import math
 import statistics
@@ -25,25 +26,41 @@ from torch import nn
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.training.optim import build_optimizer
 from simple_hierarchical_transformer.training.report import replace_file, write_text
+from simple_hierarchical_transformer.training.settings import PRESETS, flag
 
 # rounds of the clock, and steps in each
 ROUNDS, STEPS = 21, 3
 
+# arguments of the model, and under `train` those of train.py
 Options = Mapping[str, dict[str, Any]]
+# what trains an option that says nothing else
+PLAIN: dict[str, Any] = dict(
+    optimizer='adamw', lr=3e-3, table_lr=3e-3, schedule='cosine', warmup=0.03, weight_decay=0.1
+)
+
+
+def split(option: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An option's arguments of the model, those that the preset has at their defaults, and those of train.py."""
+    defaults = inspect.signature(HierarchicalTransformer).parameters
+    model = {name: defaults[name].default for name in PRESETS['cpu']['model'] if name not in ('dim', 'depth')}
+    model |= {name: value for name, value in option.items() if name != 'train'}
+    return model, PLAIN | option.get('train', {})
 
 
 def pace(options: Options, default: str, *, length: int, batch: int) -> tuple[float, dict[str, float]]:
     """Milliseconds of a step of the default, and how many times that a step of each takes: medians over rounds."""
     steps = {}
-    for name, settings in options.items():
+    for name, option in options.items():
+        settings, flags = split(option)
         torch.manual_seed(0)
         model = HierarchicalTransformer(num_tokens=256, ignore_index=-1, seq_len=length, **settings)
-        optimizer = build_optimizer(model, 'adamw', lr=1e-4, weight_decay=0.1)
+        optimizer = build_optimizer(model, flags['optimizer'], lr=1e-4, weight_decay=0.1)
 
         def step(model: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            clipped = [p for group in optimizer.param_groups if group['rule'] != 'rows' for p in group['params']]
             for _ in range(STEPS):
                 model(torch.randint(0, 256, (batch, length + 1)), return_loss=True)[0].backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                nn.utils.clip_grad_norm_(clipped, 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
 
@@ -59,7 +76,7 @@ def pace(options: Options, default: str, *, length: int, batch: int) -> tuple[fl
 
 
 def train(
-    model: dict[str, Any],
+    option: dict[str, Any],
     args: argparse.Namespace,
     *,
     seed: int,
@@ -69,17 +86,19 @@ def train(
     look: Callable[[HierarchicalTransformer], dict[str, Any]],
 ) -> dict[str, Any]:
     """One run of train.py, in a folder that goes when it has been read, and what `look` finds in its model."""
+    model, flags = split(option)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / 'run'
         command = [
             sys.executable, str(ROOT / 'train.py'), '--preset', 'cpu', '--data', args.data, '--seq-len', str(length),
             '--batch-size', str(batch), '--steps', str(steps), '--seed', str(seed),
             '--valid-bytes', str(args.valid_bytes), '--every', str(10**9), '--checkpoint-every', str(10**9),
+            *(text for name, value in flags.items() if value is not None for text in (flag(name), str(value))),
             '--out', str(out), '--model', *(f'{key}={value}' for key, value in model.items()),
         ]  # fmt: skip
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
-            sys.exit(f'{model}, seed {seed}: {result.stderr[-2000:]}')
+            sys.exit(f'{option}, seed {seed}: {result.stderr[-2000:]}')
         with open(out / 'metrics.csv') as file:
             last = list(csv.DictReader(file))[-1]
         trained = HierarchicalTransformer.from_pretrained(out / 'final')
@@ -207,7 +226,7 @@ def protocol(held: dict[str, Any], script: str, base: dict[str, Any], default: s
         f'Validation bits per byte after {minutes:g} minutes of training, {len(runs[default])} seeds: mean and '
         f'standard deviation; the difference to the default is taken seed by seed. {held["machine"]}. Made by `python '
         f'benchmarks/{script} --data {held["data"]} --minutes {minutes:g} --seeds {len(runs[default])}`.\n\n'
-        f'All runs are `train.py --preset cpu` ({batch} x {length} bytes a step, AdamW), {held["valid_bytes"]:,} bytes '
+        f'All runs are by `train.py` ({batch} x {length} bytes a step), {held["valid_bytes"]:,} bytes '
         f'of the validation split, in windows of {length}, with the model {sizes}, and one option changed. Steps were '
         f'timed first, all options in turns ({ROUNDS} rounds of {STEPS} steps, the median ratio to the default), and '
         'each option then had as many as fit into the time at its pace: it pays for what it costs, and not for what '

@@ -37,6 +37,8 @@ LENGTH, BATCH = 1024, 4
 RATES = (1e-3, 3e-3)
 # of the last 5 %, as a stream; each byte of a peer's takes two windows
 STREAMING_BYTES = 1 << 17
+# where peers find modules besides their own: nowhere, since the published package has the name of this one
+PEER_PATH = ''
 # of setting up and scoring, in minutes, to know whether a run still fits
 AROUND = 1.5
 
@@ -61,9 +63,9 @@ class Run:
     contestant: str
     minutes: float
     seed: int
-    lr: float | None = None
+    lr: float | None
     """None is what train.py's preset has."""
-    seq_len: int = LENGTH
+    seq_len: int
 
     @property
     def key(self) -> str:
@@ -73,6 +75,7 @@ class Run:
 
 
 PUBLISHED = 'simple-hierarchical-transformer==0.4.0'
+# widths and depths as their documentation has them in small: 3 to 13 M parameters
 PEERS = [
     Contestant('published, flat', PUBLISHED, 'published', dict(dim=256, depth=4, heads=4)),
     Contestant('published, 1/2', PUBLISHED, 'published', dict(dim=256, depth=4, heads=4, hierarchies=(1, 2))),
@@ -138,11 +141,13 @@ def stages(results: Results, minutes: Sequence[float], seeds: int) -> Iterator[l
 
     peers = [peer.name for peer in PEERS]
     ours = [each.name for each in OURS]
-    yield [Run(name, short, 0, lr) for name in peers for lr in RATES]
-    best_rate = {name: min(RATES, key=lambda lr, name=name: score(Run(name, short, 0, lr))) for name in peers}
+    yield [Run(name, short, 0, lr, LENGTH) for name in peers for lr in RATES]
+    best_rate = {name: min(RATES, key=lambda lr, name=name: score(Run(name, short, 0, lr, LENGTH))) for name in peers}
 
-    def of(names: Sequence[str], budget: float, count: int, seq_len: int = LENGTH) -> list[Run]:
-        return [Run(name, budget, seed, best_rate.get(name), seq_len) for seed in range(count) for name in names]
+    def of(names: Sequence[str], budget: float, count: int, seq_len: int | None = None) -> list[Run]:
+        return [
+            Run(name, budget, seed, best_rate.get(name), seq_len or LENGTH) for seed in range(count) for name in names
+        ]
 
     yield of([*peers, *ours], short, seeds)
     ranked = sorted(peers, key=lambda name: statistics.mean(score(run) for run in of([name], short, seeds)))
@@ -150,7 +155,7 @@ def stages(results: Results, minutes: Sequence[float], seeds: int) -> Iterator[l
     best = min(ranked[:3], key=lambda name: statistics.mean(score(run) for run in of([name], middle, seeds)))
     yield of([best, *ours], long, 1)
     # how soon ours are where the best peer ends
-    yield of(ours[1:], 0.8 * short, seeds)
+    yield of(ours[-1:], 0.8 * short, seeds)
     for seq_len in list(LENGTHS)[1:]:
         yield of(ours, middle, seeds, seq_len)
         yield of(ours, long, 1, seq_len)
@@ -230,7 +235,7 @@ class Race:
         )  # fmt: skip
         python = python_of(contestant, self.environments)
         command = [python, str(HERE / 'contestants.py')]
-        printed, memory = call(command, json.dumps(asked), PYTHONPATH='', OMP_NUM_THREADS=str(self.threads))
+        printed, memory = call(command, json.dumps(asked), PYTHONPATH=PEER_PATH, OMP_NUM_THREADS=str(self.threads))
         return dict(json.loads(printed.splitlines()[-1]), peak_bytes=memory)
 
     def ours(self, contestant: Contestant, run: Run) -> dict[str, Any]:
@@ -273,7 +278,7 @@ def commit() -> str:
     return found.stdout.strip() or 'unknown'
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data', default='enwik8', help='what train.py --data takes')
     parser.add_argument('--minutes', type=float, nargs=3, default=(5.0, 10.0, 30.0), metavar='MINUTES', help='budgets')
@@ -286,11 +291,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--score-bytes', type=int, help='of each split, for a look (default: all)')
     parser.add_argument('--streaming-bytes', type=int, default=STREAMING_BYTES)
     parser.add_argument('--plan', action='store_true', help='say what is left of the stage at hand, run nothing')
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse()
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     began, results = time.monotonic(), Results(args.results)
     race = None
     for stage in stages(results, args.minutes, args.seeds):

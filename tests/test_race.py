@@ -1,0 +1,117 @@
+"""The race, on tiny budgets: what it runs, in which order, what it keeps, and that all are scored alike."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from torch import Tensor, nn
+
+TINY = ('--model', 'dim=16', 'depth=1', 'heads=1', 'dim_head=8', 'ngram_rows=64')
+
+
+@pytest.fixture
+def race(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(ROOT / 'benchmarks')
+    return importlib.import_module('race')
+
+
+def test_each_stage_follows_from_those_before(race: Any, tmp_path: Path) -> None:
+    """On made-up scores, by which the fourth peer is first, and better at the second rate."""
+    results = race.Results(tmp_path)
+    rank = {peer.name: place for place, peer in enumerate((race.PEERS * 2)[3 : 3 + len(race.PEERS)])}
+    stages = []
+    for stage in race.stages(results, (5, 10, 30), 2):
+        stages.append([(run.contestant, run.minutes, run.seed, run.lr, run.seq_len) for run in stage])
+        for run in stage:
+            bits = 3 + rank.get(run.contestant, 0) / 10 + (run.lr == 1e-3)
+            results.path(run).write_text(json.dumps(dict(valid_bits=bits)))
+    first, *_ = rank
+    best, ours = list(rank)[:3], [each.name for each in race.OURS]
+    rates, short, middle, long, soon, *lengths = stages
+    assert set(rates) == {(name, 5, 0, lr, 1024) for name in rank for lr in (1e-3, 3e-3)}
+    assert set(short) == {(name, 5, s, 3e-3 if name in rank else None, 1024) for name in (*rank, *ours) for s in (0, 1)}
+    assert {name for name, *_ in middle} == {*best, *ours}
+    assert {run[1] for run in middle} == {10}
+    assert {(name, seed) for name, _, seed, *_ in long} == {(name, 0) for name in (first, *ours)}
+    assert {(name, minutes) for name, minutes, *_ in soon} == {('ours, cpu preset', 4)}
+    assert [{run[4] for run in stage} for stage in lengths] == [{4096}, {4096}, {16384}, {16384}]
+    assert {name for stage in lengths for name, *_ in stage} == set(ours)
+
+
+def test_a_race_runs_to_its_end_and_goes_on_where_it_stopped(
+    race: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a tiny budget. The published package's place is taken by this one, whose constructor is the same."""
+    peer = race.Contestant('peer', 'torch', 'published', dict(dim=16, depth=1, heads=1, dim_head=8))
+    ours = race.Contestant('ours', options=TINY)
+    for name, value in dict(
+        PEERS=[peer], OURS=[ours], CONTESTANTS=dict(peer=peer, ours=ours), RATES=(1e-3,), LENGTH=64,
+        LENGTHS={64: ('--seq-len', '64')}, PEER_PATH=str(ROOT), python_of=lambda *_: sys.executable,
+    ).items():  # fmt: skip
+        monkeypatch.setattr(race, name, value)
+    corpus, folder = tmp_path / 'text.txt', tmp_path / 'race'
+    corpus.write_bytes(b'The quick brown fox jumps over the lazy dog. ' * 400)
+    asked = ['--data', str(corpus), '--minutes', '0.005', '0.005', '0.005', '--seeds', '1', '--threads', '1',
+             '--results', str(folder), '--environments', str(tmp_path / 'env'),
+             '--score-bytes', '600', '--streaming-bytes', '300']  # fmt: skip
+
+    race.main([*asked, '--only', 'peer'])
+    assert [path.name for path in folder.iterdir()] == ['peer-64-0.005m-lr0.001-seed0.json']
+    first = (folder / 'peer-64-0.005m-lr0.001-seed0.json').read_text()
+
+    race.main(asked)
+    found = {path.name: json.loads(path.read_text()) for path in folder.iterdir()}
+    assert set(found) == {
+        'peer-64-0.005m-lr0.001-seed0.json', 'ours-64-0.005m-seed0.json', 'ours-64-0.004m-seed0.json'
+    }  # fmt: skip
+    # what was run is not run again
+    assert (folder / 'peer-64-0.005m-lr0.001-seed0.json').read_text() == first
+    for run in found.values():
+        assert 0 < run['bits'] < 9
+        assert math.isfinite(run['streaming_bits'])
+        assert run['steps'] > 0
+        assert run['parameters'] > 0
+        assert run['peak_bytes'] > 1 << 20
+
+
+class Unigram(nn.Module):
+    """Predicts by the last byte alone, so that its score is the same whatever it is shown before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(256, 256, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.table[ids]
+
+
+@pytest.mark.parametrize('fresh', [None, 8, 4])
+@pytest.mark.parametrize('length', [64, 65, 96])
+def test_each_byte_is_scored_once_however_windows_lie(race: Any, length: int, fresh: int | None) -> None:
+    contestants = importlib.import_module('contestants')
+    model, text = Unigram(), torch.randint(0, 256, (length + 1,), dtype=torch.uint8)
+    step = fresh or 16
+    scored = 16 + (length - 16) // step * step
+    expected = F.cross_entropy(model(text[:scored].long()), text[1 : scored + 1].long()) / math.log(2)
+    assert contestants.windowed_bits(model, text, 16, fresh=fresh) == pytest.approx(expected.item())
+
+
+def test_a_contestant_that_looks_ahead_is_not_scored(race: Any) -> None:
+    contestants = importlib.import_module('contestants')
+
+    class Ahead(Unigram):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids.roll(-1, dims=1))
+
+    contestants.check_causal(Unigram(), 16)
+    with pytest.raises(ValueError, match='changes what is predicted before it'):
+        contestants.check_causal(Ahead(), 16)
