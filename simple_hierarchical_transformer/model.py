@@ -128,6 +128,7 @@ class HierarchicalTransformer(
         ngrams: n of the n-grams of ids that are embedded beside each id, as `(2, 3, 4)`: what ends there is known
             before any layer has looked back (`NGramEmbedding`).
         ngram_rows: of the table that each of `ngrams` has, a power of two.
+        ngram_dropout: share of the n-grams that training leaves out: a text that is read more than once wants it.
         zero_init: mixers, feed-forwards, merges and logits begin at zero, so that a model begins as its embeddings
             alone (Bachlechner et al. 2020, arXiv 2003.04887; Yang et al. 2022, arXiv 2203.03466, appendix D.2).
         hierarchies: compression factors, powers of two that differ: `(1, 2, 8)`.
@@ -227,6 +228,7 @@ class HierarchicalTransformer(
         ff_activation: Literal['gelu', 'relu2', 'swiglu'] = 'gelu',
         ngrams: Sequence[int] = (),
         ngram_rows: int = 1 << 16,
+        ngram_dropout: float = 0.0,
         zero_init: bool = False,
         hierarchies: int | Sequence[int] = 1,
         window_sizes: int | Literal['auto'] | Sequence[int | Literal['auto'] | None] | None = None,
@@ -290,6 +292,8 @@ class HierarchicalTransformer(
             check_int('ngrams', order, 2)
         if len(set(ngrams)) != len(ngrams):
             raise ValueError(f'ngrams must all differ, got {ngrams!r}')
+        if check_number('ngram_dropout', ngram_dropout) >= 1:
+            raise ValueError(f'ngram_dropout must be at least 0 and below 1, got {ngram_dropout!r}')
         if check_int('ngram_rows', ngram_rows, 2) & (ngram_rows - 1):
             raise ValueError(f'ngram_rows must be a power of two, got {ngram_rows}')
         check_int('quantizer_codebooks', quantizer_codebooks)
@@ -462,7 +466,7 @@ class HierarchicalTransformer(
 
         dim_embed = max(level.dim for level in levels)
         self.token_emb = nn.Embedding(num_tokens, dim_embed)
-        self.ngram_emb = NGramEmbedding(dim_embed, ngrams, ngram_rows) if ngrams else None
+        self.ngram_emb = NGramEmbedding(dim_embed, ngrams, ngram_rows, ngram_dropout) if ngrams else None
         self.autoencoder = None
         if autoencoder:
             decoded = num_tokens if autoencoder_loss_weight > 0 else None

@@ -30,13 +30,16 @@ class NGramEmbedding(nn.EmbeddingBag):
         dim: width of the vectors.
         orders: how many ids an n-gram has, each at least 2.
         rows: of each table, a power of two.
+        dropout: share of the vectors that training leaves out, each by chance, the others grown in turn. A table keeps
+            what followed each rare n-gram, and from the second reading of a text on that is mistaken for knowledge.
     """
 
-    def __init__(self, dim: int, orders: Sequence[int], rows: int) -> None:
+    def __init__(self, dim: int, orders: Sequence[int], rows: int, dropout: float = 0.0) -> None:
         # a table begins where the one before ends
         super().__init__(len(orders) * rows, dim, mode='sum')
         self.orders = tuple(orders)
         self.rows = rows
+        self.dropout = dropout
 
     def reset_parameters(self) -> None:
         # what was never read says nothing
@@ -51,7 +54,12 @@ class NGramEmbedding(nn.EmbeddingBag):
         ids = ids.long() + 1
         ids = F.pad(ids, (before, 0)) if state is None else torch.cat((state, ids), dim=1)
         rows = self.find(ids)
-        vectors = super().forward(rows.flatten(0, 1))
+        weights = None
+        # what is scored or written on the way through a training run is without gradients
+        if self.dropout and self.training and torch.is_grad_enabled():
+            weights = F.dropout(torch.ones(rows.shape, dtype=self.weight.dtype, device=rows.device), self.dropout)
+            weights = weights.flatten(0, 1)
+        vectors = super().forward(rows.flatten(0, 1), per_sample_weights=weights)
         return vectors.unflatten(0, rows.shape[:2]), keep(state, ids[:, -before:])
 
     def find(self, ids: Tensor) -> Tensor:

@@ -64,6 +64,23 @@ def test_n_grams_spread_evenly_over_the_rows_of_their_table() -> None:
             assert abs(len(found[:, k].unique()) / rows - (1 - math.exp(-1))) < 0.03
 
 
+def test_training_leaves_n_grams_out_and_scoring_none() -> None:
+    embedding = NGramEmbedding(1, (2, 3), 64, dropout=0.75)
+    nn.init.ones_(embedding.weight)
+    embedding.sparse = True
+    ids = torch.randint(0, 256, (4, 500))
+    found = embedding(ids)[0]
+    # none, one or both of two, each of which counts fourfold
+    assert set(found.flatten().tolist()) == {0.0, 4.0, 8.0}
+    assert abs(found.mean() - 2) < 0.2
+    found.sum().backward()
+    assert embedding.weight.grad is not None
+    assert embedding.weight.grad.to_dense().sum() == found.sum()
+    with torch.no_grad():
+        assert set(embedding(ids)[0].flatten().tolist()) == {2.0}
+    assert set(embedding.eval()(ids)[0].flatten().tolist()) == {2.0}
+
+
 def test_an_n_gram_helps_where_nothing_looks_back() -> None:
     """Two bytes decide the next: without attention or shift's memory of more than one, their pair has to be known."""
     torch.manual_seed(0)
@@ -256,6 +273,7 @@ def test_levels_of_an_hourglass_have_their_own_depth() -> None:
         (dict(ngrams=(1, 2)), 'ngrams must be an integer of at least 2, got 1'),
         (dict(ngrams=(2, 2)), r'ngrams must all differ, got \(2, 2\)'),
         (dict(ngrams=(2,), ngram_rows=100), 'ngram_rows must be a power of two, got 100'),
+        (dict(ngrams=(2,), ngram_dropout=1), 'ngram_dropout must be at least 0 and below 1, got 1'),
         (dict(ff_activation='relu'), "ff_activation must be one of gelu, relu2, swiglu, got 'relu'"),
         (dict(zero_init=1), 'zero_init must be True or False, got 1'),
         (dict(mixer_kwargs=dict(qk_norm=1)), 'qk_norm must be True or False, got 1'),
