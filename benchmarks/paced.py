@@ -47,6 +47,13 @@ def split(option: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return model, PLAIN | option.get('train', {})
 
 
+def of_preset(name: str) -> dict[str, Any]:
+    """A preset of train.py as an option."""
+    preset = PRESETS[name]
+    names = ('optimizer', 'lr', 'table_lr', 'schedule', 'warmup', 'weight_decay', 'clip', 'ema')
+    return {**preset['model'], 'train': {key: preset[key] for key in names if key in preset}}
+
+
 def pace(options: Options, default: str, *, length: int, batch: int) -> tuple[float, dict[str, float]]:
     """Milliseconds of a step of the default, and how many times that a step of each takes: medians over rounds."""
     steps = {}
@@ -107,6 +114,7 @@ def train(
         streaming=float(last['valid_streaming_bits_per_byte']),
         steps=int(last['step']),
         parameters=sum(p.numel() for p in trained.parameters()),
+        tables=0 if trained.ngram_emb is None else trained.ngram_emb.weight.numel(),
         **look(trained),
     )
 

@@ -41,24 +41,38 @@ ELSEWHERE = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
+    # what won benchmarks/race.py on two cores; benchmarks/notes.md says what else was tried
     'cpu': dict(
         model=dict(
-            dim=(128, 192),
-            depth=4,
-            heads=(2, 3),
+            dim=96,
+            depth=(1, 2),
+            dim_head=48,
+            heads=2,
+            ff_mult=2,
+            ff_activation='relu2',
             hierarchies=(1, 4),
             hierarchical_stride=(1, 4),
-            window_sizes=(64, None),
-            # after two minutes of training, runs without these were ahead (2.73 bits per byte against 2.76)
+            window_sizes=(32, None),
+            arrangement='hourglass',
+            compressor='linear',
+            merge='linear',
+            mixer_kwargs=dict(qk_norm=True),
+            ngrams=(2, 3, 4, 5, 6),
+            ngram_dropout=0.5,
+            zero_init=True,
             recon_loss_weight=0.0,
             next_latent_loss_weight=0.0,
         ),
-        seq_len=512,
-        batch_size=2,
+        seq_len=1024,
+        batch_size=1,
         grad_accum=1,
-        lr=3e-3,
+        optimizer='muon',
+        lr=6e-3,
+        table_lr=5e-2,
+        weight_decay=0.0,
+        schedule='linear',
         minutes=10.0,
-        every=500,
+        every=2000,
     ),
     'gpu': dict(
         model=dict(dim=1024, depth=8, hierarchies=(1, 2), window_sizes=(32, 64)),

@@ -1,0 +1,271 @@
+"""The report of what the library reaches: report.md with its pictures, and the headline in README.md.
+
+python benchmarks/report.py                             from the results of race.py and the scripts named in it
+python benchmarks/report.py --log-with wandb            and each run of the race to a tracker
+
+Trains nothing: each section says which command made what it shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import compression
+import paced
+import race
+import recipe
+from accelerate import Accelerator
+from side_by_side import ROOT
+
+from simple_hierarchical_transformer.training.report import replace_file, write_text
+from simple_hierarchical_transformer.training.trackers import TRACKERS, check_trackers
+
+HERE = Path(__file__).resolve().parent
+BEGIN, END = '<!-- race: made by benchmarks/report.py -->', '<!-- end of race -->'
+
+Runs = list[dict[str, Any]]
+
+
+def chosen(runs: Runs) -> Runs:
+    """Of a peer the runs at its better learning rate, by validation at the shortest budget; all of ours."""
+    shortest = min(run['minutes'] for run in runs)
+    rates: dict[str, dict[float, float]] = defaultdict(dict)
+    for run in runs:
+        if run['lr'] is not None and run['minutes'] == shortest and run['seed'] == 0:
+            rates[run['contestant']][run['lr']] = run['valid_bits']
+    best = {name: min(found, key=found.__getitem__) for name, found in rates.items()}
+    return [run for run in runs if run['lr'] == best.get(run['contestant'])]
+
+
+def grouped(runs: Runs) -> dict[tuple[int, float], dict[str, Runs]]:
+    """By context and budget, by contestant."""
+    groups: dict[tuple[int, float], dict[str, Runs]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        groups[run['seq_len'], run['minutes']][run['contestant']].append(run)
+    return {key: dict(groups[key]) for key in sorted(groups)}
+
+
+def bits(runs: Runs, name: str = 'bits') -> float:
+    return statistics.mean(run[name] for run in runs)
+
+
+def plus_minus(values: Sequence[float]) -> str:
+    mean, spread = paced.mean_and_spread(list(values))
+    return f'{mean:.3f}' if len(values) < 2 else f'{mean:.3f} ± {spread:.3f}'
+
+
+def is_ours(name: str) -> bool:
+    return race.CONTESTANTS[name].ours
+
+
+def race_tables(runs: Runs) -> list[str]:
+    lines: list[str] = []
+    for (seq_len, minutes), by in grouped(runs).items():
+        peers = {name: found for name, found in by.items() if not is_ours(name)}
+        best = min(map(bits, peers.values()), default=None)
+        lines += [
+            f'### {minutes:g} minutes, context of {seq_len:,} bytes',
+            '',
+            '| contestant | bits per byte | streaming | to the best peer | seeds | lr | steps | MB read '
+            '| parameters, M | peak memory, GB |',
+            '|---|---|---|---|---|---|---|---|---|---|',
+        ]
+        for name, found in sorted(by.items(), key=lambda item: bits(item[1])):
+            last = found[-1]
+            cells = [
+                f'**{name}**' if is_ours(name) else name,
+                plus_minus([run['bits'] for run in found]),
+                plus_minus([run['streaming_bits'] for run in found]),
+                '' if best is None else f'{100 * (bits(found) / best - 1):+.1f} %',
+                str(len(found)),
+                '' if last['lr'] is None else f'{last["lr"]:g}',
+                f'{statistics.mean(run["steps"] for run in found):,.0f}',
+                f'{statistics.mean(run["bytes"] for run in found) / 1e6:.1f}',
+                f'{last["parameters"] / 1e6:.2f}',
+                f'{last["peak_bytes"] / 1e9:.2f}',
+            ]
+            lines.append(f'| {" | ".join(cells)} |')
+        lines.append('')
+    return lines
+
+
+def goals(runs: Runs) -> list[str]:
+    """What was aimed at, and what came of it."""
+    groups = grouped(runs)
+    preset, flat = race.OURS[-1].name, race.OURS[0].name
+    lines = ['| aim | reached |', '|---|---|']
+    for minutes, wanted in ((5.0, 30), (10.0, 30), (30.0, 20)):
+        by = groups.get((race.LENGTH, minutes), {})
+        peers = {name: bits(found) for name, found in by.items() if not is_ours(name)}
+        if preset in by and peers:
+            best = min(peers, key=peers.__getitem__)
+            fewer = 100 * (1 - bits(by[preset]) / peers[best])
+            lines.append(
+                f'| {wanted} % fewer bits than the best peer after {minutes:g} minutes | {fewer:.1f} % fewer than '
+                f'{best}{"" if fewer >= wanted else ": missed"} |'
+            )
+    for seq_len, wanted in ((1024, 3), (4096, 10), (16384, 20)):
+        for minutes in (10.0, 30.0):
+            by = groups.get((seq_len, minutes), {})
+            if preset in by and flat in by:
+                fewer = 100 * (1 - bits(by[preset]) / bits(by[flat]))
+                lines.append(
+                    f'| {wanted} % fewer bits than our flat model, {minutes:g} minutes, {seq_len:,} bytes | '
+                    f'{fewer:.1f} % fewer{"" if fewer >= wanted else ": missed"} |'
+                )
+    long = groups.get((race.LENGTH, 30.0), {})
+    peers_long = [bits(found) for name, found in long.items() if not is_ours(name)]
+    soon = groups.get((race.LENGTH, 4.0), {}).get(preset)
+    if peers_long and soon:
+        reached = bits(soon) <= min(peers_long)
+        lines.append(
+            f'| in 4 minutes where the best peer is in 30 ({min(peers_long):.3f}) | {bits(soon):.3f} after 4 minutes'
+            f'{"" if reached else ": missed"} |'
+        )
+    return lines
+
+
+def draw_race(runs: Runs, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout='constrained')
+    axes = figure.subplots()
+    scores: dict[str, dict[float, Runs]] = defaultdict(dict)
+    for (seq_len, minutes), by in grouped(runs).items():
+        for name, found in by.items():
+            if seq_len == race.LENGTH:
+                scores[name][minutes] = found
+    for name, found in sorted(scores.items(), key=lambda item: bits(item[1][max(item[1])])):
+        minutes = sorted(found)
+        style = dict(linewidth=2.5) if is_ours(name) else dict(linestyle='--', linewidth=1.2)
+        axes.plot(minutes, [bits(found[each]) for each in minutes], marker='o', markersize=4, label=name, **style)  # type: ignore[arg-type]
+    axes.set(xscale='log', xlabel='minutes of training on the same 2 cores', ylabel='bits per byte (lower is better)')
+    ticks = sorted({minutes for found in scores.values() for minutes in found})
+    axes.set_xticks(ticks, [f'{each:g}' for each in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    replace_file(path, lambda partial: figure.savefig(partial, dpi=120, format='png'))
+
+
+def headline(runs: Runs) -> list[str]:
+    """Bits per byte by budget, all contestants, for the README."""
+    groups = {minutes: by for (seq_len, minutes), by in grouped(runs).items() if seq_len == race.LENGTH}
+    budgets = [minutes for minutes in sorted(groups) if len(groups[minutes]) > 1]
+    names = sorted(
+        {name for minutes in budgets for name in groups[minutes]},
+        key=lambda name: min(bits(by[name]) for by in groups.values() if name in by),
+    )
+    lines = [
+        f'| bits per byte after | {" | ".join(f"{minutes:g} minutes" for minutes in budgets)} |',
+        f'|---|{"---|" * len(budgets)}',
+    ]
+    for name in names:
+        cells = [f'{bits(groups[minutes][name]):.3f}' if name in groups[minutes] else '' for minutes in budgets]
+        lines.append(f'| {f"**{name}**" if is_ours(name) else name} | {" | ".join(cells)} |')
+    return lines
+
+
+def protocol(runs: Runs) -> str:
+    machines = sorted({run['machine'] for run in runs})
+    paces = [pace for run in runs for pace in run['pace']]
+    return (
+        f'`python benchmarks/race.py --data {runs[0]["data"]}` on {"; ".join(machines)}. One corpus, one budget of '
+        'wall-clock time, all on the same cores, one after the other, each in its own process and environment. Trained '
+        'on the first 90 % of the corpus; the learning rate of a peer is the better of 1e-3 and 3e-3 on the next 5 % '
+        'after the shortest budget; the last 5 % is reported: in windows without overlap, and as a stream, which a '
+        f'model without a state reads in windows that overlap by half. Peers: sequences of {race.LENGTH:,} bytes, '
+        f'{race.BATCH} a step, AdamW, warm-up over 3 % and a cosine down to a tenth, and of the published package its '
+        'own auxiliary losses. Spreads are standard deviations over seeds. A product of matrices ran at '
+        f'{min(paces):.0f} to {max(paces):.0f} GFLOP/s before and after runs: the machine is shared.'
+    )
+
+
+def track(runs: Runs, names: Sequence[str], folder: Path) -> None:
+    """Each run of the race as a run of a tracker."""
+    check_trackers(names)
+    for run in runs:
+        accelerator = Accelerator(log_with=list(names), project_dir=folder)
+        label = f'{run["contestant"]}, {run["seq_len"]} bytes, {run["minutes"]:g} minutes, seed {run["seed"]}'
+        config = {key: value for key, value in run.items() if isinstance(value, (int, float, str))}
+        accelerator.init_trackers(
+            'race', config=config, init_kwargs=dict(wandb=dict(name=label), trackio=dict(name=label))
+        )
+        scores = {
+            key: run[key] for key in ('bits', 'streaming_bits', 'valid_bits', 'steps', 'parameters', 'peak_bytes')
+        }
+        accelerator.log(dict(scores, minutes=run['minutes']), step=run['steps'])
+        accelerator.end_training()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--results', type=Path, default=HERE / 'race')
+    parser.add_argument('--out', type=Path, default=HERE)
+    parser.add_argument('--readme', type=Path, default=ROOT / 'README.md')
+    parser.add_argument('--log-with', nargs='+', choices=TRACKERS)
+    args = parser.parse_args(argv)
+    runs = chosen(race.Results(args.results).all())
+    if not runs:
+        sys.exit(f'{args.results} has no results: benchmarks/race.py makes them')
+
+    draw_race(runs, args.out / 'race.png')
+    lines = [
+        '# Report',
+        '',
+        'Remade by `python benchmarks/report.py` from the results of the commands that its sections name.',
+        '',
+        '## 1. The race',
+        '',
+        protocol(runs),
+        '',
+        '![bits per byte by minutes of training](race.png)',
+        '',
+        *goals(runs),
+        '',
+        *race_tables(runs),
+    ]
+    if compression.RESULTS.exists():
+        held = json.loads(compression.RESULTS.read_text())
+        lines += [
+            '## 2. A second level in place of full resolution',
+            '',
+            f'`python benchmarks/compression.py --data {held["data"]} --minutes {held["minutes"]:g}`, '
+            f'{held["machine"]}. The flat model has the layers of both levels at full resolution.',
+            '',
+            *compression.table(held),
+            '',
+        ]
+    if recipe.RESULTS.exists():
+        held = json.loads(recipe.RESULTS.read_text())
+        lines += [
+            '## 4. What each part of the recipe is worth',
+            '',
+            paced.protocol(held, 'recipe.py', {}, recipe.DEFAULT, length=recipe.LENGTH, batch=recipe.BATCH),
+            '',
+            *paced.table(held, recipe.OPTIONS, recipe.DEFAULT),
+            '',
+            '![difference of each to the preset](recipe.png)',
+            '',
+        ]
+    write_text(args.out / 'report.md', '\n'.join(lines))
+
+    text = args.readme.read_text()
+    if BEGIN in text:
+        before, rest = text.split(BEGIN, 1)
+        after = rest.split(END, 1)[1]
+        section = [BEGIN, '', *headline(runs), '', '![the race](benchmarks/race.png)', '', END]
+        write_text(args.readme, before + '\n'.join(section) + after)
+    if args.log_with:
+        track(runs, args.log_with, args.out)
+
+
+if __name__ == '__main__':
+    main()
