@@ -73,7 +73,7 @@ def test_losses_equal_the_definitions_written_out(config: dict[str, Any], n: int
         loss, parts = model(ids, return_loss=True)
         read, targets = ids[:, :-1], ids[:, 1:]
         logits, latents = model(read, return_logits_and_embeds=True)
-        embeds = model.token_emb(read)
+        embeds, _ = model.embed(read, None)
         compressed = model(read, return_hierarchical_token_embeds=True)
 
     def mean(values: list[Tensor]) -> Tensor:

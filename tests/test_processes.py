@@ -25,11 +25,13 @@ from simple_hierarchical_transformer import HierarchicalTransformer
 # rows that end early, so that processes count unlike numbers of targets, and all the losses there are
 SETTINGS: tuple[object, ...] = (
     '--preset', 'cpu', '--steps', 20, '--every', 10, '--checkpoint-every', 10, '--valid-bytes', 2048,
-    '--documents', '--seq-len', 64, '--batch-size', 2,
-    '--model', 'dim=16,24', 'depth=2', 'heads=1', 'ngrams=(2,3)', 'ngram_rows=64',
+    '--documents', '--seq-len', 64, '--batch-size', 2, '--optimizer', 'adamw', '--lr', 3e-3, '--schedule', 'cosine',
+    '--table-lr', 3e-3,
+    '--model', 'dim=16,24', 'depth=2', 'heads=1', 'ngrams=(2,3)', 'ngram_rows=64', 'ngram_dropout=0',
     'recon_loss_weight=0.1', 'next_latent_loss_weight=0.25',
     # quantized targets are left out: between two of the same distance rounding decides
-    'prophet_loss_weight=0.1', 'autoencoder=True', 'merge=attention', 'merge_window=1',
+    'prophet_loss_weight=0.1', 'arrangement=parallel', 'compressor=conv', 'autoencoder=True', 'merge=attention',
+    'merge_window=1',
 )  # fmt: skip
 TWO = ('--nproc_per_node', 2, ROOT / 'train.py')
 THREADS = dict(OMP_NUM_THREADS='1')

@@ -271,7 +271,7 @@ def test_what_does_not_fit_is_refused_and_nothing_touched(
     edit(tmp_path / 'checkpoint-1', 'settings')
     (tmp_path / 'other.txt').write_text('other text. ' * 5000)
     cases: list[tuple[tuple[object, ...], str]] = [
-        (('--resume', halfway, '--lr', 0.1), 'was made with other arguments: --lr 0.1, not 0.003. Leave them out'),
+        (('--resume', halfway, '--lr', 0.1), 'was made with other arguments: --lr 0.1, not 0.006. Leave them out'),
         (('--resume', halfway, '--steps', 48, '--model', 'dim=64'), '--steps 48, not 24; --model dim=64, not 16'),
         (('--resume', halfway, '--batch-size', 3), 'a step of this run has 2 sequences'),
         (('--resume', halfway / 'checkpoint-10', '--out', halfway / '..' / halfway.name), 'is not the newest'),

@@ -110,13 +110,18 @@ class MixedOptimizer(torch.optim.AdamW):
             if p.grad.is_sparse:
                 grad = p.grad.coalesce()
                 [rows], values = grad.indices(), grad.values()
-                means = held[rows].lerp_(values.square().mean(dim=-1, keepdim=True), 1 - decay)
+                means = mean_squares(held[rows], values, decay)
                 held[rows] = means
                 p.index_add_(0, rows, values / (means.sqrt() + eps), alpha=-lr)
             else:
-                squares = p.grad.square().mean(dim=-1, keepdim=True)
-                held.copy_(torch.where(squares > 0, held.lerp(squares, 1 - decay), held))
+                held.copy_(mean_squares(held, p.grad, decay))
                 p.sub_(p.grad / (held.sqrt() + eps), alpha=lr)
+
+
+def mean_squares(before: Tensor, grad: Tensor, decay: float) -> Tensor:
+    """The running mean of each row's mean square, `(rows, 1)`; where the gradient is zero it stays."""
+    squares = grad.square().mean(dim=-1, keepdim=True)
+    return torch.where(squares > 0, before.lerp(squares, 1 - decay), before)
 
 
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
