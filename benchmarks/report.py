@@ -35,7 +35,7 @@ Runs = list[dict[str, Any]]
 
 def chosen(runs: Runs) -> Runs:
     """Of a peer the runs at its better learning rate, by validation at the shortest budget; all of ours."""
-    shortest = min(run['minutes'] for run in runs)
+    shortest = min((run['minutes'] for run in runs if run['lr'] is not None), default=None)
     rates: dict[str, dict[float, float]] = defaultdict(dict)
     for run in runs:
         if run['lr'] is not None and run['minutes'] == shortest and run['seed'] == 0:
@@ -106,7 +106,7 @@ def goals(runs: Runs) -> list[str]:
         peers = {name: bits(found) for name, found in by.items() if not is_ours(name)}
         if preset in by and peers:
             best = min(peers, key=peers.__getitem__)
-            fewer = 100 * (1 - bits(by[preset]) / peers[best])
+            fewer = round(100 * (1 - bits(by[preset]) / peers[best]), 1)
             lines.append(
                 f'| {wanted} % fewer bits than the best peer after {minutes:g} minutes | {fewer:.1f} % fewer than '
                 f'{best}{"" if fewer >= wanted else ": missed"} |'
@@ -115,7 +115,7 @@ def goals(runs: Runs) -> list[str]:
         for minutes in (10.0, 30.0):
             by = groups.get((seq_len, minutes), {})
             if preset in by and flat in by:
-                fewer = 100 * (1 - bits(by[preset]) / bits(by[flat]))
+                fewer = round(100 * (1 - bits(by[preset]) / bits(by[flat])), 1)
                 lines.append(
                     f'| {wanted} % fewer bits than our flat model, {minutes:g} minutes, {seq_len:,} bytes | '
                     f'{fewer:.1f} % fewer{"" if fewer >= wanted else ": missed"} |'

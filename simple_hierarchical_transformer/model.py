@@ -130,7 +130,7 @@ class HierarchicalTransformer(
         ngram_rows: of the table that each of `ngrams` has, a power of two.
         ngram_dropout: share of the n-grams that training leaves out: a text that is read more than once wants it.
         zero_init: mixers, feed-forwards, merges and logits begin at zero, so that a model begins as its embeddings
-            alone (Bachlechner et al. 2020, arXiv 2003.04887; Yang et al. 2022, arXiv 2203.03466, appendix D.2).
+            alone (Bachlechner et al. 2020, arXiv 2003.04887; Yang et al. 2022, arXiv 2203.03466).
         hierarchies: compression factors, powers of two that differ: `(1, 2, 8)`.
         window_sizes: how many tokens of the level before it a token attends to, besides itself. None is full
             attention, 0 no attention, 'auto' half of the level's length `seq_len // c`. One that exceeds it counts as

@@ -19,7 +19,7 @@ class NGramEmbedding(nn.EmbeddingBag):
     """The sum of one vector for each n in `orders`, found by the n ids that end at a position: `(batch, n, dim)`.
 
     The ids are hashed to a row of a table, one table for each n, so that n-grams may share a row. Pagnoni et al. 2024,
-    arXiv 2412.09871, section 3.2.1; the hash is multiplicative. Time `O(seq * len(orders) * dim)`, whatever the rows.
+    arXiv 2412.09871; the hash is multiplicative. Time `O(seq * len(orders) * dim)`, whatever the rows.
 
     With `sparse` its gradient is a sparse tensor of the rows that were read. `training.optim.build_optimizer` turns it
     on for a CPU and moves those rows alone; torch.optim.AdamW and others take no sparse gradients.

@@ -155,7 +155,7 @@ class Attention(nn.Module):
             grouped-query attention, Ainslie et al. 2023, arXiv 2305.13245; 1 is multi-query attention. Query head `i`
             meets head `i % kv_heads`. By default as many as of queries.
         qk_norm: queries and keys have their root mean square brought to one learned gain for each channel (Henry et al.
-            2020, arXiv 2010.04245; by RMSNorm as in Dehghani et al. 2023, arXiv 2302.05442, section 2).
+            2020, arXiv 2010.04245; with a gain as in Dehghani et al. 2023, arXiv 2302.05442).
         pattern: 'strided' or 'fixed': full attention made sparse, near by and far away (Child et al. 2019, arXiv
             1904.10509), in time `O(seq * sqrt(seq))`. Its rotary embeddings are without xPos, so that far
             tokens are heard.

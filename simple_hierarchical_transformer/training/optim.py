@@ -37,8 +37,8 @@ class MixedOptimizer(torch.optim.AdamW):
     2502.16982, eq. 4.
 
     'rows': of a table those rows move that have a gradient, sparse or dense, each by it over the root of the mean
-    square that its gradients had, without a momentum: what was not read stays as it is, at no cost. Adagrad by rows
-    with AdamW's running mean; that of one number a row: Naumov et al. 2019, arXiv 1906.00091, whose tables it is for.
+    square that its gradients had, without a momentum: what was not read stays as it is, at no cost. With a sum
+    in the mean's place that is Adagrad with one number a row, as in Lerer et al. 2019, arXiv 1903.12287.
 
     Args:
         params: groups of parameters; those with `rule='muon'` must have two dimensions or more, those with

@@ -1,0 +1,92 @@
+"""The report, on made-up results of the race."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    monkeypatch.syspath_prepend(ROOT / 'benchmarks')
+    return importlib.import_module('race'), importlib.import_module('report')
+
+
+@pytest.fixture
+def results(modules: tuple[Any, Any], tmp_path: Path) -> Path:
+    """Of a whole race, in which peers come in at 3 bits and more, our flat model at 2.5 and the preset at 2."""
+    race, _ = modules
+    folder = tmp_path / 'race'
+    folder.mkdir()
+    kept = race.Results(folder)
+    rank = {peer.name: 3 + place / 10 for place, peer in enumerate(race.PEERS)}
+    bits = rank | {'ours, flat': 2.5, 'ours, cpu preset': 2.0}
+    for stage in race.stages(kept, (5.0, 10.0, 30.0), 2):
+        for run in stage:
+            score = bits[run.contestant] + (run.lr == 3e-3) + run.seed / 100
+            held = dict(
+                vars(run), bits=score, valid_bits=score, streaming_bits=score - 0.1, steps=100, bytes=10**6,
+                parameters=10**6, peak_bytes=10**9, pace=[80.0, 90.0], machine='a machine', data='text.bz2',
+            )  # fmt: skip
+            kept.path(run).write_text(json.dumps(held))
+    return folder
+
+
+def test_the_report_says_who_won_what_was_aimed_at_and_by_which_command(
+    modules: tuple[Any, Any], results: Path, tmp_path: Path
+) -> None:
+    _, report = modules
+    readme = tmp_path / 'README.md'
+    readme.write_text(f'before\n{report.BEGIN}\nold\n{report.END}\nafter\n')
+    report.main(['--results', str(results), '--out', str(tmp_path), '--readme', str(readme)])
+    text = (tmp_path / 'report.md').read_text()
+    assert '`python benchmarks/race.py --data text.bz2`' in text
+    assert (tmp_path / 'race.png').stat().st_size > 10_000
+    # two seeds, their mean and spread, and a third fewer bits than the best peer
+    assert '| **ours, cpu preset** | 2.005 ± 0.007 | 1.905 ± 0.007 | -33.3 % | 2 |' in text
+    assert '| published, flat | 3.005 ± 0.007 |' in text
+    # at the worse learning rate a peer is not shown
+    assert '4.0' not in text
+    assert '| 30 % fewer bits than the best peer after 5 minutes | 33.3 % fewer than published, flat |' in text
+    assert '| 3 % fewer bits than our flat model, 10 minutes, 1,024 bytes | 20.0 % fewer |' in text
+    assert '| 20 % fewer bits than our flat model, 30 minutes, 16,384 bytes | 20.0 % fewer |' in text
+    assert '| in 4 minutes where the best peer is in 30 (3.000) | 2.005 after 4 minutes |' in text
+
+    said = readme.read_text()
+    assert said.startswith('before\n')
+    assert said.endswith('\nafter\n')
+    assert 'old' not in said
+    assert '| **ours, cpu preset** | 2.005 | 2.005 | 2.000 |' in said
+
+
+def test_what_was_missed_is_called_so(modules: tuple[Any, Any], results: Path, tmp_path: Path) -> None:
+    _, report = modules
+    for path in results.glob('ours-cpu-preset*'):
+        held = json.loads(path.read_text())
+        path.write_text(json.dumps(held | dict(bits=3.1)))
+    readme = tmp_path / 'README.md'
+    readme.write_text('nothing to fill in\n')
+    report.main(['--results', str(results), '--out', str(tmp_path), '--readme', str(readme)])
+    text = (tmp_path / 'report.md').read_text()
+    assert text.count('missed') == text.count('fewer bits than') + 1
+    assert readme.read_text() == 'nothing to fill in\n'
+
+
+def test_runs_of_the_race_go_to_a_tracker(modules: tuple[Any, Any], results: Path, tmp_path: Path) -> None:
+    _, report = modules
+    for path in list(results.iterdir())[2:]:
+        path.unlink()
+    kept = [json.loads(path.read_text()) for path in results.iterdir()]
+    report.track(report.chosen(kept), ['tensorboard'], tmp_path / 'logs')
+    found = []
+    for folder in {path.parent for path in (tmp_path / 'logs').rglob('events*')}:
+        events = EventAccumulator(str(folder)).Reload()
+        if 'bits' in events.Tags()['scalars']:
+            found += [round(event.value, 4) for event in events.Scalars('bits')]
+    assert sorted(found) == sorted(round(run['bits'], 4) for run in report.chosen(kept))
