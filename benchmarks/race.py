@@ -40,7 +40,7 @@ STREAMING_BYTES = 1 << 17
 # where peers find modules besides their own: nowhere, since the published package has the name of this one
 PEER_PATH = ''
 # of setting up and scoring, in minutes, to know whether a run still fits
-AROUND = 1.5
+AROUND = 2.0
 
 
 @dataclass(frozen=True)

@@ -128,13 +128,14 @@ def wait(device: torch.device) -> None:
 
 def bytes_kept(model: nn.Module, *args: Any, **kwargs: Any) -> int:
     """Bytes of activations that a forward pass keeps for the backward pass, parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    # by the storage itself: on 'meta' there is no address
+    own = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -64,7 +64,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             next_latent_loss_weight=0.0,
         ),
         seq_len=1024,
-        batch_size=1,
+        batch_size=2,
         grad_accum=1,
         optimizer='muon',
         lr=6e-3,

@@ -1,0 +1,77 @@
+"""What larger models would cost, on paper: parameters, operations, memory, and how to share them out. Nothing is run.
+
+python benchmarks/plan.py
+
+Counts are the library's own (`training.cost`), of models built without memory (device 'meta'). Times are what they come
+to on accelerators of so many operations a second at a share of their peak: assumptions, not measurements.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from simple_hierarchical_transformer import HierarchicalTransformer
+from simple_hierarchical_transformer.training import cost
+
+# an accelerator of 80 GB: dense bfloat16 operations a second as its maker gives them, and the share assumed of it
+PEAK, SHARE, MEMORY = 989e12, 0.35, 80e9
+BYTES_A_PARAMETER = 20  # tokens to learn from for each parameter are counted in bytes here
+# float32 weights and gradients, and of AdamW two moments; Muon has one
+STATE = 16
+
+COMMON: dict[str, Any] = dict(
+    num_tokens=256, seq_len=8192, arrangement='hourglass', hierarchies=(1, 4), hierarchical_stride=(1, 4),
+    window_sizes=(128, None), compressor='linear', merge='linear', ff_activation='relu2', zero_init=True,
+    mixer_kwargs=dict(qk_norm=True), ngrams=(2, 3, 4, 5, 6), ignore_index=-1, recon_loss_weight=0.0,
+    next_latent_loss_weight=0.0,
+)  # fmt: skip
+SIZES: dict[str, dict[str, Any]] = {
+    '0.1 B': dict(dim=(384, 768), depth=(4, 12), heads=(6, 12), ngram_rows=1 << 16),
+    '0.4 B': dict(dim=(512, 1280), depth=(4, 20), heads=(8, 20), ngram_rows=1 << 17),
+    '1.3 B': dict(dim=(768, 2048), depth=(4, 24), heads=(12, 32), ngram_rows=1 << 18),
+    '7 B': dict(dim=(1024, 4096), depth=(4, 32), heads=(16, 64), ngram_rows=1 << 19),
+}
+
+
+def row(name: str, settings: dict[str, Any]) -> str:
+    with torch.device('meta'):
+        model = HierarchicalTransformer(**{**COMMON, **settings})
+        ids = torch.zeros(1, model.seq_len + 1, dtype=torch.long)
+    total = sum(cost.parameters_by_level(model).values())
+    tables = model.ngram_emb.weight.numel() if model.ngram_emb is not None else 0
+    flops = cost.step_flops(model, model.seq_len) / model.seq_len
+    # counted in float32, of which bfloat16 is half
+    kept = cost.bytes_kept(model, ids, return_loss=True) / 2
+    state = STATE * total
+    devices = 1
+    while state / devices + kept > 0.9 * MEMORY:
+        devices *= 2
+    learn = BYTES_A_PARAMETER * (total - tables)
+    days = learn * flops / (PEAK * SHARE * devices) / 86400
+    rows = int((0.9 * MEMORY - state / devices) / kept)
+    share = 'whole' if devices == 1 else f'FSDP2 over {devices}'
+    cells = [
+        name, f'{settings["dim"]}, {settings["depth"]}', f'{(total - tables) / 1e9:.2f} + {tables / 1e9:.2f}',
+        f'{flops / 1e9:.2f}', f'{state / 1e9:.0f}', f'{kept / 1e9:.1f}', share, f'{rows}',
+        f'{learn / 1e9:.0f}', f'{days:.1f}',
+    ]  # fmt: skip
+    return f'| {" | ".join(cells)} |'
+
+
+def table() -> list[str]:
+    return [
+        '| | widths, depths | parameters, B + tables | GFLOP a byte | weights and optimizer, GB | '
+        'kept a sequence of 8,192, GB | shared out | sequences a device | GB of text | days |',
+        '|---|---|---|---|---|---|---|---|---|---|',
+        *(row(name, settings) for name, settings in SIZES.items()),
+    ]
+
+
+def main() -> None:
+    print('\n'.join(table()))
+
+
+if __name__ == '__main__':
+    main()
