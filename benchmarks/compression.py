@@ -16,7 +16,7 @@ from typing import Any
 
 import paced
 import torch
-from side_by_side import machine, timed
+from side_by_side import machine, writing
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.training import cost
@@ -56,13 +56,7 @@ def look(model: HierarchicalTransformer) -> dict[str, Any]:
     """Memory that a step keeps, and bytes a second in writing after a context."""
     ids = torch.randint(0, 256, (BATCH, LENGTH + 1))
     kept = cost.bytes_kept(model.train(), ids, return_loss=True)
-    model.eval()
-    prompt = ids[:1, : LENGTH // 2]
-    with torch.no_grad():
-        _, state = model(prompt, return_state=True)
-        model.generate(prompt[:, :1], 2, state=state.clone())
-        seconds = min(timed(lambda: model.generate(prompt[:, :1], 100, state=state.clone()))[0] for _ in range(3))
-    return dict(kept=kept, bytes_a_second=100 / seconds)
+    return dict(kept=kept, **writing(model, context=LENGTH // 2))
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

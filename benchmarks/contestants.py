@@ -21,8 +21,6 @@ from torch import Tensor, nn
 # of a text in one go where a model has no state: each window brings so many bytes that are scored
 OVERLAP = 2
 
-Scorer = Callable[[Tensor], tuple[float, int]]
-
 
 def published(**settings: Any) -> nn.Module:
     from simple_hierarchical_transformer import HierarchicalTransformer

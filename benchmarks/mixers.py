@@ -15,7 +15,7 @@ from typing import Any
 
 import paced
 import torch
-from side_by_side import machine, timed
+from side_by_side import machine, timed, writing
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.training.report import replace_file, write_text
@@ -81,16 +81,11 @@ def by_length(settings: dict[str, Any], lengths: tuple[int, ...]) -> dict[str, f
     return found
 
 
-def writing(settings: dict[str, Any], *, new: int, context: int) -> dict[str, float]:
-    """Bytes a second in generation after a context, and the bytes of its state."""
+def written(settings: dict[str, Any], *, context: int) -> dict[str, float]:
     torch.manual_seed(0)
-    model = HierarchicalTransformer(num_tokens=256, seq_len=2 * context, **{**BASE, **settings}).eval()
-    prompt = torch.randint(0, 256, (1, context))
-    with torch.no_grad():
-        _, state = model(prompt, return_state=True)
-        model.generate(prompt[:, :1], 2, state=state.clone())
-        seconds = min(timed(lambda: model.generate(prompt[:, :1], new, state=state.clone()))[0] for _ in range(3))
-    return dict(bytes_a_second=new / seconds, state=state.nbytes)
+    return writing(
+        HierarchicalTransformer(num_tokens=256, seq_len=2 * context, **{**BASE, **settings}), context=context
+    )
 
 
 def report(held: dict[str, Any], costs: dict[str, Any]) -> None:
@@ -149,7 +144,7 @@ def main() -> None:
             if name in MIXERS and name not in costs['found']:
                 costs['found'][name] = found = dict(
                     ms=by_length(OPTIONS[name], tuple(args.lengths)),
-                    writing=writing(OPTIONS[name], new=100, context=1024),
+                    writing=written(OPTIONS[name], context=1024),
                 )
                 write_text(COSTS, json.dumps(costs, indent=1) + '\n')
                 print(f'{name}: {", ".join(f"{ms:.0f}" for ms in found["ms"].values())} ms', flush=True)

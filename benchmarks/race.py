@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compression import flat
 from contestants import matmul_pace, read_bytes, windowed_bits
 from side_by_side import ROOT, machine
 
@@ -99,8 +100,8 @@ PEERS = [
         ),
     ),
 ]  # fmt: skip
-# our flat model: the preset's recipe, and one level that was tuned as long (notes.md)
-FLAT = ('--model', 'dim=192', 'hierarchies=1', 'hierarchical_stride=1', 'window_sizes=None', 'heads=3')
+# our flat model: the preset's recipe and its layers in one level, with full attention
+FLAT = ('--model', *(f'{name}={value}' for name, value in {**flat(), 'window_sizes': None}.items() if name != 'train'))
 OURS = [Contestant('ours, flat', options=FLAT), Contestant('ours, cpu preset')]
 LENGTHS: dict[int, tuple[str, ...]] = {
     LENGTH: (),

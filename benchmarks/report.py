@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from side_by_side import ROOT
 
 from simple_hierarchical_transformer.training.report import replace_file, write_text
+from simple_hierarchical_transformer.training.settings import PRESETS
 from simple_hierarchical_transformer.training.trackers import TRACKERS, check_trackers
 
 HERE = Path(__file__).resolve().parent
@@ -245,10 +246,11 @@ def main(argv: list[str] | None = None) -> None:
         ]
     if recipe.RESULTS.exists():
         held = json.loads(recipe.RESULTS.read_text())
+        settings, sizes = PRESETS['cpu']['model'], dict(length=recipe.LENGTH, batch=recipe.BATCH)
         lines += [
             '## 4. What each part of the recipe is worth',
             '',
-            paced.protocol(held, 'recipe.py', {}, recipe.DEFAULT, length=recipe.LENGTH, batch=recipe.BATCH),
+            paced.protocol(held, 'recipe.py', settings, recipe.DEFAULT, **sizes),
             '',
             *paced.table(held, recipe.OPTIONS, recipe.DEFAULT),
             '',

@@ -31,6 +31,16 @@ def machine() -> str:
     )
 
 
+@torch.no_grad()
+def writing(model: Any, *, context: int, new: int = 100) -> dict[str, float]:
+    """Bytes a second in generation after a context of random ids, the best of three, and the bytes of its state."""
+    prompt = torch.randint(0, 256, (1, context))
+    _, state = model.eval()(prompt, return_state=True)
+    model.generate(prompt[:, :1], 2, state=state.clone())
+    seconds = min(timed(lambda: model.generate(prompt[:, :1], new, state=state.clone()))[0] for _ in range(3))
+    return dict(bytes_a_second=new / seconds, state=state.nbytes)
+
+
 def serve(handle: Callable[..., Any]) -> None:
     """Answers each line of standard input, JSON of the arguments of `handle`, with a line of JSON."""
     for line in sys.stdin:

@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from conftest import ROOT
 from torch import Tensor, nn
 
+from simple_hierarchical_transformer import HierarchicalTransformer
+from simple_hierarchical_transformer.training.settings import BYTES, new_settings, parse_args
+
 TINY = ('--model', 'dim=16', 'depth=1', 'heads=1', 'dim_head=8', 'ngram_rows=64')
 
 
@@ -45,6 +48,17 @@ def test_each_stage_follows_from_those_before(race: Any, tmp_path: Path) -> None
     assert {(name, minutes) for name, minutes, *_ in soon} == {('ours, cpu preset', 4)}
     assert [{run[4] for run in stage} for stage in lengths] == [{4096}, {4096}, {16384}, {16384}]
     assert {name for stage in lengths for name, *_ in stage} == set(ours)
+
+
+def test_our_contestants_are_models_at_every_length(race: Any) -> None:
+    for contestant in race.OURS:
+        for length in race.LENGTHS:
+            options = ['--preset', 'cpu', *race.LENGTHS[length], *contestant.options]
+            settings = new_settings(parse_args(options, None))
+            with torch.device('meta'):
+                model = HierarchicalTransformer(**BYTES, **settings['model'], seq_len=settings['seq_len'])
+            assert model.seq_len == length
+            assert (len(model.levels) == 1) == ('flat' in contestant.name)
 
 
 def test_a_race_runs_to_its_end_and_goes_on_where_it_stopped(

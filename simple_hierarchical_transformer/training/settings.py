@@ -41,7 +41,7 @@ ELSEWHERE = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # what won benchmarks/race.py on two cores; benchmarks/notes.md says what else was tried
+    # the best of what was tried so far (benchmarks/notes.md), on one thread; benchmarks/race.py measures it
     'cpu': dict(
         model=dict(
             dim=96,
