@@ -30,6 +30,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
     'no n-grams': dict(ngrams=()),
     'n-grams of 2 to 4': dict(ngrams=(2, 3, 4)),
+    'no recall': dict(recall=()),
+    'recall of 4, 6 and 10': dict(recall=(4, 6, 10)),
     'n-grams without dropout': dict(ngram_dropout=0.0),
     'AdamW at 3e-3 in place of Muon': trained(optimizer='adamw', lr=3e-3),
     'tables at the rate of matrices': trained(table_lr=PRESET['train']['lr']),

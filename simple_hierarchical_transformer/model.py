@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -47,10 +48,10 @@ from .losses import (
 from .merge import AttentionMerge, Contribution, HierarchicalMerge, LinearMerge, MergeState, concat_levels, without
 from .mixers import MIXERS
 from .mixers.attention import BACKENDS
-from .ngrams import NGramEmbedding
+from .ngrams import NGramEmbedding, RecallEmbedding
 from .pretrained import Pretrained, shared_names
 from .reversible import Coupling, run_couplings, run_plainly
-from .state import BlockState, State
+from .state import BlockState, State, keep
 
 # what the published package's windowed attention calls its rotary frequencies
 WINDOWED_FREQS = re.compile(r'(layers\.\d+\.\d+\.attn\.)attn_fn\.rel_pos\.inv_freq')
@@ -129,6 +130,8 @@ class HierarchicalTransformer(
             before any layer has looked back (`NGramEmbedding`).
         ngram_rows: of the table that each of `ngrams` has, a power of two.
         ngram_dropout: share of the n-grams that training leaves out: a text that is read more than once wants it.
+        recall: n of the n-grams that are looked up in the last `seq_len` ids, as `(4, 6, 10)`: the id that followed
+            each the last time is embedded, too (`RecallEmbedding`).
         zero_init: mixers, feed-forwards, merges and logits begin at zero, so that a model begins as its embeddings
             alone (Bachlechner et al. 2020, arXiv 2003.04887; Yang et al. 2022, arXiv 2203.03466).
         hierarchies: compression factors, powers of two that differ: `(1, 2, 8)`.
@@ -229,6 +232,7 @@ class HierarchicalTransformer(
         ngrams: Sequence[int] = (),
         ngram_rows: int = 1 << 16,
         ngram_dropout: float = 0.0,
+        recall: Sequence[int] = (),
         zero_init: bool = False,
         hierarchies: int | Sequence[int] = 1,
         window_sizes: int | Literal['auto'] | Sequence[int | Literal['auto'] | None] | None = None,
@@ -287,11 +291,12 @@ class HierarchicalTransformer(
         check_int('merge_window', merge_window, 0)
         check_int('ff_chunks', ff_chunks)
         check_choice('ff_activation', ff_activation, tuple(ACTIVATIONS))
-        check_sequence('ngrams', ngrams)
-        for order in ngrams:
-            check_int('ngrams', order, 2)
-        if len(set(ngrams)) != len(ngrams):
-            raise ValueError(f'ngrams must all differ, got {ngrams!r}')
+        for name, orders, least in (('ngrams', ngrams, 2), ('recall', recall, 1)):
+            check_sequence(name, orders)
+            for order in orders:
+                check_int(name, order, least)
+            if len(set(orders)) != len(orders):
+                raise ValueError(f'{name} must all differ, got {orders!r}')
         if check_number('ngram_dropout', ngram_dropout) >= 1:
             raise ValueError(f'ngram_dropout must be at least 0 and below 1, got {ngram_dropout!r}')
         if check_int('ngram_rows', ngram_rows, 2) & (ngram_rows - 1):
@@ -467,6 +472,7 @@ class HierarchicalTransformer(
         dim_embed = max(level.dim for level in levels)
         self.token_emb = nn.Embedding(num_tokens, dim_embed)
         self.ngram_emb = NGramEmbedding(dim_embed, ngrams, ngram_rows, ngram_dropout) if ngrams else None
+        self.recall_emb = RecallEmbedding(num_tokens, dim_embed, recall, seq_len) if recall else None
         self.autoencoder = None
         if autoencoder:
             decoded = num_tokens if autoencoder_loss_weight > 0 else None
@@ -792,13 +798,24 @@ class HierarchicalTransformer(
                 state.written[:] = [state.position]
         return Read(embeds, codes, inputs, tokens, now.pondered, predict_from), state
 
+    @property
+    def histories(self) -> list[Any]:
+        """What looks at ids before the ones at hand."""
+        return [part for part in (self.ngram_emb, self.recall_emb) if part is not None]
+
     def embed(self, ids: Tensor, state: State | None) -> tuple[Tensor, Tensor | None]:
-        """Embeddings `(batch, n, max(dim))`, and what n-grams to come begin with."""
+        """Embeddings `(batch, n, max(dim))`, and the ids that those to come are embedded with."""
         embeds = self.token_emb(ids)
-        if self.ngram_emb is None:
+        if not self.histories:
             return embeds, None
-        more, seen = self.ngram_emb(ids, state and state.ids)
-        return embeds + more, seen
+        if state is None:
+            history = F.pad(ids.long() + 1, (max(max(part.orders) for part in self.histories) - 1, 0))
+        else:
+            assert state.ids is not None
+            history = torch.cat((state.ids, ids.long() + 1), dim=1)
+        for part in self.histories:
+            embeds = embeds + part(history, ids.shape[1])
+        return embeds, None if state is None else keep(state.ids, history[:, ids.shape[1] :])
 
     def run_parallel(self, embeds: Tensor, now: Pass) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
         """Levels side by side: what their first blocks get, what their last ones give, and the coarsest map."""
@@ -1131,10 +1148,11 @@ class HierarchicalTransformer(
 
         predicting = [self.levels[i] for i in self.predict_from]
         layers: Any = self.layers
+        before = [part.before for part in self.histories]
         return State(
             position=0,
             spec=self._state_spec,
-            ids=None if self.ngram_emb is None else self.ngram_emb.initial_state(batch_size, like),
+            ids=zeros(batch_size, max(before)).long() if before else None,
             embeds=tuple(zeros(batch_size, *reached(i)) if reached(i)[0] else None for i in range(len(self.levels))),
             blocks=tuple(
                 tuple(BlockState() if block is None else block.initial_state(batch_size, like) for block in layer)
@@ -1151,7 +1169,7 @@ class HierarchicalTransformer(
         """What the shape of a state hangs on, and what it means."""
         layout = (
             self.arrangement,
-            self.ngram_emb and self.ngram_emb.orders,
+            *((type(part), part.orders) for part in self.histories),
             self.autoencoder is not None,
             bool(self.halting),
             self.reversible,

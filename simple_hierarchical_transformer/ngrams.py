@@ -1,4 +1,7 @@
-"""Embeddings of the last few ids at once."""
+"""Embeddings of what the last few ids say: as n-grams, and by what followed them before.
+
+Both read a history: ids plus 1, and 0 where there was none, `(batch, before + n)` for n new ones.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .state import keep
-
 # odd, so that a product with it loses nothing modulo 2^64: 2^64 over the golden ratio, as a signed number (Knuth, The
 # Art of Computer Programming, volume 3, section 6.4)
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+
+
+def ngram_hashes(history: Tensor, orders: Sequence[int]) -> list[Tensor]:
+    """A number for each n-gram, smaller n first: `(batch, seq - max(orders) + 1)`, where all of them have all ids."""
+    before = max(orders) - 1
+    n = history.shape[1] - before
+    found: list[Tensor] = []
+    hashed = torch.zeros_like(history[:, :n])
+    for back in range(before + 1):
+        hashed = (hashed + history[:, before - back : before - back + n]) * GOLDEN
+        if back + 1 in orders:
+            found.append(hashed)
+    return found
 
 
 class NGramEmbedding(nn.EmbeddingBag):
@@ -23,8 +37,6 @@ class NGramEmbedding(nn.EmbeddingBag):
 
     With `sparse` its gradient is a sparse tensor of the rows that were read. `training.optim.build_optimizer` turns it
     on for a CPU and moves those rows alone; torch.optim.AdamW and others take no sparse gradients.
-
-    Its state are the ids before, `(batch, max(orders) - 1)`, each plus 1, and 0 where there was none.
 
     Args:
         dim: width of the vectors.
@@ -41,38 +53,83 @@ class NGramEmbedding(nn.EmbeddingBag):
         self.rows = rows
         self.dropout = dropout
 
+    @property
+    def before(self) -> int:
+        """How many ids before the first new one are looked at."""
+        return max(self.orders) - 1
+
     def reset_parameters(self) -> None:
         # what was never read says nothing
         nn.init.zeros_(self.weight)
 
-    def initial_state(self, batch_size: int, like: Tensor) -> Tensor:
-        return torch.zeros(batch_size, max(self.orders) - 1, dtype=torch.long, device=like.device)
-
-    def forward(self, ids: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
-        """ids: `(batch, n)`."""
-        before = max(self.orders) - 1
-        ids = ids.long() + 1
-        ids = F.pad(ids, (before, 0)) if state is None else torch.cat((state, ids), dim=1)
-        rows = self.find(ids)
+    def forward(self, history: Tensor, n: int) -> Tensor:  # type: ignore[override]
+        """`(batch, n, dim)` for the last n ids."""
+        rows = self.find(history[:, -n - self.before :])
         weights = None
         # what is scored or written on the way through a training run is without gradients
         if self.dropout and self.training and torch.is_grad_enabled():
             weights = F.dropout(torch.ones(rows.shape, dtype=self.weight.dtype, device=rows.device), self.dropout)
             weights = weights.flatten(0, 1)
         vectors = super().forward(rows.flatten(0, 1), per_sample_weights=weights)
-        return vectors.unflatten(0, rows.shape[:2]), keep(state, ids[:, -before:])
+        return vectors.unflatten(0, rows.shape[:2])
 
-    def find(self, ids: Tensor) -> Tensor:
-        """The rows of the n-grams that end at each of the last ids: `(batch, n, len(orders))`."""
-        before = max(self.orders) - 1
+    def find(self, history: Tensor) -> Tensor:
+        """The rows of the n-grams that end at each id from the longest's end on: `(batch, n, len(orders))`."""
         bits = self.rows.bit_length() - 1
-        n = ids.shape[1] - before
         found: list[Tensor] = []
-        hashed = torch.zeros_like(ids[:, :n])
-        for back in range(before + 1):
-            hashed = (hashed + ids[:, before - back : before - back + n]) * GOLDEN
-            if back + 1 in self.orders:
-                # the high bits are the well mixed ones; a shift of a negative number brings ones along
-                mixed = (hashed ^ (hashed >> 32)) * GOLDEN
-                found.append(((mixed >> (64 - bits)) & (self.rows - 1)) + len(found) * self.rows)
+        for table, hashed in enumerate(ngram_hashes(history, self.orders)):
+            # the high bits are the well mixed ones; a shift of a negative number brings ones along
+            mixed = (hashed ^ (hashed >> 32)) * GOLDEN
+            found.append(((mixed >> (64 - bits)) & (self.rows - 1)) + table * self.rows)
+        return torch.stack(found, dim=-1)
+
+
+class RecallEmbedding(nn.EmbeddingBag):
+    """For each n in `orders` a vector of the id that followed when the last n ids were read before: `(batch, n, dim)`.
+
+    What an induction head (Olsson et al. 2022, arXiv 2209.11895) has to learn, and needs two layers that reach as far
+    for, looked up: the match model of compressors (Mahoney 2005, PAQ8) as an embedding. Where the n ids were not read
+    in the last `reach`, there is a vector for that. Time `O(seq * log(seq) * len(orders))`.
+
+    Args:
+        num_tokens: size of the vocabulary.
+        dim: width of the vectors.
+        orders: how many ids have to be the same, each at least 1.
+        reach: how many ids ago they may have ended.
+    """
+
+    def __init__(self, num_tokens: int, dim: int, orders: Sequence[int], reach: int) -> None:
+        super().__init__(len(orders) * (num_tokens + 1), dim, mode='sum')
+        self.num_tokens = num_tokens
+        self.orders = tuple(orders)
+        self.reach = reach
+
+    @property
+    def before(self) -> int:
+        """How many ids before the first new one are looked at."""
+        return self.reach + max(self.orders) - 1
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def forward(self, history: Tensor, n: int) -> Tensor:  # type: ignore[override]
+        """`(batch, n, dim)` for the last n ids. `history` begins where the sequence does, or `before` ids ago.
+
+        Where the sequence begins, it has at least `max(orders) - 1` zeros before it.
+        """
+        followed = self.find(history[:, -n - self.before :], n)
+        starts = torch.arange(len(self.orders), device=history.device) * (self.num_tokens + 1)
+        return super().forward((followed + starts).flatten(0, 1)).unflatten(0, followed.shape[:2])
+
+    def find(self, history: Tensor, n: int) -> Tensor:
+        """The ids, plus 1, that followed the last time, and 0 where there was none: `(batch, n, len(orders))`."""
+        longest, found = max(self.orders), []
+        for hashed in ngram_hashes(history, self.orders):
+            # the same n-grams side by side, in the order in which they were read: each one's neighbour is the last
+            hashed, places = hashed.sort(dim=1, stable=True)
+            before, place = places[:, :-1], places[:, 1:]
+            last = (hashed[:, 1:] == hashed[:, :-1]) & (place - before <= self.reach)
+            # n-grams that the beginning cuts short differ in their zeros. The last place of all comes before none
+            ids = history.gather(1, (before + longest).clamp(max=history.shape[1] - 1))
+            found.append(torch.zeros_like(places).scatter(1, place, ids.where(last, 0))[:, -n:])
         return torch.stack(found, dim=-1)

@@ -90,7 +90,7 @@ class State:
     spec: tuple[Any, ...]
     """What the model that made it is built like: another model refuses it."""
     ids: Tensor | None
-    """Where n-grams are embedded, the last ids plus 1, `(batch, n - 1)`, and 0 where there was none."""
+    """Where n-grams are embedded or recalled, the last ids plus 1, and 0 where there was none: `(batch, before)`."""
     embeds: tuple[Tensor | None, ...]
     """For each level what its compressor still reaches back to: of embeddings the last c - 1, `(batch, c - 1,
     dim_embed)`, where its tokens are made of them; None where it looks at one token alone."""

@@ -150,6 +150,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         extra |= {'depth': each(st.integers(1, 3))}
     orders = draw(st.lists(st.integers(2, 6), min_size=1, max_size=3, unique=True))
     extra |= either({'ngrams': tuple(orders), 'ngram_rows': draw(st.sampled_from([2, 64]))})
+    extra |= either({'recall': tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=2, unique=True)))})
     extra |= either({'ff_activation': draw(st.sampled_from(['relu2', 'swiglu']))}, {'zero_init': True})
     extra |= either(
         {'prophet_loss_weight': each(st.sampled_from([0.0, 0.2]))},

@@ -87,6 +87,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     'hourglass of other depths': dict(arrangement='hourglass', depth=(1, 3, 2), merge='linear'),
     'n-grams': dict(ngrams=(2, 5, 3), ngram_rows=64),
     'n-grams of an hourglass': dict(ngrams=(4,), ngram_rows=2, arrangement='hourglass'),
+    'recall': dict(recall=(3, 1)),
+    'recall and n-grams of an hourglass': dict(recall=(2,), ngrams=(3,), ngram_rows=64, arrangement='hourglass'),
     'normed queries and keys': dict(mixer_kwargs=dict(qk_norm=True)),
     'squared ReLU': dict(ff_activation='relu2'),
     'SwiGLU': dict(ff_activation='swiglu', ff_chunks=2),

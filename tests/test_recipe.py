@@ -18,7 +18,7 @@ from simple_hierarchical_transformer.block import FeedForward
 from simple_hierarchical_transformer.levels import Level
 from simple_hierarchical_transformer.merge import LinearMerge
 from simple_hierarchical_transformer.mixers import Attention
-from simple_hierarchical_transformer.ngrams import NGramEmbedding
+from simple_hierarchical_transformer.ngrams import NGramEmbedding, RecallEmbedding
 from simple_hierarchical_transformer.training import optim
 
 SMALL: dict[str, Any] = dict(
@@ -32,6 +32,11 @@ def filled(dim: int, orders: tuple[int, ...], rows: int) -> NGramEmbedding:
     return embedding
 
 
+def of_ids(embedding: NGramEmbedding | RecallEmbedding, ids: Tensor) -> Tensor:
+    """As a model asks for it, from the beginning of a text."""
+    return embedding(F.pad(ids + 1, (max(embedding.orders) - 1, 0)), ids.shape[1])
+
+
 # n-grams
 
 
@@ -39,7 +44,7 @@ def filled(dim: int, orders: tuple[int, ...], rows: int) -> NGramEmbedding:
 def test_equal_n_grams_are_embedded_alike_and_others_are_told_apart(text: list[int], orders: set[int]) -> None:
     """Against a table in which each n-gram, begun by nothing where the text begins, has a row of its own."""
     embedding = filled(3, tuple(orders), 1 << 20)
-    found = embedding(torch.tensor([text]))[0][0]
+    found = of_ids(embedding, torch.tensor([text]))[0]
     padded = [-1] * max(orders) + text
 
     def grams(i: int) -> tuple[tuple[int, ...], ...]:
@@ -69,7 +74,7 @@ def test_training_leaves_n_grams_out_and_scoring_none() -> None:
     nn.init.ones_(embedding.weight)
     embedding.sparse = True
     ids = torch.randint(0, 256, (4, 500))
-    found = embedding(ids)[0]
+    found = of_ids(embedding, ids)
     # none, one or both of two, each of which counts fourfold
     assert set(found.flatten().tolist()) == {0.0, 4.0, 8.0}
     assert abs(found.mean() - 2) < 0.2
@@ -77,8 +82,8 @@ def test_training_leaves_n_grams_out_and_scoring_none() -> None:
     assert embedding.weight.grad is not None
     assert embedding.weight.grad.to_dense().sum() == found.sum()
     with torch.no_grad():
-        assert set(embedding(ids)[0].flatten().tolist()) == {2.0}
-    assert set(embedding.eval()(ids)[0].flatten().tolist()) == {2.0}
+        assert set(of_ids(embedding, ids).flatten().tolist()) == {2.0}
+    assert set(of_ids(embedding.eval(), ids).flatten().tolist()) == {2.0}
 
 
 def test_an_n_gram_helps_where_nothing_looks_back() -> None:
@@ -102,6 +107,64 @@ def test_an_n_gram_helps_where_nothing_looks_back() -> None:
         return loss.item()
 
     assert learnt(ngrams=(2, 3), ngram_rows=1 << 12) < learnt() - 0.5
+
+
+# recall
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 2), min_size=17, max_size=17), min_size=1, max_size=2),
+    st.lists(st.integers(1, 4), min_size=1, max_size=3, unique=True),
+    st.integers(1, 20),
+    st.integers(1, 17),
+)
+def test_what_followed_the_last_time_is_found_as_by_looking(
+    texts: list[list[int]], orders: list[int], reach: int, new: int
+) -> None:
+    embedding = RecallEmbedding(3, 4, orders, reach)
+    ids = torch.tensor(texts)
+    whole = embedding.find(F.pad(ids + 1, (embedding.before, 0)), 17)
+    for text, found in zip(texts, whole.tolist(), strict=True):
+        for i in range(17):
+            for k, n in enumerate(sorted(orders)):
+                ends = [
+                    j for j in range(max(i - reach, n - 1), i)
+                    if i + 1 >= n and text[j + 1 - n : j + 1] == text[i + 1 - n : i + 1]
+                ]  # fmt: skip
+                assert found[i][k] == (text[ends[-1] + 1] + 1 if ends else 0)
+    # from what a state holds at any place, and from no more than it needs where a text begins
+    held = F.pad(ids + 1, (embedding.before, 0))[:, -embedding.before - new :]
+    assert torch.equal(embedding.find(held, new), whole[:, -new:])
+    if reach >= 17:
+        assert torch.equal(embedding.find(F.pad(ids + 1, (max(orders) - 1, 0)), 17), whole)
+
+
+def test_what_was_recalled_is_embedded_by_order() -> None:
+    embedding = RecallEmbedding(3, 2, (1, 2), 8)
+    nn.init.normal_(embedding.weight)
+    once, twice = embedding.weight[:4], embedding.weight[4:]
+    found = of_ids(embedding, torch.tensor([[2, 0, 2, 0]]))[0]
+    torch.testing.assert_close(found, torch.stack([once[0], once[0], once[1], once[3]]) + twice[[0, 0, 0, 3]])
+
+
+def test_what_is_repeated_is_recalled_where_attention_does_not_reach() -> None:
+    """Bytes drawn by chance, each sequence twice: the second half is known where the first is looked up."""
+
+    def learnt(**settings: Any) -> float:
+        torch.manual_seed(0)
+        model = HierarchicalTransformer(**{**SMALL, 'seq_len': 64, 'window_sizes': 4, 'depth': 1, **settings})
+        optimizer = optim.build_optimizer(model, 'adamw', lr=1e-2, table_lr=5e-2, weight_decay=0.0)
+        for _ in range(60):
+            half = torch.randint(0, 11, (8, 32))
+            loss = model(torch.cat((half, half), dim=1), return_loss=True)[0]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.item()
+
+    # of what is drawn nothing can be known, and that is half of it
+    assert learnt() > 0.95 * math.log(11)
+    assert learnt(recall=(3,)) < 0.65 * math.log(11)
 
 
 # tables that move by rows
@@ -274,6 +337,9 @@ def test_levels_of_an_hourglass_have_their_own_depth() -> None:
         (dict(ngrams=3), 'ngrams must be a tuple or list, got 3'),
         (dict(ngrams=(1, 2)), 'ngrams must be an integer of at least 2, got 1'),
         (dict(ngrams=(2, 2)), r'ngrams must all differ, got \(2, 2\)'),
+        (dict(recall=4), 'recall must be a tuple or list, got 4'),
+        (dict(recall=(0,)), 'recall must be an integer of at least 1, got 0'),
+        (dict(recall=(2, 2)), r'recall must all differ, got \(2, 2\)'),
         (dict(ngrams=(2,), ngram_rows=100), 'ngram_rows must be a power of two, got 100'),
         (dict(ngrams=(2,), ngram_dropout=1), 'ngram_dropout must be at least 0 and below 1, got 1'),
         (dict(ff_activation='relu'), "ff_activation must be one of gelu, relu2, swiglu, got 'relu'"),

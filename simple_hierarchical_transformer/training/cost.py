@@ -68,7 +68,7 @@ def step_flops(model: HierarchicalTransformer, length: int) -> float:
 
 def multiplies(name: str, parameter: nn.Parameter) -> bool:
     """Whether tokens are multiplied with a parameter of that name: not with tables, biases, or what makes kernels."""
-    apart = {'token_emb', *NGRAMS, 'step_embeds', *KERNELS} & set(name.split('.'))
+    apart = {'token_emb', 'recall_emb', *NGRAMS, 'step_embeds', *KERNELS} & set(name.split('.'))
     return parameter.ndim >= 2 and not apart and not name.endswith('bias')
 
 

@@ -25,7 +25,10 @@ KERNELS = ('ssm', 'shift_ssm', 'short_conv', 'filters')
 # of which a step reads few rows
 NGRAMS = ('ngram_emb',)
 # tables of ids and what maps to ids have a row for each id: nothing that a rotation means anything to
-TABLES = ('token_emb', 'to_logits', 'to_recon', 'to_prophet', 'to_quantized', 'to_ids', 'step_embeds', 'halting')
+TABLES = (
+    'token_emb', 'recall_emb', 'step_embeds', 'halting',
+    'to_logits', 'to_recon', 'to_prophet', 'to_quantized', 'to_ids',
+)  # fmt: skip
 
 
 class MixedOptimizer(torch.optim.AdamW):

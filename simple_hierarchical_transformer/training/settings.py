@@ -59,6 +59,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             mixer_kwargs=dict(qk_norm=True),
             ngrams=(2, 3, 4, 5, 6),
             ngram_dropout=0.5,
+            recall=(3, 4, 5, 6, 8, 12),
             zero_init=True,
             recon_loss_weight=0.0,
             next_latent_loss_weight=0.0,
