@@ -1133,7 +1133,7 @@ class HierarchicalTransformer(
         """The state of a model that has read nothing, in the dtype and on the device of its weights.
 
         Attention with a window of w keeps w tokens and the one at hand in each phase, full attention `ceil(seq_len /
-        c)` and the one at hand; other mixers what their docstrings say.
+        c)` and the one at hand; other mixers what their docstrings say. `recall` keeps the last `seq_len` ids besides.
         """
         like = self.token_emb.weight
 
