@@ -1186,7 +1186,8 @@ class HierarchicalTransformer(
             raise ValueError(f'state must be what return_state gave, got {type(state).__name__}')
         if state.spec != self._state_spec:
             raise ValueError(
-                'state is of another model: its levels, depth, seq_len, arrangement, merges or predicting levels differ'
+                'state is of another model: its n-grams, recall, levels, depth, seq_len, arrangement, merges or '
+                'predicting levels differ'
             )
         if not torch.compiler.is_compiling() and state.consumed:
             raise ValueError(
