@@ -100,7 +100,7 @@ def report(held: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    paced.add_arguments(parser, OPTIONS, minutes=1.0, seeds=3)
+    paced.add_arguments(parser, seeds=3, minutes=1.0, options=OPTIONS)
     args = parser.parse_args()
 
     def look(name: str, model: HierarchicalTransformer) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def draw_lengths(costs: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    paced.add_arguments(parser, OPTIONS, minutes=1.0, seeds=2)
+    paced.add_arguments(parser, seeds=2, minutes=1.0, options=OPTIONS)
     parser.add_argument('--lengths', type=int, nargs='+', default=LENGTHS, help='at which a layer is timed')
     args = parser.parse_args()
 

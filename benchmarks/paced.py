@@ -119,54 +119,95 @@ def train(
     )
 
 
-def add_arguments(parser: argparse.ArgumentParser, options: Options, *, minutes: float, seeds: int) -> None:
+def add_arguments(
+    parser: argparse.ArgumentParser, *, seeds: int, minutes: float | None = None, options: Options | None = None
+) -> None:
+    """What the scripts that train by paced.py are asked. `options` are those that may be left for later."""
     parser.add_argument('--data', default='enwik8', help='what train.py --data takes')
-    parser.add_argument('--minutes', type=float, default=minutes, help='of training, for each run')
+    if minutes is not None:
+        parser.add_argument('--minutes', type=float, default=minutes, help='of training, for each run')
     parser.add_argument('--seeds', type=int, default=seeds)
     parser.add_argument('--valid-bytes', type=int, default=1 << 15)
-    parser.add_argument('--only', nargs='+', choices=options, help='some of the options, and the default')
+    if options is not None:
+        parser.add_argument('--only', nargs='+', choices=options, help='some of the options, and the default')
     parser.add_argument('--report', action='store_true', help='train nothing')
+
+
+def open_results(path: Path, args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """What `path` holds, or a beginning of it. Refused where it was made with other arguments than `names` now have."""
+    if path.exists():
+        held: dict[str, Any] = json.loads(path.read_text())
+    elif args.report:
+        sys.exit(f'there is no {path} to make a report of')
+    else:
+        held = {}
+    asked = {name: getattr(args, name) for name in names} | dict(data=Path(args.data).name)
+    if not args.report and held and asked != {key: held[key] for key in asked}:
+        sys.exit(f'{path} was made with { ({key: held[key] for key in asked}) }: move it away to begin anew')
+    return held or dict(**asked, machine=machine(), runs={})
+
+
+def save(path: Path, held: dict[str, Any]) -> None:
+    write_text(path, json.dumps(held, indent=1) + '\n')
+
+
+def steps_in_time(
+    held: dict[str, Any], path: Path, options: Options, default: str, *, length: int, batch: int
+) -> dict[str, int]:
+    """How many steps of each option fit into the minutes that were asked. What was timed before stays as it was."""
+    if set(options) - set(held.setdefault('pace', {})):
+        ms, ratios = pace(options, default, length=length, batch=batch)
+        held['ms'], held['pace'] = held.get('ms', ms), ratios | held['pace']
+        save(path, held)
+    return {name: max(round(60_000 * held['minutes'] / (held['ms'] * held['pace'][name])), 1) for name in options}
+
+
+def train_all(
+    held: dict[str, Any],
+    path: Path,
+    options: Options,
+    steps: Mapping[str, int],
+    args: argparse.Namespace,
+    *,
+    length: int,
+    batch: int,
+    look: Callable[[str, HierarchicalTransformer], dict[str, Any]] = lambda *_: {},
+) -> None:
+    """All runs that are asked for, each written to `path` once it is done; those that stand there are kept."""
+    for seed in range(args.seeds):
+        for name in options:
+            done = held['runs'].setdefault(name, {})
+            if str(seed) not in done:
+
+                def look_at(model: HierarchicalTransformer, name: str = name) -> dict[str, Any]:
+                    return look(name, model)
+
+                done[str(seed)] = found = train(
+                    options[name], args, seed=seed, steps=steps[name], length=length, batch=batch, look=look_at
+                )
+                save(path, held)
+                print(f'{name}, seed {seed}: {found["bits"]:.3f}, {found["steps"]} steps', flush=True)
 
 
 def run_all(
     args: argparse.Namespace,
     options: Options,
     default: str,
-    results: Path,
+    path: Path,
     *,
     length: int,
     batch: int,
     look: Callable[[str, HierarchicalTransformer], dict[str, Any]] = lambda *_: {},
 ) -> dict[str, Any]:
-    """All runs that are asked for, each written to `results` once it is done; those that stand there are kept."""
-    held: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
+    """Options compared with a default at equal time: what `path` holds once all runs are done."""
+    held = open_results(path, args, 'minutes', 'valid_bytes')
     if not args.report:
-        asked = dict(data=Path(args.data).name, minutes=args.minutes, valid_bytes=args.valid_bytes)
-        if held and asked != {key: held[key] for key in asked}:
-            sys.exit(f'{results} was made with { ({key: held[key] for key in asked}) }: move it away to begin anew')
-        held = held or dict(**asked, machine=machine(), pace={}, runs={})
         names = list(dict.fromkeys([default, *(args.only or options)]))
-        if set(names) - set(held['pace']):
-            # what was timed before stays as it was
-            ms, ratios = pace({name: options[name] for name in names}, default, length=length, batch=batch)
-            held['ms'], held['pace'] = held.get('ms', ms), ratios | held['pace']
-            write_text(results, json.dumps(held, indent=1) + '\n')
-        for seed in range(args.seeds):
-            for name in names:
-                done = held['runs'].setdefault(name, {})
-                if str(seed) not in done:
-                    steps = max(round(60_000 * args.minutes / (held['ms'] * held['pace'][name])), 1)
-
-                    def look_at(model: HierarchicalTransformer, name: str = name) -> dict[str, Any]:
-                        return look(name, model)
-
-                    done[str(seed)] = found = train(
-                        options[name], args, seed=seed, steps=steps, length=length, batch=batch, look=look_at
-                    )
-                    write_text(results, json.dumps(held, indent=1) + '\n')
-                    print(f'{name}, seed {seed}: {found["bits"]:.3f}, {found["steps"]} steps', flush=True)
-    if not held.get('runs', {}).get(default):
-        sys.exit(f'{results} has no run of the default to compare with')
+        chosen = {name: options[name] for name in names}
+        steps = steps_in_time(held, path, chosen, default, length=length, batch=batch)
+        train_all(held, path, chosen, steps, args, length=length, batch=batch, look=look)
+    if not held['runs'].get(default):
+        sys.exit(f'{path} has no run of the default to compare with')
     return held
 
 

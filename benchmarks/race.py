@@ -27,6 +27,7 @@ import torch
 from compression import flat
 from contestants import matmul_pace, read_bytes, windowed_bits
 from side_by_side import ROOT, machine
+from torch import Tensor
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.batches import split_bytes
@@ -38,6 +39,8 @@ LENGTH, BATCH = 1024, 4
 RATES = (1e-3, 3e-3)
 # of the last 5 %, as a stream; each byte of a peer's takes two windows
 STREAMING_BYTES = 1 << 17
+# of a sample, which goes on from the beginning of the last 5 %
+PROMPT, WRITTEN = 256, 768
 # where peers find modules besides their own: nowhere, since the published package has the name of this one
 PEER_PATH = ''
 # of setting up and scoring, in minutes, to know whether a run still fits
@@ -100,9 +103,17 @@ PEERS = [
         ),
     ),
 ]  # fmt: skip
-# our flat model: the preset's recipe and its layers in one level, with full attention
-FLAT = ('--model', *(f'{name}={value}' for name, value in {**flat(), 'window_sizes': None}.items() if name != 'train'))
-OURS = [Contestant('ours, flat', options=FLAT), Contestant('ours, cpu preset')]
+
+
+def one_level(window: int | None) -> tuple[str, ...]:
+    """Options of train.py for our flat model: the preset's recipe and its layers in one level."""
+    return ('--model', *(f'{name}={value}' for name, value in flat(window).items() if name != 'train'))
+
+
+PRESET = Contestant('ours, cpu preset')
+FLAT = Contestant('ours, flat', options=one_level(None))
+WINDOWED = Contestant('ours, flat, window of 64', options=one_level(64))
+OURS = [FLAT, WINDOWED, PRESET]
 LENGTHS: dict[int, tuple[str, ...]] = {
     LENGTH: (),
     4096: ('--seq-len', '4096', '--batch-size', '1'),
@@ -156,10 +167,10 @@ def stages(results: Results, minutes: Sequence[float], seeds: int) -> Iterator[l
     best = min(ranked[:3], key=lambda name: statistics.mean(score(run) for run in of([name], middle, seeds)))
     yield of([best, *ours], long, 1)
     # how soon ours are where the best peer ends
-    yield of(ours[-1:], 0.8 * short, seeds)
+    yield of([PRESET.name], 0.8 * short, seeds)
     for seq_len in list(LENGTHS)[1:]:
         yield of(ours, middle, seeds, seq_len)
-        yield of(ours, long, 1, seq_len)
+        yield of([FLAT.name, PRESET.name], long, 1, seq_len)
 
 
 def python_of(contestant: Contestant, folder: Path) -> str:
@@ -268,10 +279,19 @@ class Race:
             valid_bits=windowed_bits(model, valid, run.seq_len),
             bits=windowed_bits(model, test, run.seq_len),
             streaming_bits=model.score(test[: self.streaming_bytes + 1].long()),
+            sample=self.goes_on(model, test),
             version=commit(),
             torch=torch.__version__,
             peak_bytes=memory,
         )
+
+    def goes_on(self, model: HierarchicalTransformer, text: Tensor) -> dict[str, str]:
+        """Text that begins what the model never saw, and how it would go on."""
+        prompt = text[:PROMPT].long()
+        new = model.generate(prompt[None], WRITTEN, temperature=0.8, generator=torch.Generator().manual_seed(0))
+        return {
+            name: bytes(ids.tolist()).decode(errors='replace') for name, ids in (('prompt', prompt), ('text', new[0]))
+        }
 
 
 def commit() -> str:

@@ -48,10 +48,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    paced.add_arguments(parser, OPTIONS, minutes=2.5, seeds=2)
-    args = parser.parse_args()
+    paced.add_arguments(parser, seeds=2, minutes=2.5, options=OPTIONS)
+    args = parser.parse_args(argv)
     options = {name: {**PRESET, **changes} for name, changes in OPTIONS.items()}
     held = paced.run_all(args, options, DEFAULT, RESULTS, length=LENGTH, batch=BATCH)
     paced.draw(HERE / 'recipe.png', held, DEFAULT)

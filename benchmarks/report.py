@@ -19,8 +19,10 @@ from typing import Any
 
 import compression
 import paced
+import plan
 import race
 import recipe
+import scaling
 from accelerate import Accelerator
 from side_by_side import ROOT
 
@@ -100,7 +102,7 @@ def race_tables(runs: Runs) -> list[str]:
 def goals(runs: Runs) -> list[str]:
     """What was aimed at, and what came of it."""
     groups = grouped(runs)
-    preset, flat = race.OURS[-1].name, race.OURS[0].name
+    preset, flat = race.PRESET.name, race.FLAT.name
     lines = ['| aim | reached |', '|---|---|']
     for minutes, wanted in ((5.0, 30), (10.0, 30), (30.0, 20)):
         by = groups.get((race.LENGTH, minutes), {})
@@ -174,11 +176,14 @@ def headline(runs: Runs) -> list[str]:
     return lines
 
 
+def machine_of(runs: Runs) -> str:
+    return '; '.join(sorted({run['machine'] for run in runs}))
+
+
 def protocol(runs: Runs) -> str:
-    machines = sorted({run['machine'] for run in runs})
     paces = [pace for run in runs for pace in run['pace']]
     return (
-        f'`python benchmarks/race.py --data {runs[0]["data"]}` on {"; ".join(machines)}. One corpus, one budget of '
+        f'`python benchmarks/race.py --data {runs[0]["data"]}` on {machine_of(runs)}. One corpus, one budget of '
         'wall-clock time, all on the same cores, one after the other, each in its own process and environment. Trained '
         'on the first 90 % of the corpus; the learning rate of a peer is the better of 1e-3 and 3e-3 on the next 5 % '
         'after the shortest budget; the last 5 % is reported: in windows without overlap, and as a stream, which a '
@@ -187,6 +192,92 @@ def protocol(runs: Runs) -> str:
         'own auxiliary losses. Spreads are standard deviations over seeds. A product of matrices ran at '
         f'{min(paces):.0f} to {max(paces):.0f} GFLOP/s before and after runs: the machine is shared.'
     )
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """What a script left, where it has been run."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def of_compression() -> list[str]:
+    if not (held := read(compression.RESULTS)):
+        return []
+    return [
+        '## 2. A second level in place of full resolution',
+        '',
+        f'`python benchmarks/compression.py --data {held["data"]} --minutes {held["minutes"]:g} --valid-bytes '
+        f'{held["valid_bytes"]}`, {held["machine"]}. All have the recipe of the cpu preset; the flat models have the '
+        'layers of both levels at full resolution. Equal steps: as many as the first has. Equal time: as many as fit '
+        'into the same time, by the pace of steps that were timed in turns.',
+        '',
+        *compression.table(held),
+        '',
+    ]
+
+
+def of_scaling(folder: Path) -> list[str]:
+    if not (held := read(scaling.RESULTS)):
+        return []
+    scaling.draw(held, folder / 'scaling.png')
+    return [
+        '## 3. Scaling',
+        '',
+        f'`python benchmarks/scaling.py --data {held["data"]}`, {held["machine"]}. Four sizes, each with four times '
+        'the operations of the one before; all have the recipe of the cpu preset, the flat models a window of 64.',
+        '',
+        '![bits per byte by operations of training](scaling.png)',
+        '',
+        *scaling.table(held),
+        '### Larger models, on paper',
+        '',
+        'Counted by `python benchmarks/plan.py`; nothing of it was run.',
+        '',
+        *plan.table(),
+        '',
+    ]
+
+
+def of_recipe(folder: Path) -> list[str]:
+    if not (held := read(recipe.RESULTS)):
+        return []
+    paced.draw(folder / 'recipe.png', held, recipe.DEFAULT)
+    sizes = dict(length=recipe.LENGTH, batch=recipe.BATCH)
+    return [
+        '## 4. What each part of the recipe is worth',
+        '',
+        paced.protocol(held, 'recipe.py', PRESETS['cpu']['model'], recipe.DEFAULT, **sizes),
+        '',
+        *paced.table(held, recipe.OPTIONS, recipe.DEFAULT),
+        '',
+        '![difference of each to the preset](recipe.png)',
+        '',
+    ]
+
+
+def sample_text(runs: Runs) -> list[str]:
+    """What the preset wrote after its longest run at the length of the race."""
+    wrote = [run for run in runs if 'sample' in run and run['contestant'] == race.PRESET.name]
+    wrote = [run for run in wrote if run['seq_len'] == race.LENGTH]
+    if not wrote:
+        return []
+    run = max(wrote, key=lambda run: run['minutes'])
+
+    def shown(text: str) -> list[str]:
+        return [f'    {line}' for line in text.splitlines()]
+
+    return [
+        '## 5. Sample text',
+        '',
+        f'By the preset of the race after {run["minutes"]:g} minutes, at a temperature of 0.8. Given, from the part of '
+        'the corpus that it never saw:',
+        '',
+        *shown(run['sample']['prompt']),
+        '',
+        'Written:',
+        '',
+        *shown(run['sample']['text']),
+        '',
+    ]
 
 
 def track(runs: Runs, names: Sequence[str], folder: Path) -> None:
@@ -232,38 +323,19 @@ def main(argv: list[str] | None = None) -> None:
         *goals(runs),
         '',
         *race_tables(runs),
+        *of_compression(),
+        *of_scaling(args.out),
+        *of_recipe(args.out),
+        *sample_text(runs),
     ]
-    if compression.RESULTS.exists():
-        held = json.loads(compression.RESULTS.read_text())
-        lines += [
-            '## 2. A second level in place of full resolution',
-            '',
-            f'`python benchmarks/compression.py --data {held["data"]} --minutes {held["minutes"]:g}`, '
-            f'{held["machine"]}. The flat model has the layers of both levels at full resolution.',
-            '',
-            *compression.table(held),
-            '',
-        ]
-    if recipe.RESULTS.exists():
-        held = json.loads(recipe.RESULTS.read_text())
-        settings, sizes = PRESETS['cpu']['model'], dict(length=recipe.LENGTH, batch=recipe.BATCH)
-        lines += [
-            '## 4. What each part of the recipe is worth',
-            '',
-            paced.protocol(held, 'recipe.py', settings, recipe.DEFAULT, **sizes),
-            '',
-            *paced.table(held, recipe.OPTIONS, recipe.DEFAULT),
-            '',
-            '![difference of each to the preset](recipe.png)',
-            '',
-        ]
     write_text(args.out / 'report.md', '\n'.join(lines))
 
     text = args.readme.read_text()
     if BEGIN in text:
         before, rest = text.split(BEGIN, 1)
         after = rest.split(END, 1)[1]
-        section = [BEGIN, '', *headline(runs), '', '![the race](benchmarks/race.png)', '', END]
+        made = f'Made by `python benchmarks/race.py --data {runs[0]["data"]}` on {machine_of(runs)}.'
+        section = [BEGIN, '', *headline(runs), '', '![the race](benchmarks/race.png)', '', made, '', END]
         write_text(args.readme, before + '\n'.join(section) + after)
     if args.log_with:
         track(runs, args.log_with, args.out)

@@ -10,42 +10,40 @@ they allow: a count of operations is the same on every machine, busy or not.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import paced
 import torch
-from compression import flat
-from side_by_side import machine
+from compression import BATCH, LENGTH, flat
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.training import cost
-from simple_hierarchical_transformer.training.report import replace_file, write_text
-from simple_hierarchical_transformer.training.settings import PRESETS
+from simple_hierarchical_transformer.training.report import replace_file
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / 'scaling.json'
-LENGTH, BATCH = PRESETS['cpu']['seq_len'], PRESETS['cpu']['batch_size']
 # operations of training, for each size
-COMPUTE = tuple(5e11 * 4**k for k in range(4))
+COMPUTE = tuple(1e12 * 4**k for k in range(4))
+
+
+def sized(base: dict[str, Any], **sizes: Any) -> dict[str, Any]:
+    """A model with heads of 32 throughout."""
+    dim = sizes['dim']
+    heads = tuple(each // 32 for each in dim) if isinstance(dim, tuple) else dim // 32
+    return {**base, **sizes, 'heads': heads, 'dim_head': 32}
+
+
 KINDS: dict[str, list[dict[str, Any]]] = {
-    'flat': [
-        {**flat(), 'dim': dim, 'depth': depth, 'heads': heads, 'dim_head': 32}
-        for dim, depth, heads in ((64, 1, 2), (96, 2, 3), (128, 4, 4), (192, 6, 6))
-    ],
+    'flat': [sized(flat(), dim=dim, depth=depth) for dim, depth in ((64, 1), (96, 2), (128, 4), (192, 6))],
     'hierarchical': [
-        {**paced.of_preset('cpu'), 'dim': dim, 'depth': depth, 'heads': heads, 'dim_head': 32}
-        for dim, depth, heads in (
-            ((64, 64), (1, 1), (2, 2)),
-            ((96, 128), (1, 2), (3, 4)),
-            ((128, 192), (1, 4), (4, 6)),
-            ((192, 320), (2, 6), (6, 10)),
-        )
+        sized(paced.of_preset('cpu'), dim=dim, depth=depth)
+        for dim, depth in (((64, 64), (1, 1)), ((96, 128), (1, 2)), ((128, 192), (1, 4)), ((192, 320), (2, 6)))
     ],
 }
+# the kind and the size of each run
+RUNS = {f'{kind}, size {size + 1}': (kind, size) for size in range(len(COMPUTE)) for kind in KINDS}
 
 
 def operations(option: dict[str, Any]) -> float:
@@ -57,23 +55,13 @@ def operations(option: dict[str, Any]) -> float:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    held: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    if args.report:
-        return held
-    held = held or dict(data=Path(args.data).name, machine=machine(), runs={})
-    for seed in range(args.seeds):
-        for size, compute in enumerate(args.compute):
-            for kind, options in KINDS.items():
-                key = f'{kind}/{size}/{compute:g}/{seed}'
-                if key in held['runs']:
-                    continue
-                steps = max(round(compute / operations(options[size])), 1)
-                found = paced.train(
-                    options[size], args, seed=seed, steps=steps, length=LENGTH, batch=BATCH, look=lambda _: {}
-                )
-                held['runs'][key] = dict(found, kind=kind, size=size, compute=compute, seed=seed)
-                write_text(RESULTS, json.dumps(held, indent=1) + '\n')
-                print(f'{kind}, size {size}, {compute:.1e}: {found["bits"]:.3f}, {steps:,} steps', flush=True)
+    held = paced.open_results(RESULTS, args, 'compute', 'valid_bytes')
+    if not args.report:
+        options = {name: KINDS[kind][size] for name, (kind, size) in RUNS.items()}
+        steps = {
+            name: max(round(args.compute[RUNS[name][1]] / operations(option)), 1) for name, option in options.items()
+        }
+        paced.train_all(held, RESULTS, options, steps, args, length=LENGTH, batch=BATCH)
     return held
 
 
@@ -87,28 +75,32 @@ def slope(points: list[tuple[float, float]]) -> tuple[float, float]:
 
 def curves(held: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
     """By kind, compute and bits of each run."""
-    return {
-        kind: [(each['compute'], each['bits']) for each in held['runs'].values() if each['kind'] == kind]
-        for kind in KINDS
-    }
+    found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
+    for name, runs in held['runs'].items():
+        kind, size = RUNS[name]
+        found[kind] += [(held['compute'][size], each['bits']) for each in runs.values()]
+    return found
 
 
 def table(held: dict[str, Any]) -> list[str]:
     lines = [
-        '| | size | parameters without tables, M | operations | MB read | bits per byte |',
-        '|---|---|---|---|---|---|',
+        '| | widths | depths | parameters without tables, M | operations | MB read | bits per byte |',
+        '|---|---|---|---|---|---|---|',
     ]
-    for each in sorted(held['runs'].values(), key=lambda each: (each['kind'], each['compute'], each['seed'])):
+    for name in sorted(held['runs']):
+        kind, size = RUNS[name]
+        option, found = KINDS[kind][size], list(held['runs'][name].values())
+        bits, spread = paced.mean_and_spread([each['bits'] for each in found])
         lines.append(
-            f'| {each["kind"]} | {each["size"] + 1} | {(each["parameters"] - each["tables"]) / 1e6:.2f} | '
-            f'{each["compute"]:.1e} | {each["steps"] * BATCH * LENGTH / 1e6:.1f} | {each["bits"]:.3f} |'
+            f'| {name} | {option["dim"]} | {option["depth"]} | '
+            f'{(found[0]["parameters"] - found[0]["tables"]) / 1e6:.2f} | {held["compute"][size]:.1e} | '
+            f'{found[0]["steps"] * BATCH * LENGTH / 1e6:.1f} | {bits:.3f} ± {spread:.3f} |'
         )
     lines.append('')
     for kind, points in curves(held).items():
         if len({compute for compute, _ in points}) > 1:
             a, b = slope(points)
-            lines.append(f'{kind}: bits = {a:.2f} x operations^-{b:.3f}')
-            lines.append('')
+            lines += [f'{kind}: bits = {a:.2f} x operations^-{b:.3f}', '']
     return lines
 
 
@@ -130,16 +122,11 @@ def draw(held: dict[str, Any], path: Path) -> None:
     replace_file(path, lambda partial: figure.savefig(partial, dpi=120, format='png'))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--data', default='enwik8', help='what train.py --data takes')
-    parser.add_argument('--compute', type=float, nargs='+', default=COMPUTE, help='operations of each size')
-    parser.add_argument('--seeds', type=int, default=1)
-    parser.add_argument('--valid-bytes', type=int, default=1 << 16)
-    parser.add_argument('--report', action='store_true', help='train nothing')
-    held = run(parser.parse_args())
-    if not held:
-        sys.exit(f'there is no {RESULTS} to make a table of')
+    paced.add_arguments(parser, seeds=1)
+    parser.add_argument('--compute', type=float, nargs=len(COMPUTE), default=list(COMPUTE), help='of each size')
+    held = run(parser.parse_args(argv))
     draw(held, HERE / 'scaling.png')
     print('\n'.join(table(held)))
 

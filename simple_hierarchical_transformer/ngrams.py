@@ -123,6 +123,8 @@ class RecallEmbedding(nn.EmbeddingBag):
 
     def find(self, history: Tensor, n: int) -> Tensor:
         """The ids, plus 1, that followed the last time, and 0 where there was none: `(batch, n, len(orders))`."""
+        if n == 1:
+            return self.find_next(history)
         longest, found = max(self.orders), []
         for hashed in ngram_hashes(history, self.orders):
             # the same n-grams side by side, in the order in which they were read: each one's neighbour is the last
@@ -133,3 +135,15 @@ class RecallEmbedding(nn.EmbeddingBag):
             ids = history.gather(1, (before + longest).clamp(max=history.shape[1] - 1))
             found.append(torch.zeros_like(places).scatter(1, place, ids.where(last, 0))[:, -n:])
         return torch.stack(found, dim=-1)
+
+    def find_next(self, history: Tensor) -> Tensor:
+        """The same for the last id alone, `(batch, 1, len(orders))`, without a sort: held against all before."""
+        longest = max(self.orders)
+        windows = history.unfold(1, longest, 1)
+        # whether a window's last ids are the last ones read, for each number of them that counts
+        same = (windows == windows[:, -1:]).flip(-1).cumprod(-1)[..., [order - 1 for order in sorted(self.orders)]]
+        # from 1 on, since the id that followed lies one further; nothing has followed the last window
+        ends = torch.arange(1, windows.shape[1] + 1, device=history.device) % windows.shape[1]
+        last = (same * ends[:, None]).amax(1)
+        ids = history.gather(1, (last + longest - 1).clamp(max=history.shape[1] - 1))
+        return ids.where(last > 0, 0)[:, None]

@@ -47,7 +47,8 @@ def test_each_stage_follows_from_those_before(race: Any, tmp_path: Path) -> None
     assert {(name, seed) for name, _, seed, *_ in long} == {(name, 0) for name in (first, *ours)}
     assert {(name, minutes) for name, minutes, *_ in soon} == {('ours, cpu preset', 4)}
     assert [{run[4] for run in stage} for stage in lengths] == [{4096}, {4096}, {16384}, {16384}]
-    assert {name for stage in lengths for name, *_ in stage} == set(ours)
+    assert {name for name, *_ in lengths[0]} == {name for name, *_ in lengths[2]} == set(ours)
+    assert {name for name, *_ in lengths[1]} == {name for name, *_ in lengths[3]} == {'ours, flat', 'ours, cpu preset'}
 
 
 def test_our_contestants_are_models_at_every_length(race: Any) -> None:
@@ -68,8 +69,8 @@ def test_a_race_runs_to_its_end_and_goes_on_where_it_stopped(
     peer = race.Contestant('peer', 'torch', 'published', dict(dim=16, depth=1, heads=1, dim_head=8))
     ours = race.Contestant('ours', options=TINY)
     for name, value in dict(
-        PEERS=[peer], OURS=[ours], CONTESTANTS=dict(peer=peer, ours=ours), RATES=(1e-3,), LENGTH=64,
-        LENGTHS={64: ('--seq-len', '64')}, PEER_PATH=str(ROOT), python_of=lambda *_: sys.executable,
+        PEERS=[peer], OURS=[ours], PRESET=ours, FLAT=ours, CONTESTANTS=dict(peer=peer, ours=ours), RATES=(1e-3,),
+        LENGTH=64, LENGTHS={64: ('--seq-len', '64')}, PEER_PATH=str(ROOT), python_of=lambda *_: sys.executable,
     ).items():  # fmt: skip
         monkeypatch.setattr(race, name, value)
     corpus, folder = tmp_path / 'text.txt', tmp_path / 'race'
@@ -89,6 +90,7 @@ def test_a_race_runs_to_its_end_and_goes_on_where_it_stopped(
     }  # fmt: skip
     # what was run is not run again
     assert (folder / 'peer-64-0.005m-lr0.001-seed0.json').read_text() == first
+    assert len(found['ours-64-0.005m-seed0.json']['sample']['prompt']) == 256
     for run in found.values():
         assert 0 < run['bits'] < 9
         assert math.isfinite(run['streaming_bits'])

@@ -11,10 +11,16 @@ import pytest
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from simple_hierarchical_transformer import HierarchicalTransformer
+
 
 @pytest.fixture
-def modules(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+def modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Any, Any]:
     monkeypatch.syspath_prepend(ROOT / 'benchmarks')
+    for name in ('compression', 'scaling', 'recipe'):
+        module = importlib.import_module(name)
+        monkeypatch.setattr(module, 'HERE', tmp_path)
+        monkeypatch.setattr(module, 'RESULTS', tmp_path / f'{name}.json')
     return importlib.import_module('race'), importlib.import_module('report')
 
 
@@ -26,13 +32,14 @@ def results(modules: tuple[Any, Any], tmp_path: Path) -> Path:
     folder.mkdir()
     kept = race.Results(folder)
     rank = {peer.name: 3 + place / 10 for place, peer in enumerate(race.PEERS)}
-    bits = rank | {'ours, flat': 2.5, 'ours, cpu preset': 2.0}
+    bits = rank | {'ours, flat': 2.5, 'ours, flat, window of 64': 2.4, 'ours, cpu preset': 2.0}
     for stage in race.stages(kept, (5.0, 10.0, 30.0), 2):
         for run in stage:
             score = bits[run.contestant] + (run.lr == 3e-3) + run.seed / 100
             held = dict(
                 vars(run), bits=score, valid_bits=score, streaming_bits=score - 0.1, steps=100, bytes=10**6,
                 parameters=10**6, peak_bytes=10**9, pace=[80.0, 90.0], machine='a machine', data='text.bz2',
+                sample=dict(prompt='Once', text=f'upon {run.minutes:g} minutes'),
             )  # fmt: skip
             kept.path(run).write_text(json.dumps(held))
     return folder
@@ -63,6 +70,59 @@ def test_the_report_says_who_won_what_was_aimed_at_and_by_which_command(
     assert said.endswith('\nafter\n')
     assert 'old' not in said
     assert '| **ours, cpu preset** | 2.005 | 2.005 | 2.000 |' in said
+
+
+def test_what_other_scripts_measured_is_in_the_report(
+    modules: tuple[Any, Any], results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of them all, with every option of theirs built, and nothing trained."""
+    _, report = modules
+    compression, scaling, recipe, paced = report.compression, report.scaling, report.recipe, report.paced
+    asked: list[tuple[Any, int]] = []
+
+    def train(option: Any, args: Any, *, seed: int, steps: int, length: int, batch: int, look: Any) -> dict[str, Any]:
+        settings, flags = paced.split(option)
+        asked.append((option, steps))
+        model = HierarchicalTransformer(num_tokens=256, seq_len=length, **settings, ngram_rows=64)
+        assert flags['lr'] > 0
+        return dict(
+            bits=3 - len(asked) / 100, streaming=2.0, steps=steps, parameters=10**6, tables=10**5, **look(model)
+        )
+
+    def pace(options: Any, default: str, **_: int) -> tuple[float, dict[str, float]]:
+        return 60.0, {name: 1.0 if name == default else 2.0 for name in options}
+
+    monkeypatch.setattr(paced, 'train', train)
+    monkeypatch.setattr(paced, 'pace', pace)
+    for module in (compression, recipe):
+        module.main(['--data', 'text.bz2', '--minutes', '1', '--seeds', '1'])
+    # a thousand steps of the flat model, and as many of the others or half
+    assert [steps for option, steps in asked if option == compression.OPTIONS['1, 1/8']] == [500, 1000]
+    scaling.main(['--data', 'text.bz2', '--compute', '1e10', '1e11', '1e12', '1e13'])
+    small, large = asked[-8:][0], asked[-8:][-1]
+    assert small[1] * scaling.operations(small[0]) == pytest.approx(1e10, rel=0.5)
+    assert large[1] * scaling.operations(large[0]) == pytest.approx(1e13, rel=0.01)
+    trained = len(asked)
+
+    readme = tmp_path / 'README.md'
+    readme.write_text('')
+    report.main(['--results', str(results), '--out', str(tmp_path), '--readme', str(readme)])
+    text = (tmp_path / 'report.md').read_text()
+    assert len(asked) == trained
+    assert [line[:4] for line in text.splitlines() if line.startswith('## ')] == [f'## {k}' for k in (1, 2, 3, 4, 5)]
+    for name in (*compression.OPTIONS, *scaling.RUNS, *recipe.OPTIONS):
+        assert f'| {name} |' in text
+    assert 'upon 30 minutes' in text
+    for name in ('race', 'scaling', 'recipe'):
+        assert (tmp_path / f'{name}.png').stat().st_size > 10_000
+
+    with pytest.raises(SystemExit, match='was made with'):
+        compression.main(['--data', 'text.bz2', '--minutes', '2'])
+
+
+def test_slopes_of_a_power_law_are_found(modules: tuple[Any, Any]) -> None:
+    found = modules[1].scaling.slope([(x, 3 * x**-0.1) for x in (1e10, 1e11, 1e12)])
+    assert found == pytest.approx((3, 0.1))
 
 
 def test_what_was_missed_is_called_so(modules: tuple[Any, Any], results: Path, tmp_path: Path) -> None:
