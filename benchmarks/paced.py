@@ -268,14 +268,16 @@ def table(held: dict[str, Any], options: Options, default: str) -> list[str]:
 
 def protocol(held: dict[str, Any], script: str, base: dict[str, Any], default: str, *, length: int, batch: int) -> str:
     """How the runs were made, for above their table."""
-    sizes = ', '.join(f'`{key} = {value!r}`' for key, value in base.items())
+    sizes = ', '.join(f'`{key} = {value!r}`' for key, value in base.items() if key != 'train')
+    _, flags = split(base)
+    learning = ' '.join(f'{flag(name)} {value}' for name, value in flags.items() if value is not None)
     runs, minutes = held['runs'], held['minutes']
     reach = chance(differences(runs, default), default)
     return (
         f'Validation bits per byte after {minutes:g} minutes of training, {len(runs[default])} seeds: mean and '
         f'standard deviation; the difference to the default is taken seed by seed. {held["machine"]}. Made by `python '
         f'benchmarks/{script} --data {held["data"]} --minutes {minutes:g} --seeds {len(runs[default])}`.\n\n'
-        f'All runs are by `train.py` ({batch} x {length} bytes a step), {held["valid_bytes"]:,} bytes '
+        f'All runs are by `train.py {learning}` ({batch} x {length} bytes a step), {held["valid_bytes"]:,} bytes '
         f'of the validation split, in windows of {length}, with the model {sizes}, and one option changed. Steps were '
         f'timed first, all options in turns ({ROUNDS} rounds of {STEPS} steps, the median ratio to the default), and '
         'each option then had as many as fit into the time at its pace: it pays for what it costs, and not for what '

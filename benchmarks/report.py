@@ -27,7 +27,6 @@ from accelerate import Accelerator
 from side_by_side import ROOT
 
 from simple_hierarchical_transformer.training.report import replace_file, write_text
-from simple_hierarchical_transformer.training.settings import PRESETS
 from simple_hierarchical_transformer.training.trackers import TRACKERS, check_trackers
 
 HERE = Path(__file__).resolve().parent
@@ -245,7 +244,7 @@ def of_recipe(folder: Path) -> list[str]:
     return [
         '## 4. What each part of the recipe is worth',
         '',
-        paced.protocol(held, 'recipe.py', PRESETS['cpu']['model'], recipe.DEFAULT, **sizes),
+        paced.protocol(held, 'recipe.py', recipe.PRESET, recipe.DEFAULT, **sizes),
         '',
         *paced.table(held, recipe.OPTIONS, recipe.DEFAULT),
         '',

@@ -138,10 +138,12 @@ class RecallEmbedding(nn.EmbeddingBag):
 
     def find_next(self, history: Tensor) -> Tensor:
         """The same for the last id alone, `(batch, 1, len(orders))`, without a sort: held against all before."""
+        sizes = torch.tensor(sorted(self.orders), device=history.device)
         longest = max(self.orders)
         windows = history.unfold(1, longest, 1)
-        # whether a window's last ids are the last ones read, for each number of them that counts
-        same = (windows == windows[:, -1:]).flip(-1).cumprod(-1)[..., [order - 1 for order in sorted(self.orders)]]
+        # how many of each window's last n ids are others than the last ones read: a product with ones where n reaches
+        reaches = torch.arange(longest, 0, -1, device=history.device)[:, None] <= sizes
+        same = (windows != windows[:, -1:]).float() @ reaches.float() == 0
         # from 1 on, since the id that followed lies one further; nothing has followed the last window
         ends = torch.arange(1, windows.shape[1] + 1, device=history.device) % windows.shape[1]
         last = (same * ends[:, None]).amax(1)

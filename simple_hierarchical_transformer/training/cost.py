@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model import HierarchicalTransformer
-from .optim import KERNELS, NGRAMS
+from .optim import KERNELS, LOOKUPS, NGRAMS
 
 # where in a parameter's name the number of its level stands
 LEVEL_AT = {
@@ -68,7 +68,7 @@ def step_flops(model: HierarchicalTransformer, length: int) -> float:
 
 def multiplies(name: str, parameter: nn.Parameter) -> bool:
     """Whether tokens are multiplied with a parameter of that name: not with tables, biases, or what makes kernels."""
-    apart = {'token_emb', 'recall_emb', *NGRAMS, 'step_embeds', *KERNELS} & set(name.split('.'))
+    apart = {*LOOKUPS, *NGRAMS, *KERNELS} & set(name.split('.'))
     return parameter.ndim >= 2 and not apart and not name.endswith('bias')
 
 

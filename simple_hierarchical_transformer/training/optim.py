@@ -24,11 +24,10 @@ RULES = ('adamw', 'muon', 'rows')
 KERNELS = ('ssm', 'shift_ssm', 'short_conv', 'filters')
 # of which a step reads few rows
 NGRAMS = ('ngram_emb',)
-# tables of ids and what maps to ids have a row for each id: nothing that a rotation means anything to
-TABLES = (
-    'token_emb', 'recall_emb', 'step_embeds', 'halting',
-    'to_logits', 'to_recon', 'to_prophet', 'to_quantized', 'to_ids',
-)  # fmt: skip
+# rows that are looked up
+LOOKUPS = ('token_emb', 'recall_emb', 'step_embeds')
+# these, and what maps to ids, have a row for each id: nothing that a rotation means anything to
+TABLES = (*LOOKUPS, 'halting', 'to_logits', 'to_recon', 'to_prophet', 'to_quantized', 'to_ids')
 
 
 class MixedOptimizer(torch.optim.AdamW):
@@ -57,11 +56,11 @@ class MixedOptimizer(torch.optim.AdamW):
         super().__init__([{'rule': 'adamw', **group} for group in params], **settings)
         for group in self.param_groups:
             group.update(momentum=momentum, iterations=iterations)
-            check_choice('rule', group['rule'], RULES)
-            refused = {'muon': lambda p: p.ndim < 2, 'rows': lambda p: p.ndim != 2}.get(group['rule'], lambda p: False)
-            if wrong := [tuple(p.shape) for p in group['params'] if refused(p)]:
-                kind = 'matrices' if group['rule'] == 'muon' else 'tables'
-                raise ValueError(f'{group["rule"]} is for {kind}, got parameters of shape {", ".join(map(str, wrong))}')
+            check_choice('rule', rule := group['rule'], RULES)
+            shapes = [tuple(p.shape) for p in group['params']]
+            if wrong := [s for s in shapes if (rule == 'muon' and len(s) < 2) or (rule == 'rows' and len(s) != 2)]:
+                kind = 'matrices' if rule == 'muon' else 'tables'
+                raise ValueError(f'{rule} is for {kind}, got parameters of shape {", ".join(map(str, wrong))}')
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
