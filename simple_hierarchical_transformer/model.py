@@ -128,7 +128,9 @@ class HierarchicalTransformer(
             2109.08668); 'swiglu', a gate of a third map (Shazeer 2020, arXiv 2002.05202), at the same hidden width.
         ngrams: n of the n-grams of ids that are embedded beside each id, as `(2, 3, 4)`: what ends there is known
             before any layer has looked back (`NGramEmbedding`).
-        ngram_rows: of the table that each of `ngrams` has, a power of two.
+        word_ngrams: n of the n-grams of words that are embedded likewise, as `(1, 2)`: the word that is being read,
+            and with the one before it. Where ids are bytes: `num_tokens` must be 256 or 257.
+        ngram_rows: of the table that each of `ngrams` and `word_ngrams` has, a power of two.
         ngram_dropout: share of the n-grams that training leaves out: a text that is read more than once wants it.
         recall: n of the n-grams that are looked up in the last `seq_len` ids, as `(4, 6, 10)`: the id that followed
             each the last time is embedded, too (`RecallEmbedding`).
@@ -230,6 +232,7 @@ class HierarchicalTransformer(
         ff_mult: float | Sequence[float] = 4,
         ff_activation: Literal['gelu', 'relu2', 'swiglu'] = 'gelu',
         ngrams: Sequence[int] = (),
+        word_ngrams: Sequence[int] = (),
         ngram_rows: int = 1 << 16,
         ngram_dropout: float = 0.0,
         recall: Sequence[int] = (),
@@ -291,12 +294,14 @@ class HierarchicalTransformer(
         check_int('merge_window', merge_window, 0)
         check_int('ff_chunks', ff_chunks)
         check_choice('ff_activation', ff_activation, tuple(ACTIVATIONS))
-        for name, orders, least in (('ngrams', ngrams, 2), ('recall', recall, 1)):
+        for name, orders, least in (('ngrams', ngrams, 2), ('word_ngrams', word_ngrams, 1), ('recall', recall, 1)):
             check_sequence(name, orders)
             for order in orders:
                 check_int(name, order, least)
             if len(set(orders)) != len(orders):
                 raise ValueError(f'{name} must all differ, got {orders!r}')
+        if word_ngrams and num_tokens not in (256, 257):
+            raise ValueError(f'word_ngrams reads ids as bytes: num_tokens must be 256 or 257, got {num_tokens}')
         if check_number('ngram_dropout', ngram_dropout) >= 1:
             raise ValueError(f'ngram_dropout must be at least 0 and below 1, got {ngram_dropout!r}')
         if check_int('ngram_rows', ngram_rows, 2) & (ngram_rows - 1):
@@ -471,7 +476,9 @@ class HierarchicalTransformer(
 
         dim_embed = max(level.dim for level in levels)
         self.token_emb = nn.Embedding(num_tokens, dim_embed)
-        self.ngram_emb = NGramEmbedding(dim_embed, ngrams, ngram_rows, ngram_dropout) if ngrams else None
+        self.ngram_emb = None
+        if ngrams or word_ngrams:
+            self.ngram_emb = NGramEmbedding(dim_embed, ngrams, ngram_rows, ngram_dropout, word_ngrams)
         self.recall_emb = RecallEmbedding(num_tokens, dim_embed, recall, seq_len) if recall else None
         self.autoencoder = None
         if autoencoder:
@@ -809,7 +816,7 @@ class HierarchicalTransformer(
         if not self.histories:
             return embeds, None
         if state is None:
-            history = F.pad(ids.long() + 1, (max(max(part.orders) for part in self.histories) - 1, 0))
+            history = F.pad(ids.long() + 1, (max(part.padding for part in self.histories), 0))
         else:
             assert state.ids is not None
             history = torch.cat((state.ids, ids.long() + 1), dim=1)
@@ -1169,7 +1176,7 @@ class HierarchicalTransformer(
         """What the shape of a state hangs on, and what it means."""
         layout = (
             self.arrangement,
-            *((type(part), part.orders) for part in self.histories),
+            *((type(part), part.orders, getattr(part, 'words', ())) for part in self.histories),
             self.autoencoder is not None,
             bool(self.halting),
             self.reversible,

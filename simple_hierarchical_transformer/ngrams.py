@@ -14,6 +14,10 @@ from torch import Tensor, nn
 # odd, so that a product with it loses nothing modulo 2^64: 2^64 over the golden ratio, as a signed number (Knuth, The
 # Art of Computer Programming, volume 3, section 6.4)
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+# what gives 1 with it
+INVERSE = pow(GOLDEN, -1, 1 << 64) - (1 << 64)
+# how many ids back words are looked for
+WORD_REACH = 64
 
 
 def ngram_hashes(history: Tensor, orders: Sequence[int]) -> list[Tensor]:
@@ -29,11 +33,48 @@ def ngram_hashes(history: Tensor, orders: Sequence[int]) -> list[Tensor]:
     return found
 
 
+def word_hashes(history: Tensor, n: int, orders: Sequence[int]) -> list[Tensor]:
+    """A number for the last words that are begun at each of the last n ids, fewer words first: `(batch, n)`.
+
+    Ids are bytes. A word is a run of letters of ASCII, whose case does not count, and of bytes from 128 on; what stands
+    between words does not count, but for the last byte where that is none of a word's. Of the last `WORD_REACH` ids.
+    """
+    ids = history - 1
+    upper = (ids >= ord('A')) & (ids <= ord('Z'))
+    letters = upper | (ids >= ord('a')) & (ids <= ord('z')) | (ids >= 128)
+    folded = torch.where(upper, history + 32, history)
+    places = torch.arange(history.shape[1], device=history.device)
+    # of ids from one place to another a number that does not hang on where that is: a difference of sums, scaled
+    powers, inverses = (torch.full_like(places, base).cumprod(0) for base in (GOLDEN, INVERSE))
+    sums = F.pad((folded * powers).cumsum(1), (1, 0))
+    # at each place, where the letters that end there begin, and one after the last word that is over
+    begun = torch.where(letters, 0, places + 1).cummax(1).values
+    over = F.pad(letters[:, :-1], (1, 0)) & ~letters
+    ended = torch.where(over, places, 0).cummax(1).values
+
+    at = places[-n:].expand(history.shape[0], n)
+    lowest, end = at - (WORD_REACH - 1), at + 1
+    found: list[Tensor] = []
+    hashed = torch.where(letters, 0, history)[:, -n:]
+    for order in range(1, max(orders) + 1):
+        start = begun.gather(1, at).maximum(lowest).minimum(end)
+        word = (sums.gather(1, end) - sums.gather(1, start)) * inverses[start.clamp(max=len(places) - 1)]
+        hashed = (hashed + word) * GOLDEN
+        if order in orders:
+            found.append(hashed)
+        end = ended.gather(1, at).maximum(lowest)
+        at = end - 1
+    return found
+
+
 class NGramEmbedding(nn.EmbeddingBag):
     """The sum of one vector for each n in `orders`, found by the n ids that end at a position: `(batch, n, dim)`.
 
     The ids are hashed to a row of a table, one table for each n, so that n-grams may share a row. Pagnoni et al. 2024,
     arXiv 2412.09871; the hash is multiplicative. Time `O(seq * len(orders) * dim)`, whatever the rows.
+
+    n-grams of words say what goes on beyond a few bytes, whatever stands between words: the word contexts of
+    compressors (Mahoney 2005, PAQ8) as embeddings.
 
     With `sparse` its gradient is a sparse tensor of the rows that were read. `training.optim.build_optimizer` turns it
     on for a CPU and moves those rows alone; torch.optim.AdamW and others take no sparse gradients.
@@ -44,19 +85,29 @@ class NGramEmbedding(nn.EmbeddingBag):
         rows: of each table, a power of two.
         dropout: share of the vectors that training leaves out, each by chance, the others grown in turn. A table keeps
             what followed each rare n-gram, and from the second reading of a text on that is mistaken for knowledge.
+        words: how many words a n-gram of words has, the one that is being read among them, each at least 1. Its ids
+            are bytes.
     """
 
-    def __init__(self, dim: int, orders: Sequence[int], rows: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, orders: Sequence[int], rows: int, dropout: float = 0.0, words: Sequence[int] = ()
+    ) -> None:
         # a table begins where the one before ends
-        super().__init__(len(orders) * rows, dim, mode='sum')
+        super().__init__((len(orders) + len(words)) * rows, dim, mode='sum')
         self.orders = tuple(orders)
+        self.words = tuple(words)
         self.rows = rows
         self.dropout = dropout
 
     @property
     def before(self) -> int:
         """How many ids before the first new one are looked at."""
-        return max(self.orders) - 1
+        return max(*(order - 1 for order in self.orders), WORD_REACH if self.words else 0, 0)
+
+    @property
+    def padding(self) -> int:
+        """How many of them there have to be where a sequence begins, as zeros."""
+        return self.before
 
     def reset_parameters(self) -> None:
         # what was never read says nothing
@@ -64,7 +115,7 @@ class NGramEmbedding(nn.EmbeddingBag):
 
     def forward(self, history: Tensor, n: int) -> Tensor:  # type: ignore[override]
         """`(batch, n, dim)` for the last n ids."""
-        rows = self.find(history[:, -n - self.before :])
+        rows = self.find(history[:, -n - self.before :], n)
         weights = None
         # what is scored or written on the way through a training run is without gradients
         if self.dropout and self.training and torch.is_grad_enabled():
@@ -73,11 +124,16 @@ class NGramEmbedding(nn.EmbeddingBag):
         vectors = super().forward(rows.flatten(0, 1), per_sample_weights=weights)
         return vectors.unflatten(0, rows.shape[:2])
 
-    def find(self, history: Tensor) -> Tensor:
-        """The rows of the n-grams that end at each id from the longest's end on: `(batch, n, len(orders))`."""
+    def find(self, history: Tensor, n: int) -> Tensor:
+        """The rows of what ends at each of the last n ids: `(batch, n, len(orders) + len(words))`."""
         bits = self.rows.bit_length() - 1
+        hashes: list[Tensor] = []
+        if self.orders:
+            hashes += ngram_hashes(history[:, -n - max(self.orders) + 1 :], self.orders)
+        if self.words:
+            hashes += word_hashes(history, n, self.words)
         found: list[Tensor] = []
-        for table, hashed in enumerate(ngram_hashes(history, self.orders)):
+        for table, hashed in enumerate(hashes):
             # the high bits are the well mixed ones; a shift of a negative number brings ones along
             mixed = (hashed ^ (hashed >> 32)) * GOLDEN
             found.append(((mixed >> (64 - bits)) & (self.rows - 1)) + table * self.rows)
@@ -109,14 +165,16 @@ class RecallEmbedding(nn.EmbeddingBag):
         """How many ids before the first new one are looked at."""
         return self.reach + max(self.orders) - 1
 
+    @property
+    def padding(self) -> int:
+        """How many of them there have to be where a sequence begins, as zeros."""
+        return max(self.orders) - 1
+
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
 
     def forward(self, history: Tensor, n: int) -> Tensor:  # type: ignore[override]
-        """`(batch, n, dim)` for the last n ids. `history` begins where the sequence does, or `before` ids ago.
-
-        Where the sequence begins, it has at least `max(orders) - 1` zeros before it.
-        """
+        """`(batch, n, dim)` for the last n ids. `history` begins where the sequence does, or `before` ids ago."""
         followed = self.find(history[:, -n - self.before :], n)
         starts = torch.arange(len(self.orders), device=history.device) * (self.num_tokens + 1)
         return super().forward((followed + starts).flatten(0, 1)).unflatten(0, followed.shape[:2])

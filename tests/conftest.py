@@ -149,7 +149,10 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     if arrangement == 'hourglass' and 'share_layers' not in extra:
         extra |= {'depth': each(st.integers(1, 3))}
     orders = draw(st.lists(st.integers(2, 6), min_size=1, max_size=3, unique=True))
-    extra |= either({'ngrams': tuple(orders), 'ngram_rows': draw(st.sampled_from([2, 64]))})
+    rows = draw(st.sampled_from([2, 64]))
+    extra |= either(
+        {'ngrams': tuple(orders), 'ngram_rows': rows}, {'word_ngrams': (1, 3), 'num_tokens': 256, 'ngram_rows': rows}
+    )
     extra |= either({'recall': tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=2, unique=True)))})
     extra |= either({'ff_activation': draw(st.sampled_from(['relu2', 'swiglu']))}, {'zero_init': True})
     extra |= either(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from simple_hierarchical_transformer.block import FeedForward
 from simple_hierarchical_transformer.levels import Level
 from simple_hierarchical_transformer.merge import LinearMerge
 from simple_hierarchical_transformer.mixers import Attention
-from simple_hierarchical_transformer.ngrams import NGramEmbedding, RecallEmbedding
+from simple_hierarchical_transformer.ngrams import WORD_REACH, NGramEmbedding, RecallEmbedding
 from simple_hierarchical_transformer.training import optim
 
 SMALL: dict[str, Any] = dict(
@@ -34,7 +35,7 @@ def filled(dim: int, orders: tuple[int, ...], rows: int) -> NGramEmbedding:
 
 def of_ids(embedding: NGramEmbedding | RecallEmbedding, ids: Tensor) -> Tensor:
     """As a model asks for it, from the beginning of a text."""
-    return embedding(F.pad(ids + 1, (max(embedding.orders) - 1, 0)), ids.shape[1])
+    return embedding(F.pad(ids + 1, (embedding.padding, 0)), ids.shape[1])
 
 
 # n-grams
@@ -62,7 +63,7 @@ def test_n_grams_spread_evenly_over_the_rows_of_their_table() -> None:
     embedding = NGramEmbedding(1, (2, 3), rows)
     # bytes that count up, and that are drawn
     for text in (torch.arange(rows)[None] % 64 * 64 + torch.arange(rows) // 64, torch.randint(0, 1 << 16, (1, rows))):
-        found = embedding.find(F.pad(text + 1, (2, 0)))[0]
+        found = embedding.find(F.pad(text + 1, (2, 0)), rows)[0]
         for k in range(2):
             assert found[:, k].min() >= k * rows
             assert found[:, k].max() < (k + 1) * rows
@@ -107,6 +108,59 @@ def test_an_n_gram_helps_where_nothing_looks_back() -> None:
         return loss.item()
 
     assert learnt(ngrams=(2, 3), ngram_rows=1 << 12) < learnt() - 0.5
+
+
+PIECES = [b' ', b'ab', b'AB', b'Ab, ', b'\xc3\xa9', b'[[', b'c' * 40, b'. ' * 20, b'z@', b'Z{']
+
+
+@given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=12), st.sets(st.integers(1, 4), min_size=1), st.data())
+def test_equal_words_are_embedded_alike_and_others_are_told_apart(
+    pieces: list[bytes], orders: set[int], data: st.DataObject
+) -> None:
+    """Against words found by a pattern in the last bytes, whichever of them a state holds."""
+    text = b''.join(pieces)
+    ids = torch.tensor([list(text)])
+    embedding = NGramEmbedding(1, (), 1 << 20, words=tuple(orders))
+    padded = F.pad(ids + 1, (embedding.before, 0))
+    whole = embedding.find(padded, len(text))
+
+    def words(i: int, order: int) -> tuple[bytes, ...]:
+        seen = text[max(0, i - WORD_REACH + 1) : i + 1].lower()
+        runs = re.findall(rb'[a-z\x80-\xff]+', seen)
+        inside = re.match(rb'[a-z\x80-\xff]', seen[-1:])
+        found = ([] if inside else [b'', seen[-1:]]) + runs[::-1]
+        if inside:
+            found.insert(1, b'')
+        return tuple([*found, *[b''] * order][: order + 1])
+
+    for k, order in enumerate(sorted(orders)):
+        rows, contexts = whole[0, :, k].tolist(), [words(i, order) for i in range(len(text))]
+        assert len(set(zip(rows, contexts, strict=True))) == len(set(contexts)) == len(set(rows))
+    n = data.draw(st.integers(1, len(text)))
+    assert torch.equal(embedding.find(padded[:, -embedding.before - n :], n), whole[:, -n:])
+
+
+def test_a_word_helps_where_its_bytes_are_out_of_sight() -> None:
+    """A word's first byte decides which mark ends it."""
+    torch.manual_seed(0)
+    ends = {word: int(mark) for word, mark in zip('abcdefghijklmnop', torch.randint(33, 40, (16,)), strict=True)}
+    text = b''.join(f'{word}{"q" * 8}{chr(ends[word])}'.encode() for word in [*ends] * 25)
+    ids = torch.tensor(list(text)).view(-1, 80)
+
+    def learnt(**settings: Any) -> float:
+        torch.manual_seed(1)
+        model = HierarchicalTransformer(
+            **{**SMALL, 'num_tokens': 256, 'seq_len': 80, 'window_sizes': 0, 'depth': 1, **settings}
+        )
+        optimizer = optim.build_optimizer(model, 'adamw', lr=1e-2, table_lr=5e-2, weight_decay=0.0)
+        for _ in range(40):
+            loss = model(ids, return_loss=True)[0]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.item()
+
+    assert learnt(word_ngrams=(1,), ngram_rows=1 << 12) < learnt() - 0.1
 
 
 # recall
@@ -339,6 +393,8 @@ def test_levels_of_an_hourglass_have_their_own_depth() -> None:
         (dict(ngrams=(2, 2)), r'ngrams must all differ, got \(2, 2\)'),
         (dict(recall=4), 'recall must be a tuple or list, got 4'),
         (dict(recall=(0,)), 'recall must be an integer of at least 1, got 0'),
+        (dict(word_ngrams=(1,)), 'word_ngrams reads ids as bytes: num_tokens must be 256 or 257, got 11'),
+        (dict(num_tokens=256, word_ngrams=(0,)), 'word_ngrams must be an integer of at least 1, got 0'),
         (dict(recall=(2, 2)), r'recall must all differ, got \(2, 2\)'),
         (dict(ngrams=(2,), ngram_rows=100), 'ngram_rows must be a power of two, got 100'),
         (dict(ngrams=(2,), ngram_dropout=1), 'ngram_dropout must be at least 0 and below 1, got 1'),
