@@ -18,14 +18,14 @@ from simple_hierarchical_transformer.training import cost
 # an accelerator of 80 GB: dense bfloat16 operations a second as its maker gives them, and the share assumed of it
 PEAK, SHARE, MEMORY = 989e12, 0.35, 80e9
 BYTES_A_PARAMETER = 20  # tokens to learn from for each parameter are counted in bytes here
-# float32 weights and gradients, and of AdamW two moments; Muon has one
-STATE = 16
+# float32 weights and gradients, and of AdamW two moments (Muon has one); tables of n-grams have one number a row
+STATE, TABLE_STATE = 16, 8
 
 COMMON: dict[str, Any] = dict(
     num_tokens=256, seq_len=8192, arrangement='hourglass', hierarchies=(1, 4), hierarchical_stride=(1, 4),
     window_sizes=(128, None), compressor='linear', merge='linear', ff_activation='relu2', zero_init=True,
-    mixer_kwargs=dict(qk_norm=True), ngrams=(2, 3, 4, 5, 6), ignore_index=-1, recon_loss_weight=0.0,
-    next_latent_loss_weight=0.0,
+    mixer_kwargs=dict(qk_norm=True), ngrams=(2, 3, 4, 5, 6), word_ngrams=(1, 2), recall=(3, 4, 5, 6, 8, 12),
+    ignore_index=-1, recon_loss_weight=0.0, next_latent_loss_weight=0.0,
 )  # fmt: skip
 SIZES: dict[str, dict[str, Any]] = {
     '0.1 B': dict(dim=(384, 768), depth=(4, 12), heads=(6, 12), ngram_rows=1 << 16),
@@ -44,7 +44,7 @@ def row(name: str, settings: dict[str, Any]) -> str:
     flops = cost.step_flops(model, model.seq_len) / model.seq_len
     # counted in float32, of which bfloat16 is half
     kept = cost.bytes_kept(model, ids, return_loss=True) / 2
-    state = STATE * total
+    state = STATE * (total - tables) + TABLE_STATE * tables
     devices = 1
     while state / devices + kept > 0.9 * MEMORY:
         devices *= 2

@@ -28,7 +28,8 @@ def trained(**changes: Any) -> dict[str, Any]:
 # what stands in the place of what is left out
 OPTIONS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
-    'no n-grams': dict(ngrams=()),
+    'no n-grams': dict(ngrams=(), word_ngrams=()),
+    'no n-grams of words': dict(word_ngrams=()),
     'n-grams of 2 to 4': dict(ngrams=(2, 3, 4)),
     'no recall': dict(recall=()),
     'recall of 4, 6 and 10': dict(recall=(4, 6, 10)),

@@ -58,6 +58,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             merge='linear',
             mixer_kwargs=dict(qk_norm=True),
             ngrams=(2, 3, 4, 5, 6),
+            word_ngrams=(1, 2),
             ngram_dropout=0.5,
             recall=(3, 4, 5, 6, 8, 12),
             zero_init=True,
