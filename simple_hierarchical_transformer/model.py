@@ -118,7 +118,7 @@ class HierarchicalTransformer(
 
     Args:
         num_tokens: size of the vocabulary.
-        dim: width of the level. Embeddings have the largest of them.
+        dim: width of the level. Embeddings have the largest of them; in an hourglass, the finest level's.
         depth: number of layers; with `arrangement = 'hourglass'` it may be another for each hierarchy.
         seq_len: the longest sequence that one pass reads.
         dim_head: width of an attention head.
@@ -474,7 +474,8 @@ class HierarchicalTransformer(
 
         # parts, in the order in which a sequence passes through them
 
-        dim_embed = max(level.dim for level in levels)
+        # in an hourglass the finest level alone reads embeddings
+        dim_embed = levels[self.order[0]].dim if arrangement == 'hourglass' else max(level.dim for level in levels)
         self.token_emb = nn.Embedding(num_tokens, dim_embed)
         self.ngram_emb = None
         if ngrams or word_ngrams:
