@@ -25,7 +25,7 @@ COMMON: dict[str, Any] = dict(
     num_tokens=256, seq_len=8192, arrangement='hourglass', hierarchies=(1, 4), hierarchical_stride=(1, 4),
     window_sizes=(128, None), compressor='linear', merge='linear', ff_activation='relu2', zero_init=True,
     mixer_kwargs=dict(qk_norm=True), ngrams=(2, 3, 4, 5, 6), word_ngrams=(1, 2), recall=(3, 4, 5, 6, 8, 12),
-    ignore_index=-1, recon_loss_weight=0.0, next_latent_loss_weight=0.0,
+    word_recall=(1, 2), ignore_index=-1, recon_loss_weight=0.0, next_latent_loss_weight=0.0,
 )  # fmt: skip
 SIZES: dict[str, dict[str, Any]] = {
     '0.1 B': dict(dim=(384, 768), depth=(4, 12), heads=(6, 12), ngram_rows=1 << 16),

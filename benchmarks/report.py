@@ -222,7 +222,8 @@ def of_scaling(folder: Path) -> list[str]:
         '## 3. Scaling',
         '',
         f'`python benchmarks/scaling.py --data {held["data"]}`, {held["machine"]}. Four sizes, each with four times '
-        'the operations of the one before; all have the recipe of the cpu preset, the flat models a window of 64.',
+        'the operations of the one before; all have the recipe of the cpu preset without what it looks up (n-grams and '
+        'recall cost no operations, and in a small corpus hide what layers do).',
         '',
         '![bits per byte by operations of training](scaling.png)',
         '',

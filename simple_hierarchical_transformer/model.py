@@ -134,6 +134,7 @@ class HierarchicalTransformer(
         ngram_dropout: share of the n-grams that training leaves out: a text that is read more than once wants it.
         recall: n of the n-grams that are looked up in the last `seq_len` ids, as `(4, 6, 10)`: the id that followed
             each the last time is embedded, too (`RecallEmbedding`).
+        word_recall: n of the n-grams of words that are looked up likewise, as `(1, 2)`. Where ids are bytes.
         zero_init: mixers, feed-forwards, merges and logits begin at zero, so that a model begins as its embeddings
             alone (Bachlechner et al. 2020, arXiv 2003.04887; Yang et al. 2022, arXiv 2203.03466).
         hierarchies: compression factors, powers of two that differ: `(1, 2, 8)`.
@@ -236,6 +237,7 @@ class HierarchicalTransformer(
         ngram_rows: int = 1 << 16,
         ngram_dropout: float = 0.0,
         recall: Sequence[int] = (),
+        word_recall: Sequence[int] = (),
         zero_init: bool = False,
         hierarchies: int | Sequence[int] = 1,
         window_sizes: int | Literal['auto'] | Sequence[int | Literal['auto'] | None] | None = None,
@@ -294,14 +296,17 @@ class HierarchicalTransformer(
         check_int('merge_window', merge_window, 0)
         check_int('ff_chunks', ff_chunks)
         check_choice('ff_activation', ff_activation, tuple(ACTIVATIONS))
-        for name, orders, least in (('ngrams', ngrams, 2), ('word_ngrams', word_ngrams, 1), ('recall', recall, 1)):
+        contexts = dict(
+            ngrams=(ngrams, 2), word_ngrams=(word_ngrams, 1), recall=(recall, 1), word_recall=(word_recall, 1)
+        )
+        for name, (orders, least) in contexts.items():
             check_sequence(name, orders)
             for order in orders:
                 check_int(name, order, least)
             if len(set(orders)) != len(orders):
                 raise ValueError(f'{name} must all differ, got {orders!r}')
-        if word_ngrams and num_tokens not in (256, 257):
-            raise ValueError(f'word_ngrams reads ids as bytes: num_tokens must be 256 or 257, got {num_tokens}')
+            if orders and name.startswith('word') and num_tokens not in (256, 257):
+                raise ValueError(f'{name} reads ids as bytes: num_tokens must be 256 or 257, got {num_tokens}')
         if check_number('ngram_dropout', ngram_dropout) >= 1:
             raise ValueError(f'ngram_dropout must be at least 0 and below 1, got {ngram_dropout!r}')
         if check_int('ngram_rows', ngram_rows, 2) & (ngram_rows - 1):
@@ -480,7 +485,9 @@ class HierarchicalTransformer(
         self.ngram_emb = None
         if ngrams or word_ngrams:
             self.ngram_emb = NGramEmbedding(dim_embed, ngrams, ngram_rows, ngram_dropout, word_ngrams)
-        self.recall_emb = RecallEmbedding(num_tokens, dim_embed, recall, seq_len) if recall else None
+        self.recall_emb = None
+        if recall or word_recall:
+            self.recall_emb = RecallEmbedding(num_tokens, dim_embed, recall, seq_len, word_recall)
         self.autoencoder = None
         if autoencoder:
             decoded = num_tokens if autoencoder_loss_weight > 0 else None
@@ -1177,7 +1184,7 @@ class HierarchicalTransformer(
         """What the shape of a state hangs on, and what it means."""
         layout = (
             self.arrangement,
-            *((type(part), part.orders, getattr(part, 'words', ())) for part in self.histories),
+            *((type(part), part.orders, part.words) for part in self.histories),
             self.autoencoder is not None,
             bool(self.halting),
             self.reversible,

@@ -20,6 +20,11 @@ INVERSE = pow(GOLDEN, -1, 1 << 64) - (1 << 64)
 WORD_REACH = 64
 
 
+def mixed(hashed: Tensor) -> Tensor:
+    """So that the high bits hang on all bits, and sums of several on each of them. 0 stays 0."""
+    return (hashed ^ (hashed >> 32)) * GOLDEN
+
+
 def ngram_hashes(history: Tensor, orders: Sequence[int]) -> list[Tensor]:
     """A number for each n-gram, smaller n first: `(batch, seq - max(orders) + 1)`, where all of them have all ids."""
     before = max(orders) - 1
@@ -59,12 +64,24 @@ def word_hashes(history: Tensor, n: int, orders: Sequence[int]) -> list[Tensor]:
     for order in range(1, max(orders) + 1):
         start = begun.gather(1, at).maximum(lowest).minimum(end)
         word = (sums.gather(1, end) - sums.gather(1, start)) * inverses[start.clamp(max=len(places) - 1)]
-        hashed = (hashed + word) * GOLDEN
+        # mixed, since polynomials of two words may add up to those of two others
+        hashed = (hashed + mixed(word)) * GOLDEN
         if order in orders:
             found.append(hashed)
         end = ended.gather(1, at).maximum(lowest)
         at = end - 1
     return found
+
+
+def ids_before(orders: Sequence[int], words: Sequence[int]) -> int:
+    """How many ids before the first of its ids a context hangs on."""
+    return max(*(order - 1 for order in orders), WORD_REACH if words else 0, 0)
+
+
+def context_hashes(history: Tensor, n: int, orders: Sequence[int], words: Sequence[int]) -> list[Tensor]:
+    """A number for each n-gram of ids, smaller n first, then of words, that ends at the last n ids: `(batch, n)`."""
+    found = ngram_hashes(history[:, -n - max(orders) + 1 :], orders) if orders else []
+    return found + word_hashes(history, n, words) if words else found
 
 
 class NGramEmbedding(nn.EmbeddingBag):
@@ -102,7 +119,7 @@ class NGramEmbedding(nn.EmbeddingBag):
     @property
     def before(self) -> int:
         """How many ids before the first new one are looked at."""
-        return max(*(order - 1 for order in self.orders), WORD_REACH if self.words else 0, 0)
+        return ids_before(self.orders, self.words)
 
     @property
     def padding(self) -> int:
@@ -127,16 +144,10 @@ class NGramEmbedding(nn.EmbeddingBag):
     def find(self, history: Tensor, n: int) -> Tensor:
         """The rows of what ends at each of the last n ids: `(batch, n, len(orders) + len(words))`."""
         bits = self.rows.bit_length() - 1
-        hashes: list[Tensor] = []
-        if self.orders:
-            hashes += ngram_hashes(history[:, -n - max(self.orders) + 1 :], self.orders)
-        if self.words:
-            hashes += word_hashes(history, n, self.words)
         found: list[Tensor] = []
-        for table, hashed in enumerate(hashes):
-            # the high bits are the well mixed ones; a shift of a negative number brings ones along
-            mixed = (hashed ^ (hashed >> 32)) * GOLDEN
-            found.append(((mixed >> (64 - bits)) & (self.rows - 1)) + table * self.rows)
+        for table, hashed in enumerate(context_hashes(history, n, self.orders, self.words)):
+            # a shift of a negative number brings ones along
+            found.append(((mixed(hashed) >> (64 - bits)) & (self.rows - 1)) + table * self.rows)
         return torch.stack(found, dim=-1)
 
 
@@ -152,58 +163,59 @@ class RecallEmbedding(nn.EmbeddingBag):
         dim: width of the vectors.
         orders: how many ids have to be the same, each at least 1.
         reach: how many ids ago they may have ended.
+        words: how many words have to be the same, the one that is being read among them, each at least 1. Ids are
+            bytes, and words what they are in `word_hashes`.
     """
 
-    def __init__(self, num_tokens: int, dim: int, orders: Sequence[int], reach: int) -> None:
-        super().__init__(len(orders) * (num_tokens + 1), dim, mode='sum')
+    def __init__(self, num_tokens: int, dim: int, orders: Sequence[int], reach: int, words: Sequence[int] = ()) -> None:
+        super().__init__((len(orders) + len(words)) * (num_tokens + 1), dim, mode='sum')
         self.num_tokens = num_tokens
         self.orders = tuple(orders)
+        self.words = tuple(words)
         self.reach = reach
 
     @property
     def before(self) -> int:
         """How many ids before the first new one are looked at."""
-        return self.reach + max(self.orders) - 1
+        return self.reach + self.padding
 
     @property
     def padding(self) -> int:
         """How many of them there have to be where a sequence begins, as zeros."""
-        return max(self.orders) - 1
+        return ids_before(self.orders, self.words)
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
 
     def forward(self, history: Tensor, n: int) -> Tensor:  # type: ignore[override]
-        """`(batch, n, dim)` for the last n ids. `history` begins where the sequence does, or `before` ids ago."""
+        """`(batch, n, dim)` for the last n ids. `history` begins `padding` ids before the sequence, or `before` ago."""
         followed = self.find(history[:, -n - self.before :], n)
-        starts = torch.arange(len(self.orders), device=history.device) * (self.num_tokens + 1)
+        starts = torch.arange(followed.shape[-1], device=history.device) * (self.num_tokens + 1)
         return super().forward((followed + starts).flatten(0, 1)).unflatten(0, followed.shape[:2])
 
     def find(self, history: Tensor, n: int) -> Tensor:
-        """The ids, plus 1, that followed the last time, and 0 where there was none: `(batch, n, len(orders))`."""
-        if n == 1:
-            return self.find_next(history)
-        longest, found = max(self.orders), []
-        for hashed in ngram_hashes(history, self.orders):
-            # the same n-grams side by side, in the order in which they were read: each one's neighbour is the last
+        """The ids, plus 1, that followed the last time, and 0 where there was none: `(batch, n, orders + words)`."""
+        read = history[:, self.padding :]
+        hashes = context_hashes(history, read.shape[1], self.orders, self.words)
+        return self.find_next(read, hashes) if n == 1 else self.find_all(read, hashes)[:, -n:]
+
+    def find_all(self, read: Tensor, hashes: list[Tensor]) -> Tensor:
+        found = []
+        for hashed in hashes:
+            # the same side by side, in the order in which they were read: each one's neighbour is the last
             hashed, places = hashed.sort(dim=1, stable=True)
             before, place = places[:, :-1], places[:, 1:]
             last = (hashed[:, 1:] == hashed[:, :-1]) & (place - before <= self.reach)
             # n-grams that the beginning cuts short differ in their zeros. The last place of all comes before none
-            ids = history.gather(1, (before + longest).clamp(max=history.shape[1] - 1))
-            found.append(torch.zeros_like(places).scatter(1, place, ids.where(last, 0))[:, -n:])
+            ids = read.gather(1, (before + 1).clamp(max=read.shape[1] - 1))
+            found.append(torch.zeros_like(places).scatter(1, place, ids.where(last, 0)))
         return torch.stack(found, dim=-1)
 
-    def find_next(self, history: Tensor) -> Tensor:
-        """The same for the last id alone, `(batch, 1, len(orders))`, without a sort: held against all before."""
-        sizes = torch.tensor(sorted(self.orders), device=history.device)
-        longest = max(self.orders)
-        windows = history.unfold(1, longest, 1)
-        # how many of each window's last n ids are others than the last ones read: a product with ones where n reaches
-        reaches = torch.arange(longest, 0, -1, device=history.device)[:, None] <= sizes
-        same = (windows != windows[:, -1:]).float() @ reaches.float() == 0
-        # from 1 on, since the id that followed lies one further; nothing has followed the last window
-        ends = torch.arange(1, windows.shape[1] + 1, device=history.device) % windows.shape[1]
-        last = (same * ends[:, None]).amax(1)
-        ids = history.gather(1, (last + longest - 1).clamp(max=history.shape[1] - 1))
-        return ids.where(last > 0, 0)[:, None]
+    def find_next(self, read: Tensor, hashes: list[Tensor]) -> Tensor:
+        """The same for the last id alone, without a sort: held against all before."""
+        contexts = torch.stack(hashes, dim=-1)
+        same = contexts == contexts[:, -1:]
+        # the place of the id that followed, from 1 on; nothing has followed the last
+        places = torch.arange(1, read.shape[1] + 1, device=read.device) % read.shape[1]
+        last = (same * places[:, None]).amax(1)
+        return read.gather(1, last).where(last > 0, 0)[:, None]

@@ -153,7 +153,10 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     extra |= either(
         {'ngrams': tuple(orders), 'ngram_rows': rows}, {'word_ngrams': (1, 3), 'num_tokens': 256, 'ngram_rows': rows}
     )
-    extra |= either({'recall': tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=2, unique=True)))})
+    extra |= either(
+        {'recall': tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=2, unique=True)))},
+        {'word_recall': (1, 2), 'num_tokens': 256},
+    )
     extra |= either({'ff_activation': draw(st.sampled_from(['relu2', 'swiglu']))}, {'zero_init': True})
     extra |= either(
         {'prophet_loss_weight': each(st.sampled_from([0.0, 0.2]))},

@@ -88,6 +88,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     'n-grams': dict(ngrams=(2, 5, 3), ngram_rows=64),
     'n-grams of an hourglass': dict(ngrams=(4,), ngram_rows=2, arrangement='hourglass'),
     'words': dict(word_ngrams=(2, 1), num_tokens=256, ngram_rows=64),
+    'words recalled': dict(word_recall=(2, 1), recall=(3,), num_tokens=256),
     'recall': dict(recall=(3, 1)),
     'recall and n-grams of an hourglass': dict(recall=(2,), ngrams=(3,), ngram_rows=64, arrangement='hourglass'),
     'normed queries and keys': dict(mixer_kwargs=dict(qk_norm=True)),
@@ -106,7 +107,7 @@ options = pytest.mark.parametrize('option', OPTIONS.values(), ids=OPTIONS)
 
 def apart(option: dict[str, Any]) -> int:
     """Of the ids that are drawn: of bytes, some are letters."""
-    return 23 if 'word_ngrams' in option else 1
+    return 23 if option.get('num_tokens') == 256 else 1
 
 
 @options

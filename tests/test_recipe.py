@@ -111,30 +111,28 @@ def test_an_n_gram_helps_where_nothing_looks_back() -> None:
 
 
 PIECES = [b' ', b'ab', b'AB', b'Ab, ', b'\xc3\xa9', b'[[', b'c' * 40, b'. ' * 20, b'z@', b'Z{']
+texts = st.lists(st.sampled_from(PIECES), min_size=1, max_size=12).map(b''.join)
 
 
-@given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=12), st.sets(st.integers(1, 4), min_size=1), st.data())
+def words(text: bytes, i: int, order: int) -> tuple[bytes, ...]:
+    """What the last words at byte i are, the last first: by a pattern in the last bytes."""
+    seen = text[max(0, i - WORD_REACH + 1) : i + 1].lower()
+    runs = re.findall(rb'[a-z\x80-\xff]+', seen)[::-1]
+    inside = re.match(rb'[a-z\x80-\xff]', seen[-1:])
+    found = [b'', *runs] if inside else [seen[-1:], b'', *runs]
+    return tuple([*found, *[b''] * order][: order + 1])
+
+
+@given(texts, st.sets(st.integers(1, 4), min_size=1), st.data())
 def test_equal_words_are_embedded_alike_and_others_are_told_apart(
-    pieces: list[bytes], orders: set[int], data: st.DataObject
+    text: bytes, orders: set[int], data: st.DataObject
 ) -> None:
-    """Against words found by a pattern in the last bytes, whichever of them a state holds."""
-    text = b''.join(pieces)
     ids = torch.tensor([list(text)])
     embedding = NGramEmbedding(1, (), 1 << 20, words=tuple(orders))
     padded = F.pad(ids + 1, (embedding.before, 0))
     whole = embedding.find(padded, len(text))
-
-    def words(i: int, order: int) -> tuple[bytes, ...]:
-        seen = text[max(0, i - WORD_REACH + 1) : i + 1].lower()
-        runs = re.findall(rb'[a-z\x80-\xff]+', seen)
-        inside = re.match(rb'[a-z\x80-\xff]', seen[-1:])
-        found = ([] if inside else [b'', seen[-1:]]) + runs[::-1]
-        if inside:
-            found.insert(1, b'')
-        return tuple([*found, *[b''] * order][: order + 1])
-
     for k, order in enumerate(sorted(orders)):
-        rows, contexts = whole[0, :, k].tolist(), [words(i, order) for i in range(len(text))]
+        rows, contexts = whole[0, :, k].tolist(), [words(text, i, order) for i in range(len(text))]
         assert len(set(zip(rows, contexts, strict=True))) == len(set(contexts)) == len(set(rows))
     n = data.draw(st.integers(1, len(text)))
     assert torch.equal(embedding.find(padded[:, -embedding.before - n :], n), whole[:, -n:])
@@ -191,6 +189,23 @@ def test_what_followed_the_last_time_is_found_as_by_looking(
     assert torch.equal(embedding.find(held, new), whole[:, -new:])
     if reach >= 17:
         assert torch.equal(embedding.find(F.pad(ids + 1, (max(orders) - 1, 0)), 17), whole)
+
+
+@given(texts, st.sets(st.integers(1, 3), min_size=1), st.sampled_from([(), (2,)]), st.integers(1, 80), st.data())
+def test_what_followed_the_same_words_is_found_as_by_looking(
+    text: bytes, counts: set[int], orders: tuple[int, ...], reach: int, data: st.DataObject
+) -> None:
+    embedding = RecallEmbedding(256, 4, orders, reach, tuple(counts))
+    padded = F.pad(torch.tensor([list(text)]) + 1, (embedding.before, 0))
+    whole = embedding.find(padded, len(text))
+    for k, count in enumerate(sorted(counts)):
+        contexts = [words(text, i, count) for i in range(len(text))]
+        for i in range(len(text)):
+            ends = [j for j in range(max(i - reach, 0), i) if contexts[j] == contexts[i]]
+            assert whole[0, i, len(orders) + k] == (text[ends[-1] + 1] + 1 if ends else 0)
+    n = data.draw(st.integers(1, len(text)))
+    assert torch.equal(embedding.find(padded[:, -embedding.before - n :], n), whole[:, -n:])
+    assert torch.equal(embedding.find(padded[:, -embedding.before - 1 :], 1), whole[:, -1:])
 
 
 def test_what_was_recalled_is_embedded_by_order() -> None:
@@ -394,6 +409,7 @@ def test_levels_of_an_hourglass_have_their_own_depth() -> None:
         (dict(recall=4), 'recall must be a tuple or list, got 4'),
         (dict(recall=(0,)), 'recall must be an integer of at least 1, got 0'),
         (dict(word_ngrams=(1,)), 'word_ngrams reads ids as bytes: num_tokens must be 256 or 257, got 11'),
+        (dict(word_recall=(1,)), 'word_recall reads ids as bytes: num_tokens must be 256 or 257, got 11'),
         (dict(num_tokens=256, word_ngrams=(0,)), 'word_ngrams must be an integer of at least 1, got 0'),
         (dict(recall=(2, 2)), r'recall must all differ, got \(2, 2\)'),
         (dict(ngrams=(2,), ngram_rows=100), 'ngram_rows must be a power of two, got 100'),

@@ -61,6 +61,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             word_ngrams=(1, 2),
             ngram_dropout=0.5,
             recall=(3, 4, 5, 6, 8, 12),
+            word_recall=(1, 2),
             zero_init=True,
             recon_loss_weight=0.0,
             next_latent_loss_weight=0.0,
