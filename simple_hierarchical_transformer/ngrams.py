@@ -46,7 +46,7 @@ def word_hashes(history: Tensor, n: int, orders: Sequence[int]) -> list[Tensor]:
     """
     ids = history - 1
     upper = (ids >= ord('A')) & (ids <= ord('Z'))
-    letters = upper | (ids >= ord('a')) & (ids <= ord('z')) | (ids >= 128)
+    letters = upper | (ids >= ord('a')) & (ids <= ord('z')) | (ids >= 128) & (ids < 256)
     folded = torch.where(upper, history + 32, history)
     places = torch.arange(history.shape[1], device=history.device)
     # of ids from one place to another a number that does not hang on where that is: a difference of sums, scaled

@@ -138,6 +138,14 @@ def test_equal_words_are_embedded_alike_and_others_are_told_apart(
     assert torch.equal(embedding.find(padded[:, -embedding.before - n :], n), whole[:, -n:])
 
 
+def test_what_fills_up_a_row_is_none_of_a_words() -> None:
+    """Two words, and the end of a text in the place of what stands between them."""
+    embedding = NGramEmbedding(1, (), 1 << 20, words=(1, 2))
+    between, ended = (torch.tensor([[*b'ab', mark, *b'cd']]) for mark in (ord(' '), 256))
+    rows = [embedding.find(F.pad(ids + 1, (embedding.before, 0)), 1) for ids in (between, ended)]
+    assert torch.equal(*rows)
+
+
 def test_a_word_helps_where_its_bytes_are_out_of_sight() -> None:
     """A word's first byte decides which mark ends it."""
     torch.manual_seed(0)
