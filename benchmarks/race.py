@@ -169,7 +169,7 @@ def stages(results: Results, minutes: Sequence[float], seeds: int) -> Iterator[l
     # how soon ours are where the best peer ends
     yield of([PRESET.name], 0.8 * short, seeds)
     for seq_len in list(LENGTHS)[1:]:
-        yield of(ours, middle, seeds, seq_len)
+        yield of(ours, middle, 1, seq_len)
         yield of([FLAT.name, PRESET.name], long, 1, seq_len)
 
 
