@@ -103,6 +103,7 @@ def table(held: dict[str, Any]) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     paced.add_arguments(parser, seeds=2, minutes=2.5)
+    parser.set_defaults(valid_bytes=1 << 16)
     print('\n'.join(table(run(parser.parse_args(argv)))))
 
 

@@ -128,6 +128,7 @@ def draw(held: dict[str, Any], path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     paced.add_arguments(parser, seeds=1)
+    parser.set_defaults(valid_bytes=1 << 16)
     parser.add_argument('--compute', type=float, nargs=len(COMPUTE), default=list(COMPUTE), help='of each size')
     held = run(parser.parse_args(argv))
     draw(held, HERE / 'scaling.png')

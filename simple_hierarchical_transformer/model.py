@@ -819,7 +819,7 @@ class HierarchicalTransformer(
         return [part for part in (self.ngram_emb, self.recall_emb) if part is not None]
 
     def embed(self, ids: Tensor, state: State | None) -> tuple[Tensor, Tensor | None]:
-        """Embeddings `(batch, n, max(dim))`, and the ids that those to come are embedded with."""
+        """Embeddings `(batch, n, dim_embed)`, and the ids that those to come are embedded with."""
         embeds = self.token_emb(ids)
         if not self.histories:
             return embeds, None

@@ -73,18 +73,49 @@ def word_hashes(history: Tensor, n: int, orders: Sequence[int]) -> list[Tensor]:
     return found
 
 
-def ids_before(orders: Sequence[int], words: Sequence[int]) -> int:
-    """How many ids before the first of its ids a context hangs on."""
-    return max(*(order - 1 for order in orders), WORD_REACH if words else 0, 0)
+class ContextEmbedding(nn.EmbeddingBag):
+    """A table for each n-gram of ids, smaller n first, then of words; the sum of one vector of each: `(batch, n, dim)`.
+
+    What subclasses find in it, by numbers of the contexts that end at each id, is a row of each table.
+    """
+
+    def __init__(self, dim: int, orders: Sequence[int], words: Sequence[int], rows: int) -> None:
+        # a table begins where the one before ends
+        super().__init__((len(orders) + len(words)) * rows, dim, mode='sum')
+        self.orders = tuple(orders)
+        self.words = tuple(words)
+        self.rows = rows
+
+    @property
+    def padding(self) -> int:
+        """How many zeros there have to be where a sequence begins: as many as ids before it would count."""
+        return max(*(order - 1 for order in self.orders), WORD_REACH if self.words else 0, 0)
+
+    @property
+    def before(self) -> int:
+        """How many ids before the first new one are looked at."""
+        return self.padding
+
+    def reset_parameters(self) -> None:
+        # what was never read says nothing
+        nn.init.zeros_(self.weight)
+
+    def hashes(self, history: Tensor, n: int) -> list[Tensor]:
+        """A number for each context that ends at the last n ids: `(batch, n)`."""
+        found = ngram_hashes(history[:, -n - max(self.orders) + 1 :], self.orders) if self.orders else []
+        return found + word_hashes(history, n, self.words) if self.words else found
+
+    def in_table(self, found: Tensor) -> Tensor:
+        """Rows of each table `(batch, n, tables)` as those of all tables together."""
+        return found + torch.arange(found.shape[-1], device=found.device) * self.rows
+
+    def look_up(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The sums of `rows` `(batch, n, tables)` of all tables, weighted where `weights` are given."""
+        weights = None if weights is None else weights.flatten(0, 1)
+        return super().forward(rows.flatten(0, 1), per_sample_weights=weights).unflatten(0, rows.shape[:2])
 
 
-def context_hashes(history: Tensor, n: int, orders: Sequence[int], words: Sequence[int]) -> list[Tensor]:
-    """A number for each n-gram of ids, smaller n first, then of words, that ends at the last n ids: `(batch, n)`."""
-    found = ngram_hashes(history[:, -n - max(orders) + 1 :], orders) if orders else []
-    return found + word_hashes(history, n, words) if words else found
-
-
-class NGramEmbedding(nn.EmbeddingBag):
+class NGramEmbedding(ContextEmbedding):
     """The sum of one vector for each n in `orders`, found by the n ids that end at a position: `(batch, n, dim)`.
 
     The ids are hashed to a row of a table, one table for each n, so that n-grams may share a row. Pagnoni et al. 2024,
@@ -109,26 +140,8 @@ class NGramEmbedding(nn.EmbeddingBag):
     def __init__(
         self, dim: int, orders: Sequence[int], rows: int, dropout: float = 0.0, words: Sequence[int] = ()
     ) -> None:
-        # a table begins where the one before ends
-        super().__init__((len(orders) + len(words)) * rows, dim, mode='sum')
-        self.orders = tuple(orders)
-        self.words = tuple(words)
-        self.rows = rows
+        super().__init__(dim, orders, words, rows)
         self.dropout = dropout
-
-    @property
-    def before(self) -> int:
-        """How many ids before the first new one are looked at."""
-        return ids_before(self.orders, self.words)
-
-    @property
-    def padding(self) -> int:
-        """How many of them there have to be where a sequence begins, as zeros."""
-        return self.before
-
-    def reset_parameters(self) -> None:
-        # what was never read says nothing
-        nn.init.zeros_(self.weight)
 
     def forward(self, history: Tensor, n: int) -> Tensor:  # type: ignore[override]
         """`(batch, n, dim)` for the last n ids."""
@@ -137,21 +150,17 @@ class NGramEmbedding(nn.EmbeddingBag):
         # what is scored or written on the way through a training run is without gradients
         if self.dropout and self.training and torch.is_grad_enabled():
             weights = F.dropout(torch.ones(rows.shape, dtype=self.weight.dtype, device=rows.device), self.dropout)
-            weights = weights.flatten(0, 1)
-        vectors = super().forward(rows.flatten(0, 1), per_sample_weights=weights)
-        return vectors.unflatten(0, rows.shape[:2])
+        return self.look_up(rows, weights)
 
     def find(self, history: Tensor, n: int) -> Tensor:
         """The rows of what ends at each of the last n ids: `(batch, n, len(orders) + len(words))`."""
         bits = self.rows.bit_length() - 1
-        found: list[Tensor] = []
-        for table, hashed in enumerate(context_hashes(history, n, self.orders, self.words)):
-            # a shift of a negative number brings ones along
-            found.append(((mixed(hashed) >> (64 - bits)) & (self.rows - 1)) + table * self.rows)
-        return torch.stack(found, dim=-1)
+        hashes = torch.stack(self.hashes(history, n), dim=-1)
+        # a shift of a negative number brings ones along
+        return self.in_table((mixed(hashes) >> (64 - bits)) & (self.rows - 1))
 
 
-class RecallEmbedding(nn.EmbeddingBag):
+class RecallEmbedding(ContextEmbedding):
     """For each n in `orders` a vector of the id that followed when the last n ids were read before: `(batch, n, dim)`.
 
     What an induction head (Olsson et al. 2022, arXiv 2209.11895) has to learn, and needs two layers that reach as far
@@ -168,35 +177,22 @@ class RecallEmbedding(nn.EmbeddingBag):
     """
 
     def __init__(self, num_tokens: int, dim: int, orders: Sequence[int], reach: int, words: Sequence[int] = ()) -> None:
-        super().__init__((len(orders) + len(words)) * (num_tokens + 1), dim, mode='sum')
-        self.num_tokens = num_tokens
-        self.orders = tuple(orders)
-        self.words = tuple(words)
+        # one of none, and one of each id
+        super().__init__(dim, orders, words, num_tokens + 1)
         self.reach = reach
 
     @property
     def before(self) -> int:
-        """How many ids before the first new one are looked at."""
         return self.reach + self.padding
-
-    @property
-    def padding(self) -> int:
-        """How many of them there have to be where a sequence begins, as zeros."""
-        return ids_before(self.orders, self.words)
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
 
     def forward(self, history: Tensor, n: int) -> Tensor:  # type: ignore[override]
         """`(batch, n, dim)` for the last n ids. `history` begins `padding` ids before the sequence, or `before` ago."""
-        followed = self.find(history[:, -n - self.before :], n)
-        starts = torch.arange(followed.shape[-1], device=history.device) * (self.num_tokens + 1)
-        return super().forward((followed + starts).flatten(0, 1)).unflatten(0, followed.shape[:2])
+        return self.look_up(self.in_table(self.find(history[:, -n - self.before :], n)))
 
     def find(self, history: Tensor, n: int) -> Tensor:
         """The ids, plus 1, that followed the last time, and 0 where there was none: `(batch, n, orders + words)`."""
         read = history[:, self.padding :]
-        hashes = context_hashes(history, read.shape[1], self.orders, self.words)
+        hashes = self.hashes(history, read.shape[1])
         return self.find_next(read, hashes) if n == 1 else self.find_all(read, hashes)[:, -n:]
 
     def find_all(self, read: Tensor, hashes: list[Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,6 +26,19 @@ from simple_hierarchical_transformer.training import optim
 SMALL: dict[str, Any] = dict(
     num_tokens=11, dim=8, depth=2, seq_len=SEQ_LEN, dim_head=4, heads=2, ignore_index=-1, recon_ignore_index=-1
 )
+
+
+def learnt(batch: Callable[[], Tensor], steps: int, **settings: Any) -> float:
+    """The last loss of a small model of one layer after so many steps on what `batch` gives."""
+    torch.manual_seed(1)
+    model = HierarchicalTransformer(**{**SMALL, 'depth': 1, **settings})
+    optimizer = optim.build_optimizer(model, 'adamw', lr=1e-2, table_lr=5e-2, weight_decay=0.0)
+    for _ in range(steps):
+        loss = model(batch(), return_loss=True)[0]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.item()
 
 
 def filled(dim: int, orders: tuple[int, ...], rows: int) -> NGramEmbedding:
@@ -95,19 +109,9 @@ def test_an_n_gram_helps_where_nothing_looks_back() -> None:
     for _ in range(4000):
         text.append(int(table[text[-3], text[-2], text[-1]]) if len(text) % 5 else int(torch.randint(0, 8, ())))
     ids = torch.tensor(text)[: 62 * 64].view(62, 64)
-
-    def learnt(**settings: Any) -> float:
-        torch.manual_seed(1)
-        model = HierarchicalTransformer(**{**SMALL, 'seq_len': 64, 'window_sizes': 0, 'depth': 1, **settings})
-        optimizer = optim.build_optimizer(model, 'adamw', lr=1e-2, table_lr=5e-2, weight_decay=0.0)
-        for _ in range(60):
-            loss = model(ids, return_loss=True)[0]
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return loss.item()
-
-    assert learnt(ngrams=(2, 3), ngram_rows=1 << 12) < learnt() - 0.5
+    settings = dict(seq_len=64, window_sizes=0)
+    plain = learnt(lambda: ids, 60, **settings)
+    assert learnt(lambda: ids, 60, **settings, ngrams=(2, 3), ngram_rows=1 << 12) < plain - 0.5
 
 
 PIECES = [b' ', b'ab', b'AB', b'Ab, ', b'\xc3\xa9', b'[[', b'c' * 40, b'. ' * 20, b'z@', b'Z{']
@@ -152,21 +156,9 @@ def test_a_word_helps_where_its_bytes_are_out_of_sight() -> None:
     ends = {word: int(mark) for word, mark in zip('abcdefghijklmnop', torch.randint(33, 40, (16,)), strict=True)}
     text = b''.join(f'{word}{"q" * 8}{chr(ends[word])}'.encode() for word in [*ends] * 25)
     ids = torch.tensor(list(text)).view(-1, 80)
-
-    def learnt(**settings: Any) -> float:
-        torch.manual_seed(1)
-        model = HierarchicalTransformer(
-            **{**SMALL, 'num_tokens': 256, 'seq_len': 80, 'window_sizes': 0, 'depth': 1, **settings}
-        )
-        optimizer = optim.build_optimizer(model, 'adamw', lr=1e-2, table_lr=5e-2, weight_decay=0.0)
-        for _ in range(40):
-            loss = model(ids, return_loss=True)[0]
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return loss.item()
-
-    assert learnt(word_ngrams=(1,), ngram_rows=1 << 12) < learnt() - 0.1
+    settings = dict(num_tokens=256, seq_len=80, window_sizes=0)
+    plain = learnt(lambda: ids, 40, **settings)
+    assert learnt(lambda: ids, 40, **settings, word_ngrams=(1,), ngram_rows=1 << 12) < plain - 0.1
 
 
 # recall
@@ -227,21 +219,14 @@ def test_what_was_recalled_is_embedded_by_order() -> None:
 def test_what_is_repeated_is_recalled_where_attention_does_not_reach() -> None:
     """Bytes drawn by chance, each sequence twice: the second half is known where the first is looked up."""
 
-    def learnt(**settings: Any) -> float:
-        torch.manual_seed(0)
-        model = HierarchicalTransformer(**{**SMALL, 'seq_len': 64, 'window_sizes': 4, 'depth': 1, **settings})
-        optimizer = optim.build_optimizer(model, 'adamw', lr=1e-2, table_lr=5e-2, weight_decay=0.0)
-        for _ in range(60):
-            half = torch.randint(0, 11, (8, 32))
-            loss = model(torch.cat((half, half), dim=1), return_loss=True)[0]
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return loss.item()
+    def repeated() -> Tensor:
+        half = torch.randint(0, 11, (8, 32))
+        return torch.cat((half, half), dim=1)
 
+    settings = dict(seq_len=64, window_sizes=4)
     # of what is drawn nothing can be known, and that is half of it
-    assert learnt() > 0.95 * math.log(11)
-    assert learnt(recall=(3,)) < 0.65 * math.log(11)
+    assert learnt(repeated, 60, **settings) > 0.95 * math.log(11)
+    assert learnt(repeated, 60, **settings, recall=(3,)) < 0.65 * math.log(11)
 
 
 # tables that move by rows
