@@ -189,8 +189,8 @@ def protocol(runs: Runs) -> str:
         'after the shortest budget; the last 5 % is reported: in windows without overlap, and as a stream, which a '
         f'model without a state reads in windows that overlap by half. Peers: sequences of {race.LENGTH:,} bytes, '
         f'{race.BATCH} a step, AdamW, warm-up over 3 % and a cosine down to a tenth, and of the published package its '
-        'own auxiliary losses. Spreads are standard deviations over seeds. Pace is that of a product of matrices before '
-        f'and after each run, {min(paces):.0f} to {max(paces):.0f} GFLOP/s in all: the machine is shared.'
+        'own auxiliary losses. Spreads are standard deviations over seeds. Pace is that of a product of matrices '
+        f'before and after each run, {min(paces):.0f} to {max(paces):.0f} GFLOP/s in all: the machine is shared.'
     )
 
 
