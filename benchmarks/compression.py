@@ -3,12 +3,13 @@
 python benchmarks/compression.py --data enwiki-articles.xml.bz2
 
 Writes compression.json run by run, and goes on from it; --report makes the table of what it holds. All have the recipe
-of the cpu preset, and the flat model its second level's layers at full resolution. How time is shared out: paced.py.
+of the cpu preset, and the flat model as many layers as cost what the preset's do. How time is shared out: paced.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def levels(c: int) -> dict[str, Any]:
 
 
 def flat(window: int | None = 64) -> dict[str, Any]:
-    """The preset with all its layers in one level, at the width of its finest."""
+    """The preset in one level of its finest's width, with layers for as many tokens as its own read, or more."""
     model = PRESET['model']
 
     def first(name: str) -> Any:
@@ -41,11 +42,11 @@ def flat(window: int | None = 64) -> dict[str, Any]:
         return value[0] if isinstance(value, tuple) else value
 
     one = {name: first(name) for name in ('dim', 'heads', 'dim_head', 'ff_mult') if name in model}
-    depth = model['depth']
-    total = sum(depth) if isinstance(depth, tuple) else depth
+    strides = model['hierarchical_stride']
+    depth = math.ceil(sum(layers / stride for layers, stride in zip(model['depth'], strides, strict=True)))
     return {
         **paced.of_preset('cpu'), **one,
-        'depth': total, 'hierarchies': 1, 'hierarchical_stride': 1, 'window_sizes': window,
+        'depth': depth, 'hierarchies': 1, 'hierarchical_stride': 1, 'window_sizes': window,
     }  # fmt: skip
 
 

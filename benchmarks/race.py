@@ -106,7 +106,7 @@ PEERS = [
 
 
 def one_level(window: int | None) -> tuple[str, ...]:
-    """Options of train.py for our flat model: the preset's recipe and its layers in one level."""
+    """Options of train.py for our flat model: the preset's recipe, and layers of the same cost in one level."""
     return ('--model', *(f'{name}={value}' for name, value in flat(window).items() if name != 'train'))
 
 

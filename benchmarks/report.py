@@ -206,9 +206,9 @@ def of_compression() -> list[str]:
         '## 2. A second level in place of full resolution',
         '',
         f'`python benchmarks/compression.py --data {held["data"]} --minutes {held["minutes"]:g} --valid-bytes '
-        f'{held["valid_bytes"]}`, {held["machine"]}. All have the recipe of the cpu preset; the flat models have the '
-        'layers of both levels at full resolution. Equal steps: as many as the first has. Equal time: as many as fit '
-        'into the same time, by the pace of steps that were timed in turns.',
+        f'{held["valid_bytes"]}`, {held["machine"]}. All have the recipe of the cpu preset; the flat models have as '
+        'many layers as read the tokens that those of the preset do, rounded up. Equal steps: as many as the first '
+        'has. Equal time: as many as fit into the same time, by the pace of steps that were timed in turns.',
         '',
         *compression.table(held),
         '',
