@@ -18,6 +18,7 @@ import torch
 from side_by_side import writing
 
 from simple_hierarchical_transformer import HierarchicalTransformer
+from simple_hierarchical_transformer.levels import per_level
 from simple_hierarchical_transformer.training import cost
 from simple_hierarchical_transformer.training.settings import PRESETS
 
@@ -37,13 +38,12 @@ def flat(window: int | None = 64) -> dict[str, Any]:
     """The preset in one level of its finest's width, with layers for as many tokens as its own read, or more."""
     model = PRESET['model']
 
-    def first(name: str) -> Any:
-        value = model[name]
-        return value[0] if isinstance(value, tuple) else value
+    def spread(name: str) -> tuple[Any, ...]:
+        return per_level(name, model[name], len(model['hierarchies']))
 
-    one = {name: first(name) for name in ('dim', 'heads', 'dim_head', 'ff_mult') if name in model}
-    strides = model['hierarchical_stride']
-    depth = math.ceil(sum(layers / stride for layers, stride in zip(model['depth'], strides, strict=True)))
+    one = {name: spread(name)[0] for name in ('dim', 'heads', 'dim_head', 'ff_mult') if name in model}
+    layers = zip(spread('depth'), spread('hierarchical_stride'), strict=True)
+    depth = math.ceil(sum(count / stride for count, stride in layers))
     return {
         **paced.of_preset('cpu'), **one,
         'depth': depth, 'hierarchies': 1, 'hierarchical_stride': 1, 'window_sizes': window,
