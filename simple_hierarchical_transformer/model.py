@@ -48,7 +48,7 @@ from .losses import (
 from .merge import AttentionMerge, Contribution, HierarchicalMerge, LinearMerge, MergeState, concat_levels, without
 from .mixers import MIXERS
 from .mixers.attention import BACKENDS
-from .ngrams import NGramEmbedding, RecallEmbedding
+from .ngrams import Contexts, NGramEmbedding, RecallEmbedding
 from .pretrained import Pretrained, shared_names
 from .reversible import Coupling, run_couplings, run_plainly
 from .state import BlockState, State, keep
@@ -488,6 +488,8 @@ class HierarchicalTransformer(
         self.recall_emb = None
         if recall or word_recall:
             self.recall_emb = RecallEmbedding(num_tokens, dim_embed, recall, seq_len, word_recall)
+        # what both look up is found once
+        self.contexts = Contexts.among((*ngrams, *recall), (*word_ngrams, *word_recall))
         self.autoencoder = None
         if autoencoder:
             decoded = num_tokens if autoencoder_loss_weight > 0 else None
@@ -784,7 +786,7 @@ class HierarchicalTransformer(
         now = Pass(state, position, merges, self.silent, contributions, [None] * len(self.levels), blocks, held, {})
         run = self.run_hourglass if self.arrangement == 'hourglass' else self.run_parallel
 
-        embeds, seen = self.embed(ids, state)
+        embeds, seen, contexts = self.embed(ids, state)
         inputs, tokens, codes = run(embeds, now)
         tokens = [norm(x) for norm, x in zip(self.norms, tokens, strict=True)]
 
@@ -804,6 +806,7 @@ class HierarchicalTransformer(
                 state,
                 position=position + ids.shape[1],
                 ids=seen,
+                contexts=contexts,
                 written=state.written if in_place else [],
                 embeds=tuple(now.embeds),
                 blocks=tuple(map(tuple, now.blocks)),  # type: ignore[arg-type]
@@ -813,24 +816,32 @@ class HierarchicalTransformer(
                 state.written[:] = [state.position]
         return Read(embeds, codes, inputs, tokens, now.pondered, predict_from), state
 
-    @property
-    def histories(self) -> list[Any]:
-        """What looks at ids before the ones at hand."""
-        return [part for part in (self.ngram_emb, self.recall_emb) if part is not None]
-
-    def embed(self, ids: Tensor, state: State | None) -> tuple[Tensor, Tensor | None]:
-        """Embeddings `(batch, n, dim_embed)`, and the ids that those to come are embedded with."""
+    def embed(self, ids: Tensor, state: State | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Embeddings `(batch, n, dim_embed)`, and the ids and contexts that a state keeps for those to come."""
         embeds = self.token_emb(ids)
-        if not self.histories:
-            return embeds, None
+        if not len(self.contexts):
+            return embeds, None, None
+        n, padding = ids.shape[1], self.contexts.padding
+        history = ids.long() + 1
         if state is None:
-            history = F.pad(ids.long() + 1, (max(part.padding for part in self.histories), 0))
+            history = F.pad(history, (padding, 0))
         else:
             assert state.ids is not None
-            history = torch.cat((state.ids, ids.long() + 1), dim=1)
-        for part in self.histories:
-            embeds = embeds + part(history, ids.shape[1])
-        return embeds, None if state is None else keep(state.ids, history[:, ids.shape[1] :])
+            history = torch.cat((state.ids, history), dim=1)
+        hashes = self.contexts.hashes(history[:, -n - padding :])
+        if self.ngram_emb is not None:
+            embeds = embeds + self.ngram_emb(self.ngram_emb.contexts.of(hashes))
+        recalled = None
+        if self.recall_emb is not None:
+            recalled = self.recall_emb.contexts.of(hashes)
+            if state is not None:
+                assert state.contexts is not None
+                recalled = torch.cat((state.contexts, recalled), dim=1)
+            embeds = embeds + self.recall_emb(history[:, -recalled.shape[1] :], recalled, n)
+        if state is None:
+            return embeds, None, None
+        kept = None if recalled is None else keep(state.contexts, recalled[:, n:])
+        return embeds, keep(state.ids, history[:, n:]), kept
 
     def run_parallel(self, embeds: Tensor, now: Pass) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
         """Levels side by side: what their first blocks get, what their last ones give, and the coarsest map."""
@@ -1148,7 +1159,8 @@ class HierarchicalTransformer(
         """The state of a model that has read nothing, in the dtype and on the device of its weights.
 
         Attention with a window of w keeps w tokens and the one at hand in each phase, full attention `ceil(seq_len /
-        c)` and the one at hand; other mixers what their docstrings say. `recall` keeps the last `seq_len` ids besides.
+        c)` and the one at hand; other mixers what their docstrings say. `recall` keeps the last `seq_len` ids besides,
+        and a number for each context that ended there.
         """
         like = self.token_emb.weight
 
@@ -1163,11 +1175,13 @@ class HierarchicalTransformer(
 
         predicting = [self.levels[i] for i in self.predict_from]
         layers: Any = self.layers
-        before = [part.before for part in self.histories]
+        recall = self.recall_emb
+        before = max(self.contexts.padding, 0 if recall is None else recall.reach)
         return State(
             position=0,
             spec=self._state_spec,
-            ids=zeros(batch_size, max(before)).long() if before else None,
+            ids=zeros(batch_size, before).long() if before else None,
+            contexts=None if recall is None else zeros(batch_size, recall.reach, len(recall.contexts)).long(),
             embeds=tuple(zeros(batch_size, *reached(i)) if reached(i)[0] else None for i in range(len(self.levels))),
             blocks=tuple(
                 tuple(BlockState() if block is None else block.initial_state(batch_size, like) for block in layer)
@@ -1184,7 +1198,7 @@ class HierarchicalTransformer(
         """What the shape of a state hangs on, and what it means."""
         layout = (
             self.arrangement,
-            *((type(part), part.orders, part.words) for part in self.histories),
+            *(part and part.contexts for part in (self.ngram_emb, self.recall_emb)),
             self.autoencoder is not None,
             bool(self.halting),
             self.reversible,

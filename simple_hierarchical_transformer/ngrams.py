@@ -1,11 +1,12 @@
 """Embeddings of what the last few ids say: as n-grams, and by what followed them before.
 
-Both read a history: ids plus 1, and 0 where there was none, `(batch, before + n)` for n new ones.
+Both look up contexts by numbers, which `Contexts` makes of a history: ids plus 1, and 0 where there was none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 # what gives 1 with it
 INVERSE = pow(GOLDEN, -1, 1 << 64) - (1 << 64)
+# what the kind of a context and its length find
+Hashes = dict[tuple[str, int], Tensor]
 # how many ids back words are looked for
 WORD_REACH = 64
 
@@ -73,37 +76,61 @@ def word_hashes(history: Tensor, n: int, orders: Sequence[int]) -> list[Tensor]:
     return found
 
 
+@dataclass(frozen=True)
+class Contexts:
+    """What ends at an id: the last n ids for each n of `orders`, and the last n words for each n of `words`.
+
+    Both are in rising order, whatever they were given in.
+    """
+
+    orders: tuple[int, ...]
+    words: tuple[int, ...]
+
+    @classmethod
+    def among(cls, orders: Sequence[int], words: Sequence[int]) -> Contexts:
+        return cls(tuple(sorted({*orders})), tuple(sorted({*words})))
+
+    def __len__(self) -> int:
+        return len(self.orders) + len(self.words)
+
+    @property
+    def padding(self) -> int:
+        """How many ids before an id count: as many zeros have to be where a sequence begins."""
+        return max(*(order - 1 for order in self.orders), WORD_REACH if self.words else 0, 0)
+
+    def hashes(self, history: Tensor) -> Hashes:
+        """A number `(batch, n)` for each context of the n ids that have `padding` others before them."""
+        n = history.shape[1] - self.padding
+        found: Hashes = {}
+        if self.orders:
+            of_ids = ngram_hashes(history[:, -n - max(self.orders) + 1 :], self.orders)
+            found |= {('ids', order): hashed for order, hashed in zip(self.orders, of_ids, strict=True)}
+        if self.words:
+            of_words = word_hashes(history, n, self.words)
+            found |= {('words', count): hashed for count, hashed in zip(self.words, of_words, strict=True)}
+        return found
+
+    def of(self, hashes: Hashes) -> Tensor:
+        """Those of these contexts among others: `(batch, n, contexts)`."""
+        own = [('ids', order) for order in self.orders] + [('words', count) for count in self.words]
+        return torch.stack([hashes[name] for name in own], dim=-1)
+
+
 class ContextEmbedding(nn.EmbeddingBag):
-    """A table for each n-gram of ids, smaller n first, then of words; the sum of one vector of each: `(batch, n, dim)`.
+    """A table for each context: the sum of one vector of each, `(batch, n, dim)`.
 
     What subclasses find in it, by numbers of the contexts that end at each id, is a row of each table.
     """
 
-    def __init__(self, dim: int, orders: Sequence[int], words: Sequence[int], rows: int) -> None:
+    def __init__(self, dim: int, contexts: Contexts, rows: int) -> None:
         # a table begins where the one before ends
-        super().__init__((len(orders) + len(words)) * rows, dim, mode='sum')
-        self.orders = tuple(orders)
-        self.words = tuple(words)
+        super().__init__(len(contexts) * rows, dim, mode='sum')
+        self.contexts = contexts
         self.rows = rows
-
-    @property
-    def padding(self) -> int:
-        """How many zeros there have to be where a sequence begins: as many as ids before it would count."""
-        return max(*(order - 1 for order in self.orders), WORD_REACH if self.words else 0, 0)
-
-    @property
-    def before(self) -> int:
-        """How many ids before the first new one are looked at."""
-        return self.padding
 
     def reset_parameters(self) -> None:
         # what was never read says nothing
         nn.init.zeros_(self.weight)
-
-    def hashes(self, history: Tensor, n: int) -> list[Tensor]:
-        """A number for each context that ends at the last n ids: `(batch, n)`."""
-        found = ngram_hashes(history[:, -n - max(self.orders) + 1 :], self.orders) if self.orders else []
-        return found + word_hashes(history, n, self.words) if self.words else found
 
     def in_table(self, found: Tensor) -> Tensor:
         """Rows of each table `(batch, n, tables)` as those of all tables together."""
@@ -140,22 +167,21 @@ class NGramEmbedding(ContextEmbedding):
     def __init__(
         self, dim: int, orders: Sequence[int], rows: int, dropout: float = 0.0, words: Sequence[int] = ()
     ) -> None:
-        super().__init__(dim, orders, words, rows)
+        super().__init__(dim, Contexts.among(orders, words), rows)
         self.dropout = dropout
 
-    def forward(self, history: Tensor, n: int) -> Tensor:  # type: ignore[override]
-        """`(batch, n, dim)` for the last n ids."""
-        rows = self.find(history[:, -n - self.before :], n)
+    def forward(self, hashes: Tensor) -> Tensor:  # type: ignore[override]
+        """`(batch, n, dim)` for what ends at each of n ids, whose numbers `hashes` are: `(batch, n, contexts)`."""
+        rows = self.find(hashes)
         weights = None
         # what is scored or written on the way through a training run is without gradients
         if self.dropout and self.training and torch.is_grad_enabled():
             weights = F.dropout(torch.ones(rows.shape, dtype=self.weight.dtype, device=rows.device), self.dropout)
         return self.look_up(rows, weights)
 
-    def find(self, history: Tensor, n: int) -> Tensor:
-        """The rows of what ends at each of the last n ids: `(batch, n, len(orders) + len(words))`."""
+    def find(self, hashes: Tensor) -> Tensor:
+        """Their rows: `(batch, n, contexts)`."""
         bits = self.rows.bit_length() - 1
-        hashes = torch.stack(self.hashes(history, n), dim=-1)
         # a shift of a negative number brings ones along
         return self.in_table((mixed(hashes) >> (64 - bits)) & (self.rows - 1))
 
@@ -178,26 +204,22 @@ class RecallEmbedding(ContextEmbedding):
 
     def __init__(self, num_tokens: int, dim: int, orders: Sequence[int], reach: int, words: Sequence[int] = ()) -> None:
         # one of none, and one of each id
-        super().__init__(dim, orders, words, num_tokens + 1)
+        super().__init__(dim, Contexts.among(orders, words), num_tokens + 1)
         self.reach = reach
 
-    @property
-    def before(self) -> int:
-        return self.reach + self.padding
+    def forward(self, read: Tensor, hashes: Tensor, n: int) -> Tensor:  # type: ignore[override]
+        """`(batch, n, dim)` for the last n of the ids plus 1 that were read, `(batch, seq)`, at least `reach` of them
+        or all. `hashes` are the numbers of what ends at each: `(batch, seq, contexts)`.
+        """
+        return self.look_up(self.in_table(self.find(read, hashes, n)))
 
-    def forward(self, history: Tensor, n: int) -> Tensor:  # type: ignore[override]
-        """`(batch, n, dim)` for the last n ids. `history` begins `padding` ids before the sequence, or `before` ago."""
-        return self.look_up(self.in_table(self.find(history[:, -n - self.before :], n)))
-
-    def find(self, history: Tensor, n: int) -> Tensor:
-        """The ids, plus 1, that followed the last time, and 0 where there was none: `(batch, n, orders + words)`."""
-        read = history[:, self.padding :]
-        hashes = self.hashes(history, read.shape[1])
+    def find(self, read: Tensor, hashes: Tensor, n: int) -> Tensor:
+        """The ids, plus 1, that followed the last time, and 0 where there was none: `(batch, n, contexts)`."""
         return self.find_next(read, hashes) if n == 1 else self.find_all(read, hashes)[:, -n:]
 
-    def find_all(self, read: Tensor, hashes: list[Tensor]) -> Tensor:
+    def find_all(self, read: Tensor, hashes: Tensor) -> Tensor:
         found = []
-        for hashed in hashes:
+        for hashed in hashes.unbind(-1):
             # the same side by side, in the order in which they were read: each one's neighbour is the last
             hashed, places = hashed.sort(dim=1, stable=True)
             before, place = places[:, :-1], places[:, 1:]
@@ -207,10 +229,9 @@ class RecallEmbedding(ContextEmbedding):
             found.append(torch.zeros_like(places).scatter(1, place, ids.where(last, 0)))
         return torch.stack(found, dim=-1)
 
-    def find_next(self, read: Tensor, hashes: list[Tensor]) -> Tensor:
+    def find_next(self, read: Tensor, hashes: Tensor) -> Tensor:
         """The same for the last id alone, without a sort: held against all before."""
-        contexts = torch.stack(hashes, dim=-1)
-        same = contexts == contexts[:, -1:]
+        same = hashes == hashes[:, -1:]
         # the place of the id that followed, from 1 on; nothing has followed the last
         places = torch.arange(1, read.shape[1] + 1, device=read.device) % read.shape[1]
         last = (same * places[:, None]).amax(1)

@@ -91,6 +91,8 @@ class State:
     """What the model that made it is built like: another model refuses it."""
     ids: Tensor | None
     """Where n-grams are embedded or recalled, the last ids plus 1, and 0 where there was none: `(batch, before)`."""
+    contexts: Tensor | None
+    """Where there is recall, numbers of the contexts that ended at the last ids: `(batch, seq_len, contexts)`."""
     embeds: tuple[Tensor | None, ...]
     """For each level what its compressor still reaches back to: of embeddings the last c - 1, `(batch, c - 1,
     dim_embed)`, where its tokens are made of them; None where it looks at one token alone."""
@@ -141,7 +143,11 @@ class State:
     def tensors(self) -> Iterator[Tensor]:
         """All that it holds."""
         held = (tensor for layer in self.blocks for block in layer for tensor in block.held)
-        yield from (tensor for tensor in (self.ids, *self.embeds, *held, *chain(*self.merges)) if tensor is not None)
+        yield from (
+            tensor
+            for tensor in (self.ids, self.contexts, *self.embeds, *held, *chain(*self.merges))
+            if tensor is not None
+        )
 
     def map(self, fn: Callable[[Tensor], Tensor], by_phase: Callable[[Tensor], Tensor]) -> State:
         """`fn` of every tensor that the batch leads, `by_phase` of every tensor that phases lead."""
@@ -149,10 +155,12 @@ class State:
         def of(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
             return tuple(None if tensor is None else fn(tensor) for tensor in tensors)
 
+        ids, contexts = of((self.ids, self.contexts))
         return replace(
             self,
             written=[],
-            ids=of((self.ids,))[0],
+            ids=ids,
+            contexts=contexts,
             embeds=of(self.embeds),
             blocks=tuple(tuple(block.map(by_phase) for block in layer) for layer in self.blocks),
             merges=tuple(map(of, self.merges)),

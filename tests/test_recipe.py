@@ -47,9 +47,23 @@ def filled(dim: int, orders: tuple[int, ...], rows: int) -> NGramEmbedding:
     return embedding
 
 
-def of_ids(embedding: NGramEmbedding | RecallEmbedding, ids: Tensor) -> Tensor:
-    """As a model asks for it, from the beginning of a text."""
-    return embedding(F.pad(ids + 1, (embedding.padding, 0)), ids.shape[1])
+def hashes(embedding: NGramEmbedding | RecallEmbedding, ids: Tensor, new: int | None = None) -> Tensor:
+    """What ends at the last `new` ids, or at each, by no more of a text that begins there than a state would hold."""
+    padding = embedding.contexts.padding
+    held = F.pad(ids + 1, (padding, 0))[:, -(new or ids.shape[1]) - padding :]
+    return embedding.contexts.of(embedding.contexts.hashes(held))
+
+
+def recalled(embedding: RecallEmbedding, ids: Tensor, new: int | None = None) -> Tensor:
+    """As a model asks for it: of a whole text, or of its last ids and what a state holds of those before."""
+    found = hashes(embedding, ids)
+    if new is None:
+        return embedding.find(ids + 1, found, ids.shape[1])
+    held = embedding.reach + new
+    found = torch.cat((found[:, :-new], hashes(embedding, ids, new)), dim=1)
+    return embedding.find(
+        F.pad(ids + 1, (embedding.reach, 0))[:, -held:], F.pad(found, (0, 0, embedding.reach, 0))[:, -held:], new
+    )
 
 
 # n-grams
@@ -59,7 +73,7 @@ def of_ids(embedding: NGramEmbedding | RecallEmbedding, ids: Tensor) -> Tensor:
 def test_equal_n_grams_are_embedded_alike_and_others_are_told_apart(text: list[int], orders: set[int]) -> None:
     """Against a table in which each n-gram, begun by nothing where the text begins, has a row of its own."""
     embedding = filled(3, tuple(orders), 1 << 20)
-    found = of_ids(embedding, torch.tensor([text]))[0]
+    found = embedding(hashes(embedding, torch.tensor([text])))[0]
     padded = [-1] * max(orders) + text
 
     def grams(i: int) -> tuple[tuple[int, ...], ...]:
@@ -77,7 +91,7 @@ def test_n_grams_spread_evenly_over_the_rows_of_their_table() -> None:
     embedding = NGramEmbedding(1, (2, 3), rows)
     # bytes that count up, and that are drawn
     for text in (torch.arange(rows)[None] % 64 * 64 + torch.arange(rows) // 64, torch.randint(0, 1 << 16, (1, rows))):
-        found = embedding.find(F.pad(text + 1, (2, 0)), rows)[0]
+        found = embedding.find(hashes(embedding, text))[0]
         for k in range(2):
             assert found[:, k].min() >= k * rows
             assert found[:, k].max() < (k + 1) * rows
@@ -89,7 +103,7 @@ def test_training_leaves_n_grams_out_and_scoring_none() -> None:
     nn.init.ones_(embedding.weight)
     embedding.sparse = True
     ids = torch.randint(0, 256, (4, 500))
-    found = of_ids(embedding, ids)
+    found = embedding(hashes(embedding, ids))
     # none, one or both of two, each of which counts fourfold
     assert set(found.flatten().tolist()) == {0.0, 4.0, 8.0}
     assert abs(found.mean() - 2) < 0.2
@@ -97,8 +111,8 @@ def test_training_leaves_n_grams_out_and_scoring_none() -> None:
     assert embedding.weight.grad is not None
     assert embedding.weight.grad.to_dense().sum() == found.sum()
     with torch.no_grad():
-        assert set(of_ids(embedding, ids).flatten().tolist()) == {2.0}
-    assert set(of_ids(embedding.eval(), ids).flatten().tolist()) == {2.0}
+        assert set(embedding(hashes(embedding, ids)).flatten().tolist()) == {2.0}
+    assert set(embedding.eval()(hashes(embedding, ids)).flatten().tolist()) == {2.0}
 
 
 def test_an_n_gram_helps_where_nothing_looks_back() -> None:
@@ -133,20 +147,19 @@ def test_equal_words_are_embedded_alike_and_others_are_told_apart(
 ) -> None:
     ids = torch.tensor([list(text)])
     embedding = NGramEmbedding(1, (), 1 << 20, words=tuple(orders))
-    padded = F.pad(ids + 1, (embedding.before, 0))
-    whole = embedding.find(padded, len(text))
+    whole = embedding.find(hashes(embedding, ids))
     for k, order in enumerate(sorted(orders)):
         rows, contexts = whole[0, :, k].tolist(), [words(text, i, order) for i in range(len(text))]
         assert len(set(zip(rows, contexts, strict=True))) == len(set(contexts)) == len(set(rows))
     n = data.draw(st.integers(1, len(text)))
-    assert torch.equal(embedding.find(padded[:, -embedding.before - n :], n), whole[:, -n:])
+    assert torch.equal(embedding.find(hashes(embedding, ids, n)), whole[:, -n:])
 
 
 def test_what_fills_up_a_row_is_none_of_a_words() -> None:
     """Two words, and the end of a text in the place of what stands between them."""
     embedding = NGramEmbedding(1, (), 1 << 20, words=(1, 2))
     between, ended = (torch.tensor([[*b'ab', mark, *b'cd']]) for mark in (ord(' '), 256))
-    rows = [embedding.find(F.pad(ids + 1, (embedding.before, 0)), 1) for ids in (between, ended)]
+    rows = [embedding.find(hashes(embedding, ids, 1)) for ids in (between, ended)]
     assert torch.equal(*rows)
 
 
@@ -175,7 +188,7 @@ def test_what_followed_the_last_time_is_found_as_by_looking(
 ) -> None:
     embedding = RecallEmbedding(3, 4, orders, reach)
     ids = torch.tensor(texts)
-    whole = embedding.find(F.pad(ids + 1, (embedding.before, 0)), 17)
+    whole = recalled(embedding, ids)
     for text, found in zip(texts, whole.tolist(), strict=True):
         for i in range(17):
             for k, n in enumerate(sorted(orders)):
@@ -184,11 +197,8 @@ def test_what_followed_the_last_time_is_found_as_by_looking(
                     if i + 1 >= n and text[j + 1 - n : j + 1] == text[i + 1 - n : i + 1]
                 ]  # fmt: skip
                 assert found[i][k] == (text[ends[-1] + 1] + 1 if ends else 0)
-    # from what a state holds at any place, and from no more than it needs where a text begins
-    held = F.pad(ids + 1, (embedding.before, 0))[:, -embedding.before - new :]
-    assert torch.equal(embedding.find(held, new), whole[:, -new:])
-    if reach >= 17:
-        assert torch.equal(embedding.find(F.pad(ids + 1, (max(orders) - 1, 0)), 17), whole)
+    # from what a state holds at any place
+    assert torch.equal(recalled(embedding, ids, new), whole[:, -new:])
 
 
 @given(texts, st.sets(st.integers(1, 3), min_size=1), st.sampled_from([(), (2,)]), st.integers(1, 80), st.data())
@@ -196,23 +206,23 @@ def test_what_followed_the_same_words_is_found_as_by_looking(
     text: bytes, counts: set[int], orders: tuple[int, ...], reach: int, data: st.DataObject
 ) -> None:
     embedding = RecallEmbedding(256, 4, orders, reach, tuple(counts))
-    padded = F.pad(torch.tensor([list(text)]) + 1, (embedding.before, 0))
-    whole = embedding.find(padded, len(text))
+    ids = torch.tensor([list(text)])
+    whole = recalled(embedding, ids)
     for k, count in enumerate(sorted(counts)):
         contexts = [words(text, i, count) for i in range(len(text))]
         for i in range(len(text)):
             ends = [j for j in range(max(i - reach, 0), i) if contexts[j] == contexts[i]]
             assert whole[0, i, len(orders) + k] == (text[ends[-1] + 1] + 1 if ends else 0)
-    n = data.draw(st.integers(1, len(text)))
-    assert torch.equal(embedding.find(padded[:, -embedding.before - n :], n), whole[:, -n:])
-    assert torch.equal(embedding.find(padded[:, -embedding.before - 1 :], 1), whole[:, -1:])
+    for n in (1, data.draw(st.integers(1, len(text)))):
+        assert torch.equal(recalled(embedding, ids, n), whole[:, -n:])
 
 
 def test_what_was_recalled_is_embedded_by_order() -> None:
     embedding = RecallEmbedding(3, 2, (1, 2), 8)
     nn.init.normal_(embedding.weight)
     once, twice = embedding.weight[:4], embedding.weight[4:]
-    found = of_ids(embedding, torch.tensor([[2, 0, 2, 0]]))[0]
+    ids = torch.tensor([[2, 0, 2, 0]])
+    found = embedding(ids + 1, hashes(embedding, ids), 4)[0]
     torch.testing.assert_close(found, torch.stack([once[0], once[0], once[1], once[3]]) + twice[[0, 0, 0, 3]])
 
 
