@@ -31,7 +31,7 @@ COMPUTE = tuple(1e12 * 4**k for k in range(4))
 
 LOOKUPS: dict[str, Any] = dict(ngrams=(), word_ngrams=(), recall=(), word_recall=())
 FLAT_SIZES = ((64, 1), (96, 2), (128, 4), (192, 6))
-HIERARCHICAL_SIZES = (((64, 64), (1, 1)), ((96, 128), (1, 2)), ((128, 192), (1, 4)), ((192, 320), (2, 6)))
+HIERARCHICAL_SIZES = (((64, 64), (1, 2)), ((96, 128), (2, 2)), ((128, 192), (3, 4)), ((192, 320), (4, 8)))
 
 
 def sized(base: dict[str, Any], dim: Any, depth: Any) -> dict[str, Any]:

@@ -45,10 +45,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     'cpu': dict(
         model=dict(
             dim=96,
-            depth=(1, 2),
+            depth=(2, 2),
             dim_head=48,
             heads=2,
-            ff_mult=2,
+            ff_mult=(4, 2),
             ff_activation='relu2',
             hierarchies=(1, 4),
             hierarchical_stride=(1, 4),
