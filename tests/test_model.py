@@ -73,7 +73,7 @@ def test_losses_equal_the_definitions_written_out(config: dict[str, Any], n: int
         loss, parts = model(ids, return_loss=True)
         read, targets = ids[:, :-1], ids[:, 1:]
         logits, latents = model(read, return_logits_and_embeds=True)
-        embeds, _ = model.embed(read, None)
+        embeds, *_ = model.embed(read, None)
         compressed = model(read, return_hierarchical_token_embeds=True)
 
     def mean(values: list[Tensor]) -> Tensor:
@@ -94,7 +94,7 @@ def test_losses_equal_the_definitions_written_out(config: dict[str, Any], n: int
             seen = []
             for b in range(2):
                 for j in range(m):
-                    given_back = model.compressors[index].to_recon(x[b, j]).view(c, 11).log_softmax(-1)
+                    given_back = model.compressors[index].to_recon(x[b, j]).view(c, -1).log_softmax(-1)
                     for k in range(c):
                         position = j * s - (c - 1) + k
                         if position >= 0 and read[b, position] != config['recon_ignore_index']:
@@ -109,7 +109,7 @@ def test_losses_equal_the_definitions_written_out(config: dict[str, Any], n: int
             foreseen = []
             for b in range(2):
                 for j in range(m):
-                    said = model.to_prophet[str(index)](x[b, j]).view(c, 11).log_softmax(-1)
+                    said = model.to_prophet[str(index)](x[b, j]).view(c, -1).log_softmax(-1)
                     for k in range(c):
                         position = j * s + 1 + k
                         if position <= n and ids[b, position] != ignored:

@@ -39,7 +39,7 @@ TINY: tuple[object, ...] = (
 
 # one level, which compiles soonest
 FLAT: tuple[object, ...] = (
-    *TINY, 'hierarchies=1', 'hierarchical_stride=1', 'window_sizes=None',
+    *TINY, 'ff_mult=4', 'hierarchies=1', 'hierarchical_stride=1', 'window_sizes=None',
     # what is left out by chance is drawn otherwise in a compiled step
     'ngram_dropout=0', '--steps', 20, '--optimizer', 'muon', '--lr', 0.02,
 )  # fmt: skip
