@@ -165,12 +165,14 @@ def stages(results: Results, minutes: Sequence[float], seeds: int) -> Iterator[l
     ranked = sorted(peers, key=lambda name: statistics.mean(score(run) for run in of([name], short, seeds)))
     yield of([*ranked[:3], *ours], middle, seeds)
     best = min(ranked[:3], key=lambda name: statistics.mean(score(run) for run in of([name], middle, seeds)))
-    yield of([best, *ours], long, 1)
-    # how soon ours are where the best peer ends
-    yield of([PRESET.name], 0.8 * short, seeds)
-    for seq_len in list(LENGTHS)[1:]:
-        yield of(ours, middle, 1, seq_len)
-        yield of([FLAT.name, PRESET.name], long, 1, seq_len)
+    lengths = list(LENGTHS)[1:]
+    yield [
+        # how soon ours are where the best peer ends
+        *of([PRESET.name], 0.8 * short, seeds),
+        *of([best, *ours], long, 1),
+        *(run for seq_len in lengths for run in of(ours, middle, 1, seq_len)),
+        *(run for seq_len in lengths for run in of([FLAT.name, PRESET.name], long, 1, seq_len)),
+    ]
 
 
 def python_of(contestant: Contestant, folder: Path) -> str:

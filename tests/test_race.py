@@ -39,16 +39,17 @@ def test_each_stage_follows_from_those_before(race: Any, tmp_path: Path) -> None
             results.path(run).write_text(json.dumps(dict(valid_bits=bits)))
     first, *_ = rank
     best, ours = list(rank)[:3], [each.name for each in race.OURS]
-    rates, short, middle, long, soon, *lengths = stages
+    rates, short, middle, rest = stages
     assert set(rates) == {(name, 5, 0, lr, 1024) for name in rank for lr in (1e-3, 3e-3)}
     assert set(short) == {(name, 5, s, 3e-3 if name in rank else None, 1024) for name in (*rank, *ours) for s in (0, 1)}
     assert {name for name, *_ in middle} == {*best, *ours}
     assert {run[1] for run in middle} == {10}
-    assert {(name, seed) for name, _, seed, *_ in long} == {(name, 0) for name in (first, *ours)}
-    assert {(name, minutes) for name, minutes, *_ in soon} == {('ours, cpu preset', 4)}
-    assert [{run[4] for run in stage} for stage in lengths] == [{4096}, {4096}, {16384}, {16384}]
-    assert {name for name, *_ in lengths[0]} == {name for name, *_ in lengths[2]} == set(ours)
-    assert {name for name, *_ in lengths[1]} == {name for name, *_ in lengths[3]} == {'ours, flat', 'ours, cpu preset'}
+    preset, flat = 'ours, cpu preset', 'ours, flat'
+    soon = {(preset, 4, seed, None, 1024) for seed in (0, 1)}
+    long = {(first, 30, 0, 3e-3, 1024), *((name, 30, 0, None, 1024) for name in ours)}
+    longer = {(name, 10, 0, None, length) for name in ours for length in (4096, 16384)}
+    longest = {(name, 30, 0, None, length) for name in (flat, preset) for length in (4096, 16384)}
+    assert set(rest) == soon | long | longer | longest
 
 
 def test_our_contestants_are_models_at_every_length(race: Any) -> None:
