@@ -85,13 +85,13 @@ def table(held: dict[str, Any]) -> list[str]:
     runs = held['runs']
     for name in (name for name in OPTIONS if name in runs):
         scores = [
-            paced.mean_and_spread([run['bits'] for run in found.values()])
+            paced.plus_minus([run['bits'] for run in found.values()])
             for found in (runs.get(name + EQUAL_STEPS, runs[name]), runs[name])
         ]
         last = list(runs[name].values())[-1]
         cells = [
             name,
-            *(f'{bits:.3f} ± {spread:.3f}' for bits, spread in scores),
+            *scores,
             f'{last["parameters"] / 1e6:.2f} ({last["tables"] / 1e6:.1f})',
             f'{held["ms"] * held["pace"][name]:.0f}',
             f'{last["kept"] / 1e6:.0f}',

@@ -215,6 +215,12 @@ def mean_and_spread(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def plus_minus(values: list[float]) -> str:
+    """Mean and spread; of one value there is no spread."""
+    mean, spread = mean_and_spread(values)
+    return f'{mean:.3f} ± {spread:.3f}' if len(values) > 1 else f'{mean:.3f}'
+
+
 def differences(runs: dict[str, Any], default: str) -> dict[str, list[float]]:
     """Bits per byte of each option above those of the default, seed by seed."""
     base = runs[default]
@@ -243,7 +249,6 @@ def table(held: dict[str, Any], options: Options, default: str) -> list[str]:
     rows = []
     for name in (name for name in options if name in held['runs']):
         found = list(held['runs'][name].values())
-        bits, spread = mean_and_spread([run['bits'] for run in found])
         delta, delta_spread = mean_and_spread(apart[name])
         says = 'chance' if abs(delta) <= reach else 'helps' if delta < 0 else 'hurts'
         if not reach:
@@ -251,7 +256,7 @@ def table(held: dict[str, Any], options: Options, default: str) -> list[str]:
             says = ''
         cells = [
             name,
-            f'{bits:.3f} ± {spread:.3f}',
+            plus_minus([run['bits'] for run in found]),
             '' if name == default else f'{delta:+.3f} ± {delta_spread:.3f}',
             '' if name == default else says,
             f'{held["ms"] * held["pace"][name]:.0f}',

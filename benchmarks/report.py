@@ -58,11 +58,6 @@ def bits(runs: Runs, name: str = 'bits') -> float:
     return statistics.mean(run[name] for run in runs)
 
 
-def plus_minus(values: Sequence[float]) -> str:
-    mean, spread = paced.mean_and_spread(list(values))
-    return f'{mean:.3f}' if len(values) < 2 else f'{mean:.3f} ± {spread:.3f}'
-
-
 def is_ours(name: str) -> bool:
     return race.CONTESTANTS[name].ours
 
@@ -83,15 +78,15 @@ def race_tables(runs: Runs) -> list[str]:
             last = found[-1]
             cells = [
                 f'**{name}**' if is_ours(name) else name,
-                plus_minus([run['bits'] for run in found]),
-                plus_minus([run['streaming_bits'] for run in found]),
+                paced.plus_minus([run['bits'] for run in found]),
+                paced.plus_minus([run['streaming_bits'] for run in found]),
                 '' if best is None else f'{100 * (bits(found) / best - 1):+.1f} %',
                 str(len(found)),
                 '' if last['lr'] is None else f'{last["lr"]:g}',
                 f'{statistics.mean(run["steps"] for run in found):,.0f}',
                 f'{statistics.mean(run["bytes"] for run in found) / 1e6:.1f}',
                 f'{last["parameters"] / 1e6:.2f}',
-                f'{last["peak_bytes"] / 1e9:.2f}',
+                f'{last["peak_bytes"] / 1e9:.2f}' if 'peak_bytes' in last else '',
                 f'{statistics.mean(pace for run in found for pace in run["pace"]):.0f}',
             ]
             lines.append(f'| {" | ".join(cells)} |')
@@ -118,7 +113,7 @@ def goals(runs: Runs) -> list[str]:
         for minutes in (10.0, 30.0):
             by = groups.get((seq_len, minutes), {})
             if preset in by and flat in by:
-                fewer = round(100 * (1 - bits(by[preset]) / bits(by[flat])), 1)
+                fewer = round(100 * (1 - bits(by[preset]) / bits(by[flat])), 1) + 0.0
                 lines.append(
                     f'| {wanted} % fewer bits than our flat model, {minutes:g} minutes, {seq_len:,} bytes | '
                     f'{fewer:.1f} % fewer{"" if fewer >= wanted else ": missed"} |'
@@ -292,7 +287,9 @@ def track(runs: Runs, names: Sequence[str], folder: Path) -> None:
             'race', config=config, init_kwargs=dict(wandb=dict(name=label), trackio=dict(name=label))
         )
         scores = {
-            key: run[key] for key in ('bits', 'streaming_bits', 'valid_bits', 'steps', 'parameters', 'peak_bytes')
+            key: run[key]
+            for key in ('bits', 'streaming_bits', 'valid_bits', 'steps', 'parameters', 'peak_bytes')
+            if key in run
         }
         accelerator.log(dict(scores, minutes=run['minutes']), step=run['steps'])
         accelerator.end_training()

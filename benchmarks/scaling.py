@@ -93,15 +93,14 @@ def table(held: dict[str, Any]) -> list[str]:
     for name in sorted(held['runs']):
         kind, size = RUNS[name]
         option, found = KINDS[kind][size], list(held['runs'][name].values())
-        bits, spread = paced.mean_and_spread([each['bits'] for each in found])
         lines.append(
             f'| {name} | {option["dim"]} | {option["depth"]} | '
             f'{found[0]["parameters"] / 1e6:.2f} | {held["compute"][size]:.1e} | '
-            f'{found[0]["steps"] * BATCH * LENGTH / 1e6:.1f} | {bits:.3f} ± {spread:.3f} |'
+            f'{found[0]["steps"] * BATCH * LENGTH / 1e6:.1f} | {paced.plus_minus([each["bits"] for each in found])} |'
         )
     lines.append('')
     for kind, points in curves(held).items():
-        if len({compute for compute, _ in points}) > 1:
+        if len({compute for compute, _ in points}) > 2:
             a, b = slope(points)
             lines += [f'{kind}: bits = {a:.2f} x operations^-{b:.3f}', '']
     return lines
@@ -113,12 +112,15 @@ def draw(held: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout='constrained')
     axes = figure.subplots()
     for (kind, points), color in zip(curves(held).items(), ('tab:gray', 'tab:olive', 'tab:blue'), strict=True):
-        if len({compute for compute, _ in points}) < 2:
+        if not points:
+            continue
+        axes.plot(*zip(*points, strict=True), 'o', color=color, label=kind)
+        xs = sorted({compute for compute, _ in points})
+        if len(xs) < 3:
+            # a line through two points says nothing of how well it fits
             continue
         a, b = slope(points)
-        xs = sorted({compute for compute, _ in points})
-        axes.plot(*zip(*points, strict=True), 'o', color=color)
-        axes.plot(xs, [a * x**-b for x in xs], color=color, label=f'{kind}: slope -{b:.3f}')
+        axes.plot(xs, [a * x**-b for x in xs], color=color, label=f'slope -{b:.3f}')
     axes.set(xscale='log', yscale='log', xlabel='operations of training', ylabel='bits per byte')
     axes.grid(alpha=0.3, which='both')
     axes.legend()
