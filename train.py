@@ -254,6 +254,8 @@ class Run:
         rate = learning_rate(self.done(), highest=self.s.lr, schedule=self.s.schedule, warmup=self.s.warmup)
         for group in self.optimizer.param_groups:
             group['lr'] = rate * group['scale']
+        if self.model.ngram_emb is not None:
+            self.model.ngram_emb.reread.fill_(self.batches.reread(progress.step))
         if self.batches.begins(progress.step):
             self.states = []
 

@@ -116,7 +116,7 @@ def goals(runs: Runs) -> list[str]:
                 fewer = round(100 * (1 - bits(by[preset]) / bits(by[flat])), 1) + 0.0
                 lines.append(
                     f'| {wanted} % fewer bits than our flat model, {minutes:g} minutes, {seq_len:,} bytes | '
-                    f'{fewer:.1f} % fewer{"" if fewer >= wanted else ": missed"} |'
+                    f'{abs(fewer):.1f} % {"fewer" if fewer >= 0 else "more"}{"" if fewer >= wanted else ": missed"} |'
                 )
     long = groups.get((race.LENGTH, 30.0), {})
     peers_long = [bits(found) for name, found in long.items() if not is_ours(name)]
@@ -172,7 +172,12 @@ def headline(runs: Runs) -> list[str]:
 
 
 def machine_of(runs: Runs) -> str:
-    return '; '.join(sorted({run['machine'] for run in runs}))
+    """Each kind of machine once, with its first and last day."""
+    days: dict[str, list[str]] = defaultdict(list)
+    for run in runs:
+        day, kind = run['machine'].split(', ', 1)
+        days[kind].append(day)
+    return '; '.join(f'{" to ".join(sorted({min(each), max(each)}))}, {kind}' for kind, each in days.items())
 
 
 def protocol(runs: Runs) -> str:

@@ -7,6 +7,7 @@ workers see together what one would.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -18,6 +19,7 @@ from .data import Corpus
 SPLITS = ('train', 'valid', 'test')
 PAD = 256  # stands where a text has ended: no byte
 IGNORED = -1
+GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def split_bytes(size: int, *, seq_len: int) -> dict[str, range]:
@@ -44,8 +46,9 @@ def seed_of(*parts: int) -> int:
 class Batches(Dataset):
     """The sequences of each step of a run: `batches[step]` is int64 `(rows, seq_len + 1)`.
 
-    Sequences begin anywhere in the spans. With `segments` above 1, a stretch of that many times seq_len is read in as
-    many steps, for a model that carries its state along: the last id of one step is the first of the next.
+    A span is gone through in passes, each of which cuts it at other places and reads all of it once. With `segments`
+    above 1, a stretch of that many times seq_len is read in as many steps, for a model that carries its state along:
+    the last id of one step is the first of the next.
 
     Args:
         corpora: what to read from.
@@ -54,9 +57,9 @@ class Batches(Dataset):
         rows: how many sequences a step has, over all processes.
         seq_len: how many bytes of each are predicted.
         segments: how many steps a stretch lasts. Made fewer where the shortest span has no room for them.
-        documents: no sequence crosses from one text into the next: `PAD` follows the end. Longer texts are drawn more
-            often, in proportion.
-        seed: another seed, other sequences.
+        documents: no sequence crosses from one text into the next: `PAD` follows the end. Longer texts are read more
+            often, in proportion: each where a pass without this would begin a stretch in it.
+        seed: another seed, other sequences in another order.
         part: `(i, n)`, the i-th of n equal parts of the rows, that of one process.
 
     Raises:
@@ -87,40 +90,63 @@ class Batches(Dataset):
         self.weights = torch.tensor(weights or [len(span) for span in spans], dtype=torch.float64)
         self.rows, self.seq_len = rows, seq_len
         self.segments = min(segments, (shortest - 1) // seq_len)
+        # stretches in a pass of each
+        self.counts = [(len(span) - 1) // (self.segments * seq_len) for span in spans]
         self.documents, self.seed, self.part = documents, seed, part
 
     def begins(self, step: int) -> bool:
         """Whether the sequences of that step are the first of their stretch."""
         return step % self.segments == 0
 
-    def __getitem__(self, step: int) -> Tensor:
-        stretch, segment = divmod(step, self.segments)
-        generator = torch.Generator().manual_seed(seed_of(self.seed, stretch))
-        # every process draws for all, so that how many there are changes nothing
-        which = torch.multinomial(self.weights, self.rows, replacement=True, generator=generator)
-        place = torch.rand(self.rows, 2, dtype=torch.float64, generator=generator)
+    def turns(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each row of that step the corpus, how many passes of it are over, and the stretch's number in its pass."""
+        number = step // self.segments * self.rows + torch.arange(self.rows)
+        which, free = torch.full_like(number, -1), torch.ones_like(number, dtype=torch.bool)
+        left = self.weights.flip(0).cumsum(0).flip(0)
+        # each corpus takes its share of the rows that those before it left, evenly spread
+        for i, share in enumerate((self.weights / left).tolist()):
+            before, after = ((k.double() * share).floor().long() for k in (number, number + 1))
+            mine = free & (after > before)
+            which[mine] = i
+            number = torch.where(mine, before, torch.where(free, number - before, number))
+            free &= ~mine
+        count = torch.tensor(self.counts)[which]
+        return which, number // count, number % count
 
+    def reread(self, step: int) -> float:
+        """The share of that step's ids that were read before."""
+        return (self.turns(step)[1] > 0).double().mean().item()
+
+    def __getitem__(self, step: int) -> Tensor:
+        # every process counts for all, so that how many there are changes nothing
         index, count = self.part
         mine = slice(self.rows // count * index, self.rows // count * (index + 1))
-        which, place = which[mine], place[mine]
+        which, passed, number = (each[mine] for each in self.turns(step))
         ids = torch.empty(len(which), self.seq_len + 1, dtype=torch.int64)
-        for i, (corpus, span) in enumerate(zip(self.corpora, self.spans, strict=True)):
-            rows = which == i
-            start, stop = self.find(corpus, span, place[rows])
-            ids[rows] = corpus.read(start + segment * self.seq_len, stop, self.seq_len + 1, pad=PAD)
+        for i, turn in {*zip(which.tolist(), passed.tolist(), strict=True)}:
+            rows = (which == i) & (passed == turn)
+            start, stop = self.find(i, turn, number[rows])
+            ids[rows] = self.corpora[i].read(
+                start + step % self.segments * self.seq_len, stop, self.seq_len + 1, pad=PAD
+            )
         return ids
 
-    def find(self, corpus: Corpus, span: range, place: Tensor) -> tuple[Tensor, Tensor]:
-        """Where each stretch begins and ends, `(rows,)` both, from two numbers in [0, 1) `(rows, 2)`."""
+    def find(self, which: int, turn: int, number: Tensor) -> tuple[Tensor, Tensor]:
+        """Where stretches of a pass of a corpus begin and end, `(rows,)` both, by their numbers `(rows,)`."""
+        corpus, span, count = self.corpora[which], self.spans[which], self.counts[which]
         length = self.segments * self.seq_len
+        generator = torch.Generator().manual_seed(seed_of(self.seed, which, turn))
+        first, offset = (int(torch.randint(high, (), generator=generator)) for high in (count, length))
+        # stretches that follow each other lie far apart, and any number of them evenly over the span
+        stride = next(a for a in range(round(count * GOLDEN), 2 * count + 1) if math.gcd(a, count) == 1)
+        position = span.start + (first + number * stride) % count * length + offset
         if not self.documents:
-            start = span.start + (place[:, 0] * (len(span) - length)).long()
+            start = position.clamp(max=span.stop - length - 1)
             return start, start + length + 1
-        position = span.start + (place[:, 0] * len(span)).long()
         text = torch.searchsorted(corpus.ends, position, right=True)
         begin = torch.where(text > 0, corpus.ends[text - 1], 0).clamp(min=span.start)
         end = corpus.ends[text].clamp(max=span.stop)
-        return begin + (place[:, 1] * ((end - begin - length - 1).clamp(min=0) + 1)).long(), end
+        return torch.maximum(torch.minimum(position, end - length - 1), begin), end
 
 
 def find_windows(corpus: Corpus, span: range, seq_len: int, documents: bool) -> tuple[Tensor, Tensor]:

@@ -57,6 +57,45 @@ def test_splits_are_90_5_5() -> None:
     }
 
 
+@given(
+    sizes=st.lists(st.integers(40, 400), min_size=1, max_size=3),
+    seq_len=st.integers(1, 12),
+    segments=st.integers(1, 3),
+    rows=st.integers(1, 5),
+    weighted=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_a_pass_reads_each_corpus_once_before_any_of_it_again(
+    make: Make, sizes: list[int], seq_len: int, segments: int, rows: int, weighted: bool, seed: int
+) -> None:
+    corpora = [make(size) for size in sizes]
+    weights = [1.0, 2.5, 0.7][: len(sizes)] if weighted else None
+    spans = [range(3, size) for size in sizes]
+    settings: dict[str, Any] = dict(rows=rows, seq_len=seq_len, segments=segments, weights=weights, seed=seed)
+    batches = Batches(corpora, spans, **settings)
+    length = segments * seq_len
+    times = [torch.zeros(size, dtype=torch.long) for size in sizes]
+    rows_of = [0] * len(sizes)
+    for stretch in range(60):
+        which, passed, number = batches.turns(stretch * segments)
+        again = 0
+        for i, turn, k in zip(which.tolist(), passed.tolist(), number.tolist(), strict=True):
+            [start], [stop] = batches.find(i, turn, torch.tensor([k]))
+            assert stop - start == length + 1
+            assert (turn, k) == divmod(rows_of[i], batches.counts[i])
+            rows_of[i] += 1
+            again += turn > 0
+            times[i][start : stop - 1] += 1
+        assert batches.reread(stretch * segments) == pytest.approx(again / rows)
+    shares = torch.tensor(weights or [len(span) for span in spans], dtype=torch.float64)
+    for i, share in enumerate((shares / shares.sum()).tolist()):
+        assert abs(rows_of[i] - 60 * rows * share) < len(sizes)
+        if (whole := rows_of[i] // batches.counts[i]) and rows_of[i] % batches.counts[i] == 0:
+            # but for what is left over at the ends, all of it as often, and where two stretches meet at the end twice
+            inner = times[i][3 + length : sizes[i] - 2 * length]
+            assert (inner == whole).all()
+
+
 def test_a_corpus_shorter_than_a_sequence_is_refused() -> None:
     split_bytes(2040, seq_len=101)
     with pytest.raises(ValueError, match='data has 2,040 bytes, of which the shortest split has 102'):

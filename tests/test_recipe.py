@@ -110,6 +110,11 @@ def test_training_leaves_n_grams_out_and_scoring_none() -> None:
     found.sum().backward()
     assert embedding.weight.grad is not None
     assert embedding.weight.grad.to_dense().sum() == found.sum()
+    # none of what is read for the first time, and in proportion where some of it is
+    embedding.reread.fill_(0)
+    assert set(embedding(hashes(embedding, ids)).flatten().tolist()) == {2.0}
+    embedding.reread.fill_(2 / 3)
+    assert set(embedding(hashes(embedding, ids)).flatten().tolist()) == {0.0, 2.0, 4.0}
     with torch.no_grad():
         assert set(embedding(hashes(embedding, ids)).flatten().tolist()) == {2.0}
     assert set(embedding.eval()(hashes(embedding, ids)).flatten().tolist()) == {2.0}

@@ -38,7 +38,8 @@ def results(modules: tuple[Any, Any], tmp_path: Path) -> Path:
             score = bits[run.contestant] + (run.lr == 3e-3) + run.seed / 100
             held = dict(
                 vars(run), bits=score, valid_bits=score, streaming_bits=score - 0.1, steps=100, bytes=10**6,
-                parameters=10**6, peak_bytes=10**9, pace=[80.0, 90.0], machine='a machine', data='text.bz2',
+                parameters=10**6, peak_bytes=10**9, pace=[80.0, 90.0], data='text.bz2',
+                machine=f'2026-01-0{run.seed + 1}, a machine',
                 sample=dict(prompt='Once', text=f'upon {run.minutes:g} minutes'),
             )  # fmt: skip
             kept.path(run).write_text(json.dumps(held))
@@ -53,7 +54,7 @@ def test_the_report_says_who_won_what_was_aimed_at_and_by_which_command(
     readme.write_text(f'before\n{report.BEGIN}\nold\n{report.END}\nafter\n')
     report.main(['--results', str(results), '--out', str(tmp_path), '--readme', str(readme)])
     text = (tmp_path / 'report.md').read_text()
-    assert '`python benchmarks/race.py --data text.bz2`' in text
+    assert '`python benchmarks/race.py --data text.bz2` on 2026-01-01 to 2026-01-02, a machine. ' in text
     assert (tmp_path / 'race.png').stat().st_size > 10_000
     # two seeds, their mean and spread, and a third fewer bits than the best peer
     assert '| **ours, cpu preset** | 2.005 ± 0.007 | 1.905 ± 0.007 | -33.3 % | 2 |' in text

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -311,6 +312,31 @@ def test_the_sampling_command_refuses_too(
     result = run(tmp_path / 'torn', module='simple_hierarchical_transformer.sample')
     assert result.returncode == 1
     assert 'Traceback' not in result.stderr
+
+
+# train.py that says with each step how much of its text it takes to have been read before
+REREAD = """
+import sys
+import train
+whole = train.Run.gradients
+def gradients(run, ids):
+    print('reread', run.model.ngram_emb.reread.item())
+    return whole(run, ids)
+train.Run.gradients = gradients
+train.main(sys.argv[1:])
+"""
+
+
+def test_n_grams_are_left_out_where_the_text_was_read_before(tmp_path: Path) -> None:
+    path = tmp_path / 'text.txt'
+    path.write_text('what has been read once is read again. ' * 30 + 'And again.')
+    settings = (*TINY, 'ngram_dropout=0.5', '--steps', 30, '--data', path, '--out', tmp_path / 'run')
+    command = [sys.executable, '-c', REREAD, *map(str, settings)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    found = [float(line.split()[1]) for line in result.stdout.splitlines() if line.startswith('reread')]
+    # two sequences a step, of the 33 that 90 % of the text come to
+    assert found == [0.0] * 16 + [0.5] + [1.0] * 13
 
 
 def test_trains_on_segments_that_remember(corpus: Path, tmp_path: Path) -> None:
