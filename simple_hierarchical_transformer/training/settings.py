@@ -59,7 +59,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             mixer_kwargs=dict(qk_norm=True),
             ngrams=(2, 3, 4, 5, 6),
             word_ngrams=(1, 2),
-            ngram_dropout=0.8,
+            ngram_dropout=0.5,
             recall=(3, 4, 5, 6, 8, 12),
             word_recall=(1, 2),
             zero_init=True,
