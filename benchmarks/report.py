@@ -113,7 +113,7 @@ def goals(runs: Runs) -> list[str]:
         for minutes in (10.0, 30.0):
             by = groups.get((seq_len, minutes), {})
             if preset in by and flat in by:
-                fewer = round(100 * (1 - bits(by[preset]) / bits(by[flat])), 1) + 0.0
+                fewer = round(100 * (1 - bits(by[preset]) / bits(by[flat])), 1)
                 lines.append(
                     f'| {wanted} % fewer bits than our flat model, {minutes:g} minutes, {seq_len:,} bytes | '
                     f'{abs(fewer):.1f} % {"fewer" if fewer >= 0 else "more"}{"" if fewer >= wanted else ": missed"} |'
