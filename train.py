@@ -255,7 +255,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group['lr'] = rate * group['scale']
         if self.model.ngram_emb is not None:
-            self.model.ngram_emb.reread.fill_(self.batches.reread(progress.step))
+            self.model.ngram_emb.readings.fill_(self.batches.readings(progress.step))
         if self.batches.begins(progress.step):
             self.states = []
 

@@ -187,9 +187,10 @@ def protocol(runs: Runs) -> str:
         'wall-clock time, all on the same cores, one after the other, each in its own process and environment. Trained '
         'on the first 90 % of the corpus; the learning rate of a peer is the better of 1e-3 and 3e-3 on the next 5 % '
         'after the shortest budget; the last 5 % is reported: in windows without overlap, and as a stream, which a '
-        f'model without a state reads in windows that overlap by half. Peers: sequences of {race.LENGTH:,} bytes, '
-        f'{race.BATCH} a step, AdamW, warm-up over 3 % and a cosine down to a tenth, and of the published package its '
-        'own auxiliary losses. Spreads are standard deviations over seeds. Pace is that of a product of matrices '
+        f'model without a state reads in windows that overlap by half. Peers: sequences of {race.LENGTH:,} bytes drawn '
+        f'at random, {race.BATCH} a step, AdamW, warm-up over 3 % and a cosine down to a tenth, and of the published '
+        'package its own auxiliary losses. Ours: train.py, which reads the corpus in passes. Spreads are standard '
+        'deviations over seeds. Pace is that of a product of matrices '
         f'before and after each run, {min(paces):.0f} to {max(paces):.0f} GFLOP/s in all: the machine is shared.'
     )
 

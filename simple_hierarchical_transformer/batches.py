@@ -113,9 +113,9 @@ class Batches(Dataset):
         count = torch.tensor(self.counts)[which]
         return which, number // count, number % count
 
-    def reread(self, step: int) -> float:
-        """The share of that step's ids that were read before."""
-        return (self.turns(step)[1] > 0).double().mean().item()
+    def readings(self, step: int) -> float:
+        """How often, on the average, what that step reads was read before."""
+        return self.turns(step)[1].double().mean().item()
 
     def __getitem__(self, step: int) -> Tensor:
         # every process counts for all, so that how many there are changes nothing

@@ -132,7 +132,7 @@ class HierarchicalTransformer(
             and with the one before it. Where ids are bytes: `num_tokens` must be 256 or 257.
         ngram_rows: of the table that each of `ngrams` and `word_ngrams` has, a power of two.
         ngram_dropout: share of the n-grams that training leaves out: a text that is read more than once wants it, and
-            train.py leaves out so many of what it reads again.
+            train.py leaves out so many of what it reads for the second time, and more from then on.
         recall: n of the n-grams that are looked up in the last `seq_len` ids, as `(4, 6, 10)`: the id that followed
             each the last time is embedded, too (`RecallEmbedding`).
         word_recall: n of the n-grams of words that are looked up likewise, as `(1, 2)`. Where ids are bytes.

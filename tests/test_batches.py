@@ -84,9 +84,9 @@ def test_a_pass_reads_each_corpus_once_before_any_of_it_again(
             assert stop - start == length + 1
             assert (turn, k) == divmod(rows_of[i], batches.counts[i])
             rows_of[i] += 1
-            again += turn > 0
+            again += turn
             times[i][start : stop - 1] += 1
-        assert batches.reread(stretch * segments) == pytest.approx(again / rows)
+        assert batches.readings(stretch * segments) == pytest.approx(again / rows)
     shares = torch.tensor(weights or [len(span) for span in spans], dtype=torch.float64)
     for i, share in enumerate((shares / shares.sum()).tolist()):
         assert abs(rows_of[i] - 60 * rows * share) < len(sizes)
