@@ -338,7 +338,8 @@ def main(argv: list[str] | None = None) -> None:
                 print(run.key)
                 continue
             if args.time and time.monotonic() - began + 60 * (run.minutes + AROUND) > 60 * args.time:
-                sys.exit(f'time is up before {run.key}')
+                print(f'no time for {run.key}')
+                continue
             race = race or Race(args, results)
             race.begin(run)
         if any(results.get(run) is None for run in stage):

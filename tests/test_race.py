@@ -100,6 +100,27 @@ def test_a_race_runs_to_its_end_and_goes_on_where_it_stopped(
         assert run['peak_bytes'] > 1 << 20
 
 
+def test_no_run_begins_that_would_end_too_late(race: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+
+    class Instant:
+        def __init__(self, args: Any, results: Any) -> None:
+            self.results = results
+
+        def begin(self, run: Any) -> None:
+            begun.append(run)
+            self.results.path(run).write_text(json.dumps(dict(valid_bits=1.0)))
+
+    monkeypatch.setattr(race, 'Race', Instant)
+    race.main(['--results', str(tmp_path), '--for', '13'])
+    # 10 minutes fit with what is around them, also those that come after longer ones
+    assert {run.minutes for run in begun} == {4, 5, 10}
+    assert {run.seq_len for run in begun} == {1024, 4096, 16384}
+    begun.clear()
+    race.main(['--results', str(tmp_path), '--for', '33'])
+    assert {run.minutes for run in begun} == {30}
+
+
 class Unigram(nn.Module):
     """Predicts by the last byte alone, so that its score is the same whatever it is shown before."""
 
