@@ -55,6 +55,7 @@ def grouped(runs: Runs) -> dict[tuple[int, float], dict[str, Runs]]:
 
 
 def bits(runs: Runs, name: str = 'bits') -> float:
+    """Or another number of theirs: the mean."""
     return statistics.mean(run[name] for run in runs)
 
 
@@ -130,11 +131,39 @@ def goals(runs: Runs) -> list[str]:
     return lines
 
 
+def fewer_bits(runs: Runs) -> dict[float, dict[int, float]]:
+    """By budget and context, how many per cent fewer bits the preset has than our flat model."""
+    found: dict[float, dict[int, float]] = defaultdict(dict)
+    for (seq_len, minutes), by in grouped(runs).items():
+        if by.keys() >= {race.PRESET.name, race.FLAT.name}:
+            found[minutes][seq_len] = 100 * (1 - bits(by[race.PRESET.name]) / bits(by[race.FLAT.name]))
+    return {minutes: each for minutes, each in found.items() if len(each) > 1}
+
+
+def by_context(runs: Runs) -> list[str]:
+    """What longer contexts make of ours, for the README as well."""
+    groups = grouped(runs)
+    names = [each.name for each in race.OURS]
+    lines = [
+        f'| context, bytes | minutes | {" | ".join(f"**{name}**" for name in names)} | the preset to flat |',
+        f'|---|---|{"---|" * len(names)}---|',
+    ]
+    for minutes, lengths in fewer_bits(runs).items():
+        for seq_len, fewer in lengths.items():
+            by = groups[seq_len, minutes]
+            cells = [
+                f'{bits(by[name]):.3f} ({bits(by[name], "bytes") / 1e6:.1f} MB)' if name in by else '' for name in names
+            ]
+            lines.append(f'| {seq_len:,} | {minutes:g} | {" | ".join(cells)} | {-fewer:+.1f} % |')
+    return ['Bits per byte, and how much text was read in the time:', '', *lines, ''] if len(lines) > 2 else []
+
+
 def draw_race(runs: Runs, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout='constrained')
-    axes = figure.subplots()
+    fewer = fewer_bits(runs)
+    figure = Figure(figsize=(12 if fewer else 8, 4.5), layout='constrained')
+    axes, *beside = figure.subplots(1, 1 + bool(fewer), squeeze=False, width_ratios=[5, 3][: 1 + bool(fewer)])[0]
     scores: dict[str, dict[float, Runs]] = defaultdict(dict)
     for (seq_len, minutes), by in grouped(runs).items():
         for name, found in by.items():
@@ -143,14 +172,28 @@ def draw_race(runs: Runs, path: Path) -> None:
     for name, found in sorted(scores.items(), key=lambda item: bits(item[1][max(item[1])])):
         minutes = sorted(found)
         style = dict(linewidth=2.5) if is_ours(name) else dict(linestyle='--', linewidth=1.2)
-        axes.plot(minutes, [bits(found[each]) for each in minutes], marker='o', markersize=4, label=name, **style)  # type: ignore[arg-type]
+        axes.plot(minutes, [bits(found[each]) for each in minutes], marker='o', markersize=4, label=name, **style)
     axes.set(xscale='log', xlabel='minutes of training on the same 2 cores', ylabel='bits per byte (lower is better)')
-    ticks = sorted({minutes for found in scores.values() for minutes in found})
-    axes.set_xticks(ticks, [f'{each:g}' for each in ticks])
+    label_ticks(axes, {minutes for found in scores.values() for minutes in found})
+    axes.legend(fontsize=8)
+    for other in beside:
+        other.axhline(0, color='tab:gray', linewidth=1)
+        for minutes, lengths in fewer.items():
+            other.plot(*zip(*lengths.items(), strict=True), marker='o', label=f'{minutes:g} minutes')
+        other.set(
+            xscale='log',
+            xlabel='context of training, bytes',
+            ylabel='% fewer bits of the cpu preset\nthan of our flat model with full attention',
+        )
+        label_ticks(other, {seq_len for lengths in fewer.values() for seq_len in lengths})
+        other.legend(fontsize=8)
+    replace_file(path, lambda partial: figure.savefig(partial, dpi=120, format='png'))
+
+
+def label_ticks(axes: Any, at: set[Any]) -> None:
+    axes.set_xticks(sorted(at), [f'{each:,g}' for each in sorted(at)])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    replace_file(path, lambda partial: figure.savefig(partial, dpi=120, format='png'))
 
 
 def headline(runs: Runs) -> list[str]:
@@ -326,6 +369,7 @@ def main(argv: list[str] | None = None) -> None:
         '',
         *goals(runs),
         '',
+        *by_context(runs),
         *race_tables(runs),
         *of_compression(),
         *of_scaling(args.out),
@@ -339,7 +383,8 @@ def main(argv: list[str] | None = None) -> None:
         before, rest = text.split(BEGIN, 1)
         after = rest.split(END, 1)[1]
         made = f'Made by `python benchmarks/race.py --data {runs[0]["data"]}` on {machine_of(runs)}.'
-        section = [BEGIN, '', *headline(runs), '', '![the race](benchmarks/race.png)', '', made, '', END]
+        tables = [*headline(runs), '', *by_context(runs)]
+        section = [BEGIN, '', *tables, '![the race](benchmarks/race.png)', '', made, '', END]
         write_text(args.readme, before + '\n'.join(section) + after)
     if args.log_with:
         track(runs, args.log_with, args.out)

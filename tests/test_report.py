@@ -71,6 +71,12 @@ def test_the_report_says_who_won_what_was_aimed_at_and_by_which_command(
     assert said.endswith('\nafter\n')
     assert 'old' not in said
     assert '| **ours, cpu preset** | 2.005 | 2.005 | 2.000 |' in said
+    # in both, what longer contexts make of it
+    for where in (text, said):
+        assert '| 1,024 | 10 | 2.505 (1.0 MB) | 2.405 (1.0 MB) | 2.005 (1.0 MB) | -20.0 % |' in where
+        assert '| 16,384 | 30 | 2.500 (1.0 MB) |  | 2.000 (1.0 MB) | -20.0 % |' in where
+        # not where there is but one length
+        assert '| 1,024 | 5 |' not in where
 
 
 def test_what_other_scripts_measured_is_in_the_report(
@@ -136,6 +142,7 @@ def test_what_was_missed_is_called_so(modules: tuple[Any, Any], results: Path, t
     report.main(['--results', str(results), '--out', str(tmp_path), '--readme', str(readme)])
     text = (tmp_path / 'report.md').read_text()
     assert text.count('missed') == text.count('fewer bits than') + 1
+    assert '| +24.0 % |' in text
     assert readme.read_text() == 'nothing to fill in\n'
 
 
