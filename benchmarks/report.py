@@ -54,9 +54,13 @@ def grouped(runs: Runs) -> dict[tuple[int, float], dict[str, Runs]]:
     return {key: dict(groups[key]) for key in sorted(groups)}
 
 
-def bits(runs: Runs, name: str = 'bits') -> float:
-    """Or another number of theirs: the mean."""
+def mean_of(runs: Runs, name: str = 'bits') -> float:
     return statistics.mean(run[name] for run in runs)
+
+
+def fewer(runs: Runs, others: Runs) -> float:
+    """How many per cent fewer bits `runs` have than `others`."""
+    return 100 * (1 - mean_of(runs) / mean_of(others))
 
 
 def is_ours(name: str) -> bool:
@@ -67,7 +71,7 @@ def race_tables(runs: Runs) -> list[str]:
     lines: list[str] = []
     for (seq_len, minutes), by in grouped(runs).items():
         peers = {name: found for name, found in by.items() if not is_ours(name)}
-        best = min(map(bits, peers.values()), default=None)
+        best = min(map(mean_of, peers.values()), default=None)
         lines += [
             f'### {minutes:g} minutes, context of {seq_len:,} bytes',
             '',
@@ -75,17 +79,17 @@ def race_tables(runs: Runs) -> list[str]:
             '| parameters, M | peak memory, GB | pace, GFLOP/s |',
             '|---|---|---|---|---|---|---|---|---|---|---|',
         ]
-        for name, found in sorted(by.items(), key=lambda item: bits(item[1])):
+        for name, found in sorted(by.items(), key=lambda item: mean_of(item[1])):
             last = found[-1]
             cells = [
                 f'**{name}**' if is_ours(name) else name,
                 paced.plus_minus([run['bits'] for run in found]),
                 paced.plus_minus([run['streaming_bits'] for run in found]),
-                '' if best is None else f'{100 * (bits(found) / best - 1):+.1f} %',
+                '' if best is None else f'{100 * (mean_of(found) / best - 1):+.1f} %',
                 str(len(found)),
                 '' if last['lr'] is None else f'{last["lr"]:g}',
-                f'{statistics.mean(run["steps"] for run in found):,.0f}',
-                f'{statistics.mean(run["bytes"] for run in found) / 1e6:.1f}',
+                f'{mean_of(found, "steps"):,.0f}',
+                f'{mean_of(found, "bytes") / 1e6:.1f}',
                 f'{last["parameters"] / 1e6:.2f}',
                 f'{last["peak_bytes"] / 1e9:.2f}' if 'peak_bytes' in last else '',
                 f'{statistics.mean(pace for run in found for pace in run["pace"]):.0f}',
@@ -102,41 +106,41 @@ def goals(runs: Runs) -> list[str]:
     lines = ['| aim | reached |', '|---|---|']
     for minutes, wanted in ((5.0, 30), (10.0, 30), (30.0, 20)):
         by = groups.get((race.LENGTH, minutes), {})
-        peers = {name: bits(found) for name, found in by.items() if not is_ours(name)}
+        peers = {name: mean_of(found) for name, found in by.items() if not is_ours(name)}
         if preset in by and peers:
             best = min(peers, key=peers.__getitem__)
-            fewer = round(100 * (1 - bits(by[preset]) / peers[best]), 1)
+            less = round(fewer(by[preset], by[best]), 1)
             lines.append(
-                f'| {wanted} % fewer bits than the best peer after {minutes:g} minutes | {fewer:.1f} % fewer than '
-                f'{best}{"" if fewer >= wanted else ": missed"} |'
+                f'| {wanted} % fewer bits than the best peer after {minutes:g} minutes | {less:.1f} % fewer than '
+                f'{best}{"" if less >= wanted else ": missed"} |'
             )
     for seq_len, wanted in ((1024, 3), (4096, 10), (16384, 20)):
         for minutes in (10.0, 30.0):
             by = groups.get((seq_len, minutes), {})
             if preset in by and flat in by:
-                fewer = round(100 * (1 - bits(by[preset]) / bits(by[flat])), 1)
+                less = round(fewer(by[preset], by[flat]), 1)
                 lines.append(
                     f'| {wanted} % fewer bits than our flat model, {minutes:g} minutes, {seq_len:,} bytes | '
-                    f'{abs(fewer):.1f} % {"fewer" if fewer >= 0 else "more"}{"" if fewer >= wanted else ": missed"} |'
+                    f'{abs(less):.1f} % {"fewer" if less >= 0 else "more"}{"" if less >= wanted else ": missed"} |'
                 )
     long = groups.get((race.LENGTH, 30.0), {})
-    peers_long = [bits(found) for name, found in long.items() if not is_ours(name)]
+    peers_long = [mean_of(found) for name, found in long.items() if not is_ours(name)]
     soon = groups.get((race.LENGTH, 4.0), {}).get(preset)
     if peers_long and soon:
-        reached = bits(soon) <= min(peers_long)
+        reached = mean_of(soon) <= min(peers_long)
         lines.append(
-            f'| in 4 minutes where the best peer is in 30 ({min(peers_long):.3f}) | {bits(soon):.3f} after 4 minutes'
+            f'| in 4 minutes where the best peer is in 30 ({min(peers_long):.3f}) | {mean_of(soon):.3f} after 4 minutes'
             f'{"" if reached else ": missed"} |'
         )
     return lines
 
 
 def fewer_bits(runs: Runs) -> dict[float, dict[int, float]]:
-    """By budget and context, how many per cent fewer bits the preset has than our flat model."""
+    """By budget and context, what the preset has fewer than our flat model, where there is more than one context."""
     found: dict[float, dict[int, float]] = defaultdict(dict)
     for (seq_len, minutes), by in grouped(runs).items():
         if by.keys() >= {race.PRESET.name, race.FLAT.name}:
-            found[minutes][seq_len] = 100 * (1 - bits(by[race.PRESET.name]) / bits(by[race.FLAT.name]))
+            found[minutes][seq_len] = fewer(by[race.PRESET.name], by[race.FLAT.name])
     return {minutes: each for minutes, each in found.items() if len(each) > 1}
 
 
@@ -149,51 +153,61 @@ def by_context(runs: Runs) -> list[str]:
         f'|---|---|{"---|" * len(names)}---|',
     ]
     for minutes, lengths in fewer_bits(runs).items():
-        for seq_len, fewer in lengths.items():
+        for seq_len, less in lengths.items():
             by = groups[seq_len, minutes]
             cells = [
-                f'{bits(by[name]):.3f} ({bits(by[name], "bytes") / 1e6:.1f} MB)' if name in by else '' for name in names
+                f'{mean_of(found):.3f} ({mean_of(found, "bytes") / 1e6:.1f} MB)' if found else ''
+                for found in map(by.get, names)
             ]
-            lines.append(f'| {seq_len:,} | {minutes:g} | {" | ".join(cells)} | {-fewer:+.1f} % |')
+            lines.append(f'| {seq_len:,} | {minutes:g} | {" | ".join(cells)} | {-less:+.1f} % |')
     return ['Bits per byte, and how much text was read in the time:', '', *lines, ''] if len(lines) > 2 else []
 
 
-def draw_race(runs: Runs, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    fewer = fewer_bits(runs)
-    figure = Figure(figsize=(12 if fewer else 8, 4.5), layout='constrained')
-    axes, *beside = figure.subplots(1, 1 + bool(fewer), squeeze=False, width_ratios=[5, 3][: 1 + bool(fewer)])[0]
+def draw_by_minutes(axes: Any, runs: Runs) -> None:
     scores: dict[str, dict[float, Runs]] = defaultdict(dict)
     for (seq_len, minutes), by in grouped(runs).items():
         for name, found in by.items():
             if seq_len == race.LENGTH:
                 scores[name][minutes] = found
-    for name, found in sorted(scores.items(), key=lambda item: bits(item[1][max(item[1])])):
+    for name, found in sorted(scores.items(), key=lambda item: mean_of(item[1][max(item[1])])):
         minutes = sorted(found)
         style = dict(linewidth=2.5) if is_ours(name) else dict(linestyle='--', linewidth=1.2)
-        axes.plot(minutes, [bits(found[each]) for each in minutes], marker='o', markersize=4, label=name, **style)
+        axes.plot(minutes, [mean_of(found[each]) for each in minutes], marker='o', markersize=4, label=name, **style)
     axes.set(xscale='log', xlabel='minutes of training on the same 2 cores', ylabel='bits per byte (lower is better)')
     label_ticks(axes, {minutes for found in scores.values() for minutes in found})
-    axes.legend(fontsize=8)
-    for other in beside:
-        other.axhline(0, color='tab:gray', linewidth=1)
-        for minutes, lengths in fewer.items():
-            other.plot(*zip(*lengths.items(), strict=True), marker='o', label=f'{minutes:g} minutes')
-        other.set(
-            xscale='log',
-            xlabel='context of training, bytes',
-            ylabel='% fewer bits of the cpu preset\nthan of our flat model with full attention',
-        )
-        label_ticks(other, {seq_len for lengths in fewer.values() for seq_len in lengths})
-        other.legend(fontsize=8)
-    replace_file(path, lambda partial: figure.savefig(partial, dpi=120, format='png'))
+
+
+def draw_by_context(axes: Any, by_budget: dict[float, dict[int, float]]) -> None:
+    axes.axhline(0, color='tab:gray', linewidth=1)
+    for minutes, lengths in by_budget.items():
+        axes.plot(*zip(*lengths.items(), strict=True), marker='o', label=f'{minutes:g} minutes')
+    axes.set(
+        xscale='log',
+        xlabel='context of training, bytes',
+        ylabel='% fewer bits of the cpu preset\nthan of our flat model with full attention',
+    )
+    label_ticks(axes, {seq_len for lengths in by_budget.values() for seq_len in lengths})
 
 
 def label_ticks(axes: Any, at: set[Any]) -> None:
     axes.set_xticks(sorted(at), [f'{each:,g}' for each in sorted(at)])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def draw_race(runs: Runs, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    if by_budget := fewer_bits(runs):
+        figure = Figure(figsize=(12, 4.5), layout='constrained')
+        left, right = figure.subplots(1, 2, width_ratios=[5, 3])
+        draw_by_context(right, by_budget)
+    else:
+        figure = Figure(figsize=(8, 4.5), layout='constrained')
+        left = figure.subplots()
+    draw_by_minutes(left, runs)
+    replace_file(path, lambda partial: figure.savefig(partial, dpi=120, format='png'))
 
 
 def headline(runs: Runs) -> list[str]:
@@ -202,14 +216,14 @@ def headline(runs: Runs) -> list[str]:
     budgets = [minutes for minutes in sorted(groups) if len(groups[minutes]) > 1]
     names = sorted(
         {name for minutes in budgets for name in groups[minutes]},
-        key=lambda name: min(bits(by[name]) for by in groups.values() if name in by),
+        key=lambda name: min(mean_of(by[name]) for by in groups.values() if name in by),
     )
     lines = [
         f'| bits per byte after | {" | ".join(f"{minutes:g} minutes" for minutes in budgets)} |',
         f'|---|{"---|" * len(budgets)}',
     ]
     for name in names:
-        cells = [f'{bits(groups[minutes][name]):.3f}' if name in groups[minutes] else '' for minutes in budgets]
+        cells = [f'{mean_of(groups[minutes][name]):.3f}' if name in groups[minutes] else '' for minutes in budgets]
         lines.append(f'| {f"**{name}**" if is_ours(name) else name} | {" | ".join(cells)} |')
     return lines
 
