@@ -340,7 +340,10 @@ def main(argv: list[str] | None = None) -> None:
             if args.time and time.monotonic() - began + 60 * (run.minutes + AROUND) > 60 * args.time:
                 print(f'no time for {run.key}')
                 continue
-            race = race or Race(args, results)
+            try:
+                race = race or Race(args, results)
+            except (ValueError, OSError) as error:
+                sys.exit(f'error: {error}')
             race.begin(run)
         if any(results.get(run) is None for run in stage):
             # what comes after hangs on these

@@ -100,6 +100,12 @@ def test_a_race_runs_to_its_end_and_goes_on_where_it_stopped(
         assert run['peak_bytes'] > 1 << 20
 
 
+def test_a_corpus_that_is_not_there_is_named(race: Any, tmp_path: Path) -> None:
+    missing = tmp_path / 'missing'
+    with pytest.raises(SystemExit, match=str(missing)):
+        race.main(['--data', str(missing), '--results', str(tmp_path), '--environments', str(tmp_path)])
+
+
 def test_no_run_begins_that_would_end_too_late(race: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = []
 
