@@ -18,14 +18,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from compression import flat
 from contestants import matmul_pace, read_bytes, windowed_bits
+from resolutions import flat
 from side_by_side import ROOT, machine
 from torch import Tensor
 
@@ -131,17 +131,23 @@ CONTESTANTS = {each.name: each for each in (*PEERS, *OURS)}
 
 
 class Results:
-    """One file for each run that is done."""
+    """One file for each run that is done. Those that were made on other terms than `terms` are no part of this race."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, terms: Mapping[str, Any] | None = None) -> None:
+        self.folder, self.terms = folder, terms or {}
 
     def path(self, run: Run) -> Path:
         return self.folder / f'{run.key}.json'
 
     def get(self, run: Run) -> dict[str, Any] | None:
         path = self.path(run)
-        return json.loads(path.read_text()) if path.exists() else None
+        if not path.exists():
+            return None
+        found = json.loads(path.read_text())
+        made = {name: found.get(name) for name in self.terms}
+        if made != self.terms:
+            sys.exit(f'{path} was made with {made}, and now is asked {self.terms}: give another --results')
+        return found
 
     def all(self) -> list[dict[str, Any]]:
         return [json.loads(path.read_text()) for path in sorted(self.folder.glob('*.json'))]
@@ -222,7 +228,7 @@ class Race:
 
     def __init__(self, args: argparse.Namespace, results: Results) -> None:
         [corpus], _ = load_sources([args.data], ROOT / 'data', text_key='text', say=print)
-        self.data, self.name = args.data, Path(args.data).name
+        self.data = args.data
         self.spans = split_bytes(len(corpus), seq_len=max(LENGTHS))
         for name in ('valid', 'test'):
             self.spans[name] = self.spans[name][: args.score_bytes]
@@ -236,7 +242,7 @@ class Race:
     def begin(self, run: Run) -> None:
         contestant = CONTESTANTS[run.contestant]
         result = self.ours(contestant, run) if contestant.ours else self.peer(contestant, run)
-        held = dict(asdict(run), threads=self.threads, data=self.name, machine=machine(), **result)
+        held = dict(asdict(run), **self.results.terms, machine=machine(), **result)
         self.results.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.results.path(run), json.dumps(held, indent=1) + '\n')
         print(
@@ -327,7 +333,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    began, results = time.monotonic(), Results(args.results)
+    # of what is measured in this process, too
+    torch.set_num_threads(args.threads)
+    terms = dict(
+        data=Path(args.data).name, threads=args.threads,
+        score_bytes=args.score_bytes, streaming_bytes=args.streaming_bytes,
+    )  # fmt: skip
+    began, results = time.monotonic(), Results(args.results, terms)
     race = None
     for stage in stages(results, args.minutes, args.seeds):
         left = [run for run in stage if results.get(run) is None]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import paced
-from compression import BATCH, LENGTH, flat
+from resolutions import BATCH, LENGTH, flat
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / 'recipe.json'

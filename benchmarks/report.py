@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import compression
 import paced
 import plan
 import race
 import recipe
+import resolutions
 import scaling
 from accelerate import Accelerator
 from side_by_side import ROOT
@@ -257,18 +257,18 @@ def read(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def of_compression() -> list[str]:
-    if not (held := read(compression.RESULTS)):
+def of_resolutions() -> list[str]:
+    if not (held := read(resolutions.RESULTS)):
         return []
     return [
         '## 2. A second level in place of full resolution',
         '',
-        f'`python benchmarks/compression.py --data {held["data"]} --minutes {held["minutes"]:g} --valid-bytes '
+        f'`python benchmarks/resolutions.py --data {held["data"]} --minutes {held["minutes"]:g} --valid-bytes '
         f'{held["valid_bytes"]}`, {held["machine"]}. All have the recipe of the cpu preset; the flat models have as '
         'many layers as read the tokens that those of the preset do, rounded up. Equal steps: as many as the first '
         'has. Equal time: as many as fit into the same time, by the pace of steps that were timed in turns.',
         '',
-        *compression.table(held),
+        *resolutions.table(held),
         '',
     ]
 
@@ -385,7 +385,7 @@ def main(argv: list[str] | None = None) -> None:
         '',
         *by_context(runs),
         *race_tables(runs),
-        *of_compression(),
+        *of_resolutions(),
         *of_scaling(args.out),
         *of_recipe(args.out),
         *sample_text(runs),

@@ -17,7 +17,7 @@ from typing import Any
 
 import paced
 import torch
-from compression import BATCH, LENGTH, flat
+from resolutions import BATCH, LENGTH, flat
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.training import cost

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ TINY = ('--model', 'dim=16', 'depth=1', 'heads=1', 'dim_head=8', 'ngram_rows=64'
 
 
 @pytest.fixture
-def race(monkeypatch: pytest.MonkeyPatch) -> Any:
+def race(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.syspath_prepend(ROOT / 'benchmarks')
-    return importlib.import_module('race')
+    threads = torch.get_num_threads()
+    yield importlib.import_module('race')
+    torch.set_num_threads(threads)
 
 
 def test_each_stage_follows_from_those_before(race: Any, tmp_path: Path) -> None:
@@ -98,6 +101,11 @@ def test_a_race_runs_to_its_end_and_goes_on_where_it_stopped(
         assert run['steps'] > 0
         assert run['parameters'] > 0
         assert run['peak_bytes'] > 1 << 20
+        assert '1 threads' in run['machine']
+
+    # what was made on other terms is not gone on from
+    with pytest.raises(SystemExit, match='give another --results'):
+        race.main([*asked, '--score-bytes', '500'])
 
 
 def test_a_corpus_that_is_not_there_is_named(race: Any, tmp_path: Path) -> None:
@@ -115,7 +123,7 @@ def test_no_run_begins_that_would_end_too_late(race: Any, tmp_path: Path, monkey
 
         def begin(self, run: Any) -> None:
             begun.append(run)
-            self.results.path(run).write_text(json.dumps(dict(valid_bits=1.0)))
+            self.results.path(run).write_text(json.dumps(dict(self.results.terms, valid_bits=1.0)))
 
     monkeypatch.setattr(race, 'Race', Instant)
     race.main(['--results', str(tmp_path), '--for', '13'])

@@ -17,7 +17,7 @@ from simple_hierarchical_transformer import HierarchicalTransformer
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Any, Any]:
     monkeypatch.syspath_prepend(ROOT / 'benchmarks')
-    for name in ('compression', 'scaling', 'recipe'):
+    for name in ('resolutions', 'scaling', 'recipe'):
         module = importlib.import_module(name)
         monkeypatch.setattr(module, 'HERE', tmp_path)
         monkeypatch.setattr(module, 'RESULTS', tmp_path / f'{name}.json')
@@ -84,7 +84,7 @@ def test_what_other_scripts_measured_is_in_the_report(
 ) -> None:
     """Of them all, with every option of theirs built, and nothing trained."""
     _, report = modules
-    compression, scaling, recipe, paced = report.compression, report.scaling, report.recipe, report.paced
+    resolutions, scaling, recipe, paced = report.resolutions, report.scaling, report.recipe, report.paced
     asked: list[tuple[Any, int]] = []
 
     def train(option: Any, args: Any, *, seed: int, steps: int, length: int, batch: int, look: Any) -> dict[str, Any]:
@@ -101,10 +101,10 @@ def test_what_other_scripts_measured_is_in_the_report(
 
     monkeypatch.setattr(paced, 'train', train)
     monkeypatch.setattr(paced, 'pace', pace)
-    for module in (compression, recipe):
+    for module in (resolutions, recipe):
         module.main(['--data', 'text.bz2', '--minutes', '1', '--seeds', '1'])
     # a thousand steps of the flat model, and as many of the others or half
-    assert [steps for option, steps in asked if option == compression.OPTIONS['1, 1/8']] == [500, 1000]
+    assert [steps for option, steps in asked if option == resolutions.OPTIONS['1, 1/8']] == [500, 1000]
     scaling.main(['--data', 'text.bz2', '--compute', '1e10', '1e11', '1e12', '1e13'])
     small, large = asked[-len(scaling.RUNS)], asked[-1]
     assert small[1] * scaling.operations(small[0]) == pytest.approx(1e10, rel=0.5)
@@ -117,14 +117,14 @@ def test_what_other_scripts_measured_is_in_the_report(
     text = (tmp_path / 'report.md').read_text()
     assert len(asked) == trained
     assert [line[:4] for line in text.splitlines() if line.startswith('## ')] == [f'## {k}' for k in (1, 2, 3, 4, 5)]
-    for name in (*compression.OPTIONS, *scaling.RUNS, *recipe.OPTIONS):
+    for name in (*resolutions.OPTIONS, *scaling.RUNS, *recipe.OPTIONS):
         assert f'| {name} |' in text
     assert 'upon 30 minutes' in text
     for name in ('race', 'scaling', 'recipe'):
         assert (tmp_path / f'{name}.png').stat().st_size > 10_000
 
     with pytest.raises(SystemExit, match='was made with'):
-        compression.main(['--data', 'text.bz2', '--minutes', '2'])
+        resolutions.main(['--data', 'text.bz2', '--minutes', '2'])
 
 
 def test_slopes_of_a_power_law_are_found(modules: tuple[Any, Any]) -> None:

@@ -188,6 +188,8 @@ def test_levels_share_out_the_parameters(config: dict[str, Any]) -> None:
         dict(hierarchies=(1, 4), hierarchical_stride=(1, 4), dim=(16, 32), merge='attention', merge_window=2),
         dict(hierarchies=(1, 2, 4), hierarchical_stride=(1, 2, 4), dim=(16, 32, 8), merge_into='all'),
         dict(hierarchies=(1, 2, 8), hierarchical_stride=(1, 2, 8), dim=(16, 8, 32), arrangement='hourglass'),
+        dict(hierarchies=(1, 2, 8), hierarchical_stride=(1, 2, 8), dim=16, arrangement='hourglass', merge='linear'),
+        dict(hierarchies=(1, 2, 4, 8), hierarchical_stride=(1, 2, 4, 8), dim=16, merge='linear', merge_into='all'),
         dict(hierarchies=(1, 2, 8), hierarchical_stride=(1, 2, 8), dim=16, arrangement='hourglass', merge='attention'),
         dict(hierarchies=(1, 4, 8), hierarchical_stride=(1, 1, 8), dim=(16, 32, 8), compressor='attention'),
         dict(hierarchies=(1, 4), hierarchical_stride=(1, 4), dim=16, autoencoder=True, prophet_loss_weight=0.1),

@@ -85,7 +85,9 @@ def apart(model: HierarchicalTransformer, name: str) -> float:
                 return finest * own
             # without a window, what no token of the receiver hears is not projected
             return finest * max(merge.strides[int(parts[5])], 1 if merge.window else own)
-        if parts[3] == '3':
+        if parts[2] == 'to_others':
+            return finest * merge.strides[int(parts[3])]
+        if parts[2:4] == ['net', '3']:
             # what is made for a receiving level, at its tokens
             rows = [(merge.dims[i], merge.strides[i]) for i in merge.into]
             return finest * sum(dim for dim, _ in rows) / sum(dim / stride for dim, stride in rows)

@@ -1,8 +1,8 @@
 """What compressing costs: flat against a second level of 1/2, 1/4 and 1/8, at equal steps and at equal time.
 
-python benchmarks/compression.py --data enwiki-articles.xml.bz2
+python benchmarks/resolutions.py --data enwiki-articles.xml.bz2
 
-Writes compression.json run by run, and goes on from it; --report makes the table of what it holds. All have the recipe
+Writes resolutions.json run by run, and goes on from it; --report makes the table of what it holds. All have the recipe
 of the cpu preset, and the flat model as many layers as cost what the preset's do. How time is shared out: paced.py.
 """
 
@@ -23,7 +23,7 @@ from simple_hierarchical_transformer.training import cost
 from simple_hierarchical_transformer.training.settings import PRESETS
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / 'compression.json'
+RESULTS = HERE / 'resolutions.json'
 PRESET = PRESETS['cpu']
 LENGTH, BATCH = PRESET['seq_len'], PRESET['batch_size']
 FLAT = '1, window of 64'
