@@ -135,12 +135,12 @@ def goals(runs: Runs) -> list[str]:
     return lines
 
 
-def fewer_bits(runs: Runs) -> dict[float, dict[int, float]]:
-    """By budget and context, what the preset has fewer than our flat model, where there is more than one context."""
+def fewer_bits(runs: Runs, other: str) -> dict[float, dict[int, float]]:
+    """By budget and context, what the preset has fewer than `other`, where there is more than one context."""
     found: dict[float, dict[int, float]] = defaultdict(dict)
     for (seq_len, minutes), by in grouped(runs).items():
-        if by.keys() >= {race.PRESET.name, race.FLAT.name}:
-            found[minutes][seq_len] = fewer(by[race.PRESET.name], by[race.FLAT.name])
+        if by.keys() >= {race.PRESET.name, other}:
+            found[minutes][seq_len] = fewer(by[race.PRESET.name], by[other])
     return {minutes: each for minutes, each in found.items() if len(each) > 1}
 
 
@@ -148,19 +148,24 @@ def by_context(runs: Runs) -> list[str]:
     """What longer contexts make of ours, for the README as well."""
     groups = grouped(runs)
     names = [each.name for each in race.OURS]
+    others = {name: fewer_bits(runs, name) for name in names if name != race.PRESET.name}
+    to_others = ' | '.join(f'the preset to {name.removeprefix("ours, ")}' for name in others)
     lines = [
-        f'| context, bytes | minutes | {" | ".join(f"**{name}**" for name in names)} | the preset to flat |',
-        f'|---|---|{"---|" * len(names)}---|',
+        f'| context, bytes | minutes | {" | ".join(f"**{name}**" for name in names)} | {to_others} |',
+        f'|---|---|{"---|" * (len(names) + len(others))}',
     ]
-    for minutes, lengths in fewer_bits(runs).items():
-        for seq_len, less in lengths.items():
-            by = groups[seq_len, minutes]
-            cells = [
-                f'{mean_of(found):.3f} ({mean_of(found, "bytes") / 1e6:.1f} MB)' if found else ''
-                for found in map(by.get, names)
-            ]
-            lines.append(f'| {seq_len:,} | {minutes:g} | {" | ".join(cells)} | {-less:+.1f} % |')
-    return ['Bits per byte, and how much text was read in the time:', '', *lines, ''] if len(lines) > 2 else []
+    for minutes, seq_len in sorted({(m, n) for found in others.values() for m, each in found.items() for n in each}):
+        by = groups[seq_len, minutes]
+        cells = [
+            f'{mean_of(by[name]):.3f} ({mean_of(by[name], "bytes") / 1e6:.1f} MB)' if name in by else ''
+            for name in names
+        ]
+        for found in others.values():
+            less = found.get(minutes, {}).get(seq_len)
+            cells.append('' if less is None else f'{-less:+.1f} %')
+        lines.append(f'| {seq_len:,} | {minutes:g} | {" | ".join(cells)} |')
+    told = 'Bits per byte, in windows of the context, and how much text was read in the time:'
+    return [told, '', *lines, ''] if len(lines) > 2 else []
 
 
 def draw_by_minutes(axes: Any, runs: Runs) -> None:
@@ -177,16 +182,18 @@ def draw_by_minutes(axes: Any, runs: Runs) -> None:
     label_ticks(axes, {minutes for found in scores.values() for minutes in found})
 
 
-def draw_by_context(axes: Any, by_budget: dict[float, dict[int, float]]) -> None:
+def draw_by_context(axes: Any, others: dict[str, dict[float, dict[int, float]]]) -> None:
     axes.axhline(0, color='tab:gray', linewidth=1)
-    for minutes, lengths in by_budget.items():
-        axes.plot(*zip(*lengths.items(), strict=True), marker='o', label=f'{minutes:g} minutes')
+    for (name, by_budget), style in zip(others.items(), ('-', '--'), strict=True):
+        for minutes, lengths in by_budget.items():
+            label = f'{name.removeprefix("ours, ")}, {minutes:g} minutes'
+            axes.plot(*zip(*lengths.items(), strict=True), marker='o', linestyle=style, label=label)
     axes.set(
         xscale='log',
         xlabel='context of training, bytes',
-        ylabel='% fewer bits of the cpu preset\nthan of our flat model with full attention',
+        ylabel='% fewer bits of the cpu preset than of our flat model',
     )
-    label_ticks(axes, {seq_len for lengths in by_budget.values() for seq_len in lengths})
+    label_ticks(axes, {n for found in others.values() for each in found.values() for n in each})
 
 
 def label_ticks(axes: Any, at: set[Any]) -> None:
@@ -199,10 +206,11 @@ def label_ticks(axes: Any, at: set[Any]) -> None:
 def draw_race(runs: Runs, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    if by_budget := fewer_bits(runs):
+    others = {name: fewer_bits(runs, name) for name in (race.FLAT.name, race.WINDOWED.name)}
+    if any(others.values()):
         figure = Figure(figsize=(12, 4.5), layout='constrained')
         left, right = figure.subplots(1, 2, width_ratios=[5, 3])
-        draw_by_context(right, by_budget)
+        draw_by_context(right, others)
     else:
         figure = Figure(figsize=(8, 4.5), layout='constrained')
         left = figure.subplots()
@@ -248,7 +256,8 @@ def protocol(runs: Runs) -> str:
         f'at random, {race.BATCH} a step, AdamW, warm-up over 3 % and a cosine down to a tenth, and of the published '
         'package its own auxiliary losses. Ours: train.py, which reads the corpus in passes. Spreads are standard '
         'deviations over seeds. Pace is that of a product of matrices '
-        f'before and after each run, {min(paces):.0f} to {max(paces):.0f} GFLOP/s in all: the machine is shared.'
+        f'before and after each run, {min(paces):.0f} to {max(paces):.0f} GFLOP/s in all: the machine is shared. Peers '
+        'have sizes of their documentation and one batch size; ours come of the trials in notes.md.'
     )
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from simple_hierarchical_transformer import HierarchicalTransformer
+from simple_hierarchical_transformer.training import cost
 
 
 @pytest.fixture
@@ -130,6 +133,18 @@ def test_what_other_scripts_measured_is_in_the_report(
 def test_slopes_of_a_power_law_are_found(modules: tuple[Any, Any]) -> None:
     found = modules[1].scaling.slope([(x, 3 * x**-0.1) for x in (1e10, 1e11, 1e12)])
     assert found == pytest.approx((3, 0.1))
+
+
+def test_memory_on_paper_is_that_of_fused_attention(modules: tuple[Any, Any]) -> None:
+    """The plan counts on 'meta', where nothing is computed, what a real pass keeps."""
+    plan = modules[1].plan
+    sizes = dict(seq_len=1024, dim=(32, 64), depth=(2, 3), heads=(1, 2), ngram_rows=256)
+    kept = {}
+    for device in ('cpu', 'meta'):
+        with torch.device(device), plan.Fused() if device == 'meta' else nullcontext():
+            model = HierarchicalTransformer(**{**plan.COMMON, **sizes})
+            kept[device] = cost.bytes_kept(model, torch.zeros(1, 1025, dtype=torch.long), return_loss=True)
+    assert kept['meta'] == pytest.approx(kept['cpu'], rel=0.05)
 
 
 def test_what_was_missed_is_called_so(modules: tuple[Any, Any], results: Path, tmp_path: Path) -> None:
