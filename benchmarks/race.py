@@ -267,7 +267,7 @@ class Race:
         return dict(json.loads(printed.splitlines()[-1]), peak_bytes=memory)
 
     def ours(self, contestant: Contestant, run: Run) -> dict[str, Any]:
-        """By train.py as a user runs it, whose clock includes its own validation."""
+        """By train.py as a user runs it."""
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / 'run'
             command = [

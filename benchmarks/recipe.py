@@ -38,6 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     'AdamW at 3e-3 in place of Muon': trained(optimizer='adamw', lr=3e-3),
     'tables at the rate of matrices': trained(table_lr=PRESET['train']['lr']),
     'a cosine down to a tenth': trained(schedule='cosine'),
+    'averaged weights': trained(ema=0.99),
     'no norm of queries and keys': dict(mixer_kwargs=None),
     'GELU': dict(ff_activation='gelu'),
     'random beginnings': dict(zero_init=False),

@@ -109,7 +109,7 @@ def goals(runs: Runs) -> list[str]:
         peers = {name: mean_of(found) for name, found in by.items() if not is_ours(name)}
         if preset in by and peers:
             best = min(peers, key=peers.__getitem__)
-            less = round(fewer(by[preset], by[best]), 1)
+            less = round(fewer(by[preset], by[best]), 6)
             lines.append(
                 f'| {wanted} % fewer bits than the best peer after {minutes:g} minutes | {less:.1f} % fewer than '
                 f'{best}{"" if less >= wanted else ": missed"} |'
@@ -118,7 +118,7 @@ def goals(runs: Runs) -> list[str]:
         for minutes in (10.0, 30.0):
             by = groups.get((seq_len, minutes), {})
             if preset in by and flat in by:
-                less = round(fewer(by[preset], by[flat]), 1)
+                less = round(fewer(by[preset], by[flat]), 6)
                 lines.append(
                     f'| {wanted} % fewer bits than our flat model, {minutes:g} minutes, {seq_len:,} bytes | '
                     f'{abs(less):.1f} % {"fewer" if less >= 0 else "more"}{"" if less >= wanted else ": missed"} |'

@@ -113,15 +113,20 @@ class Batches(Dataset):
         count = torch.tensor(self.counts)[which]
         return which, number // count, number % count
 
-    def readings(self, step: int) -> float:
-        """How often, on the average, what that step reads was read before."""
-        return self.turns(step)[1].double().mean().item()
-
-    def __getitem__(self, step: int) -> Tensor:
+    def own(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`turns` of this process's rows."""
         # every process counts for all, so that how many there are changes nothing
         index, count = self.part
         mine = slice(self.rows // count * index, self.rows // count * (index + 1))
-        which, passed, number = (each[mine] for each in self.turns(step))
+        which, passed, number = self.turns(step)
+        return which[mine], passed[mine], number[mine]
+
+    def readings(self, step: int) -> Tensor:
+        """How often what each of this process's rows reads in that step was read before: `(rows,)`."""
+        return self.own(step)[1]
+
+    def __getitem__(self, step: int) -> Tensor:
+        which, passed, number = self.own(step)
         ids = torch.empty(len(which), self.seq_len + 1, dtype=torch.int64)
         for i, turn in {*zip(which.tolist(), passed.tolist(), strict=True)}:
             rows = (which == i) & (passed == turn)

@@ -160,8 +160,8 @@ class NGramEmbedding(ContextEmbedding):
         rows: of each table, a power of two.
         dropout: share of the vectors that training leaves out, each by chance, the others grown in turn. A table keeps
             what followed each rare n-gram, and from the second reading of a text on that is mistaken for knowledge.
-            So its odds grow with how often a text was read before: `readings`, a buffer. That is 1, unless whoever
-            trains knows better, as train.py does; at 0, a first reading, nothing is left out.
+            So its odds grow with how often a text was read before: `readings`, of all or of each row, `(batch,)`.
+            That is 1, unless whoever trains knows better, as train.py does; at 0, a first reading, nothing is left out.
         words: how many words a n-gram of words has, the one that is being read among them, each at least 1. Its ids
             are bytes.
     """
@@ -171,9 +171,9 @@ class NGramEmbedding(ContextEmbedding):
     ) -> None:
         super().__init__(dim, Contexts.among(orders, words), rows)
         self.dropout = dropout
-        # a tensor, so that a compiled step is not compiled anew for each number
-        self.readings: Tensor
-        self.register_buffer('readings', torch.ones(()), persistent=False)
+        # no buffer: each process has rows of its own, and wrappers make buffers the same in all. Of each row as a
+        # tensor, so that a compiled step is not compiled anew for each number
+        self.readings: Tensor | float = 1.0
 
     def forward(self, hashes: Tensor) -> Tensor:  # type: ignore[override]
         """`(batch, n, dim)` for what ends at each of n ids, whose numbers `hashes` are: `(batch, n, contexts)`."""
@@ -181,7 +181,8 @@ class NGramEmbedding(ContextEmbedding):
         weights = None
         # what is scored or written on the way through a training run is without gradients
         if self.dropout and self.training and torch.is_grad_enabled():
-            odds = self.readings * self.dropout / (1 - self.dropout)
+            readings = torch.as_tensor(self.readings, dtype=self.weight.dtype, device=rows.device).view(-1, 1, 1)
+            odds = readings * self.dropout / (1 - self.dropout)
             weights = (torch.rand(rows.shape, device=rows.device) * (1 + odds) < 1).to(self.weight.dtype) * (1 + odds)
         return self.look_up(rows, weights)
 
