@@ -225,11 +225,12 @@ class Run:
         position = before[0].position if before[0] else 0
         counts = self.all_reduce(self.model.count_targets(ids, position=position).to(self.device))
 
-        readings = self.batches.readings(self.progress.step).to(self.device, torch.float32)
+        if self.model.ngram_emb is not None:
+            readings = self.batches.readings(self.progress.step).to(self.device).chunk(self.s.grad_accum)
         self.states, losses = [], torch.zeros(len(self.losses), device=self.device)
         for i, batch in enumerate(ids.chunk(self.s.grad_accum)):
             if self.model.ngram_emb is not None:
-                self.model.ngram_emb.readings = readings.chunk(self.s.grad_accum)[i]
+                self.model.ngram_emb.readings = readings[i]
             with nullcontext() if i == self.s.grad_accum - 1 else self.accelerator.no_sync(self.wrapped):
                 extra: dict[str, Any] = {}
                 if self.s.segment_length:

@@ -133,6 +133,13 @@ def add_arguments(
     parser.add_argument('--report', action='store_true', help='train nothing')
 
 
+def refuse_others(path: Path, held: Mapping[str, Any], asked: Mapping[str, Any], way_out: str) -> None:
+    """Ends where what `path` holds was made on other terms than those that are asked."""
+    made = {name: held.get(name) for name in asked}
+    if made != asked:
+        sys.exit(f'{path} was made with {made}, and now is asked {asked}: {way_out}')
+
+
 def open_results(path: Path, args: argparse.Namespace, *names: str) -> dict[str, Any]:
     """What `path` holds, or a beginning of it. Refused where it was made with other arguments than `names` now have."""
     if path.exists():
@@ -142,8 +149,8 @@ def open_results(path: Path, args: argparse.Namespace, *names: str) -> dict[str,
     else:
         held = {}
     asked = {name: getattr(args, name) for name in names} | dict(data=Path(args.data).name)
-    if not args.report and held and asked != {key: held[key] for key in asked}:
-        sys.exit(f'{path} was made with { ({key: held[key] for key in asked}) }: move it away to begin anew')
+    if not args.report and held:
+        refuse_others(path, held, asked, 'move it away to begin anew')
     return held or dict(**asked, machine=machine(), runs={})
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from contestants import matmul_pace, read_bytes, windowed_bits
+from paced import refuse_others
 from resolutions import flat
 from side_by_side import ROOT, machine
 from torch import Tensor
@@ -144,9 +145,7 @@ class Results:
         if not path.exists():
             return None
         found = json.loads(path.read_text())
-        made = {name: found.get(name) for name in self.terms}
-        if made != self.terms:
-            sys.exit(f'{path} was made with {made}, and now is asked {self.terms}: give another --results')
+        refuse_others(path, found, self.terms, 'give another --results')
         return found
 
     def all(self) -> list[dict[str, Any]]:
