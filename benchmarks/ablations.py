@@ -23,9 +23,6 @@ from simple_hierarchical_transformer.training.report import write_text
 from simple_hierarchical_transformer.training.scores import bits_per_byte
 from simple_hierarchical_transformer.training.sources import load_sources
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / 'ablations.json'
-
 # losses off, as in the cpu preset, so that each can be told from the others
 BASE: dict[str, Any] = dict(
     dim=128, depth=2, heads=2, hierarchies=(1, 4, 16), hierarchical_stride=(1, 4, 16), window_sizes=(64, None, None),
@@ -74,7 +71,7 @@ def silence(model: HierarchicalTransformer, args: argparse.Namespace) -> dict[st
     return {', '.join(f'{c}x' for c in levels): score(*levels) for levels in (*((c,) for c in others), others)}
 
 
-def report(held: dict[str, Any]) -> None:
+def report(held: dict[str, Any], folder: Path) -> None:
     base = held['runs'][DEFAULT]
     silent = [run['silent'] for run in base.values()]
     plain = statistics.mean(run['bits'] for run in base.values())
@@ -94,8 +91,8 @@ def report(held: dict[str, Any]) -> None:
         f'| none | {plain:.3f} |',
         *(f'| {levels} | {statistics.mean(s[levels] for s in silent):.3f} |' for levels in silent[0]),
     ]
-    write_text(HERE / 'ablations.md', '\n'.join(lines) + '\n')
-    paced.draw(HERE / 'ablations.png', held, DEFAULT)
+    write_text(folder / 'ablations.md', '\n'.join(lines) + '\n')
+    paced.draw(folder / 'ablations.png', held, DEFAULT)
 
 
 def main() -> None:
@@ -107,7 +104,8 @@ def main() -> None:
         return dict(silent=silence(model, args)) if name == DEFAULT else {}
 
     options = {name: {**BASE, **changes} for name, changes in OPTIONS.items()}
-    report(paced.run_all(args, options, DEFAULT, RESULTS, length=LENGTH, batch=BATCH, look=look))
+    held = paced.run_all(args, options, DEFAULT, args.out / 'ablations.json', length=LENGTH, batch=BATCH, look=look)
+    report(held, args.out)
 
 
 if __name__ == '__main__':

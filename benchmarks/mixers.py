@@ -20,9 +20,6 @@ from side_by_side import machine, timed, writing
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.training.report import replace_file, write_text
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / 'mixers.json'
-COSTS = HERE / 'mixers_costs.json'
 LENGTH, BATCH = 1024, 1
 
 # one level: what a mixer can do alone
@@ -88,7 +85,7 @@ def written(settings: dict[str, Any], *, context: int) -> dict[str, float]:
     )
 
 
-def report(held: dict[str, Any], costs: dict[str, Any]) -> None:
+def report(held: dict[str, Any], costs: dict[str, Any], folder: Path) -> None:
     lines = [
         '# What each mixer is worth, and what it costs',
         '',
@@ -111,12 +108,12 @@ def report(held: dict[str, Any], costs: dict[str, Any]) -> None:
         wrote = cost['writing']
         lines.append(f'| {name} | {" | ".join(times)} | {wrote["bytes_a_second"]:.0f} | {wrote["state"] / 1000:,.0f} |')
     lines += ['', '![time of a layer by length](mixers_by_length.png)']
-    write_text(HERE / 'mixers.md', '\n'.join(lines) + '\n')
-    paced.draw(HERE / 'mixers.png', held, DEFAULT)
-    draw_lengths(costs['found'])
+    write_text(folder / 'mixers.md', '\n'.join(lines) + '\n')
+    paced.draw(folder / 'mixers.png', held, DEFAULT)
+    draw_lengths(costs['found'], folder / 'mixers_by_length.png')
 
 
-def draw_lengths(costs: dict[str, Any]) -> None:
+def draw_lengths(costs: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout='constrained')
@@ -129,7 +126,7 @@ def draw_lengths(costs: dict[str, Any]) -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, ncols=2)
-    replace_file(HERE / 'mixers_by_length.png', lambda partial: figure.savefig(partial, dpi=120, format='png'))
+    replace_file(path, lambda partial: figure.savefig(partial, dpi=120, format='png'))
 
 
 def main() -> None:
@@ -138,7 +135,8 @@ def main() -> None:
     parser.add_argument('--lengths', type=int, nargs='+', default=LENGTHS, help='at which a layer is timed')
     args = parser.parse_args()
 
-    costs: dict[str, Any] = json.loads(COSTS.read_text()) if COSTS.exists() else dict(machine=machine(), found={})
+    path = args.out / 'mixers_costs.json'
+    costs: dict[str, Any] = json.loads(path.read_text()) if path.exists() else dict(machine=machine(), found={})
     if not args.report:
         for name in args.only or OPTIONS:
             if name in MIXERS and name not in costs['found']:
@@ -146,10 +144,11 @@ def main() -> None:
                     ms=by_length(OPTIONS[name], tuple(args.lengths)),
                     writing=written(OPTIONS[name], context=1024),
                 )
-                write_text(COSTS, json.dumps(costs, indent=1) + '\n')
+                write_text(path, json.dumps(costs, indent=1) + '\n')
                 print(f'{name}: {", ".join(f"{ms:.0f}" for ms in found["ms"].values())} ms', flush=True)
     options = {name: {**BASE, **changes} for name, changes in OPTIONS.items()}
-    report(paced.run_all(args, options, DEFAULT, RESULTS, length=LENGTH, batch=BATCH), costs)
+    held = paced.run_all(args, options, DEFAULT, args.out / 'mixers.json', length=LENGTH, batch=BATCH)
+    report(held, costs, args.out)
 
 
 if __name__ == '__main__':

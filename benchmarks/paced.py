@@ -11,6 +11,8 @@ import csv
 import inspect
 import json
 import math
+import os
+import random
 import statistics
 import subprocess
 import sys
@@ -24,12 +26,17 @@ from side_by_side import ROOT, machine, timed
 from torch import nn
 
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.training.optim import build_optimizer
+from simple_hierarchical_transformer.batches import split_bytes
+from simple_hierarchical_transformer.training.optim import WeightAverage, build_optimizer
 from simple_hierarchical_transformer.training.report import replace_file, write_text
 from simple_hierarchical_transformer.training.settings import PRESETS, flag
+from simple_hierarchical_transformer.training.sources import load_sources
 
-# rounds of the clock, and steps in each
-ROUNDS, STEPS = 21, 3
+HERE = Path(__file__).resolve().parent
+# of the clock
+ROUNDS = 61
+# the figures are the processor's; a model that found a GPU would be another one, in another precision
+CPU = dict(ACCELERATE_USE_CPU='true', CUDA_VISIBLE_DEVICES='')
 
 # arguments of the model, and under `train` those of train.py
 Options = Mapping[str, dict[str, Any]]
@@ -54,32 +61,53 @@ def of_preset(name: str) -> dict[str, Any]:
     return {**preset['model'], 'train': {key: preset[key] for key in names if key in preset}}
 
 
-def pace(options: Options, default: str, *, length: int, batch: int) -> tuple[float, dict[str, float]]:
-    """Milliseconds of a step of the default, and how many times that a step of each takes: medians over rounds."""
-    steps = {}
+def pace(options: Options, default: str, *, data: str, length: int, batch: int) -> tuple[float, dict[str, float]]:
+    """Milliseconds of a step of the default, and how many times that a step of each takes.
+
+    Medians over rounds, in each of which all take a step on text of `data`, in an order of chance, and times are those
+    relative to the round. What computes the same counts as one.
+    """
+    [corpus], _ = load_sources([data], ROOT / 'data', text_key='text', say=print)
+    text = corpus.data[: split_bytes(len(corpus), seq_len=length)['train'].stop]
+    works, steps = {}, {}
     for name, option in options.items():
         settings, flags = split(option)
+        averages = flags.get('ema')
+        works[name] = work = repr((sorted(settings.items()), flags['optimizer'], bool(averages)))
+        if work in steps:
+            continue
         torch.manual_seed(0)
         model = HierarchicalTransformer(num_tokens=256, ignore_index=-1, seq_len=length, **settings)
         optimizer = build_optimizer(model, flags['optimizer'], lr=1e-4, weight_decay=0.1)
+        average = WeightAverage(model, averages) if averages else None
 
-        def step(model: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
+        def step(
+            model: nn.Module = model,
+            optimizer: torch.optim.Optimizer = optimizer,
+            average: WeightAverage | None = average,
+        ) -> None:
             clipped = [p for group in optimizer.param_groups if group['rule'] != 'rows' for p in group['params']]
-            for _ in range(STEPS):
-                model(torch.randint(0, 256, (batch, length + 1)), return_loss=True)[0].backward()
-                nn.utils.clip_grad_norm_(clipped, 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
+            starts = torch.randint(len(text) - length, (batch,))
+            model(text[starts[:, None] + torch.arange(length + 1)].long(), return_loss=True)[0].backward()
+            nn.utils.clip_grad_norm_(clipped, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if average:
+                average.update()
 
         step()
-        steps[name] = step
-    seconds: dict[str, list[float]] = {name: [] for name in options}
+        steps[work] = step
+    base, order, chance = works[default], list(steps), random.Random(0)
+    seconds: list[float] = []
+    shares: dict[str, list[float]] = {work: [] for work in steps}
     for _ in range(ROUNDS):
-        for name, step in steps.items():
-            seconds[name].append(timed(step)[0] / STEPS)
-    base = seconds[default]
-    ratios = {name: [a / b for a, b in zip(found, base, strict=True)] for name, found in seconds.items()}
-    return 1000 * statistics.median(base), {name: statistics.median(found) for name, found in ratios.items()}
+        chance.shuffle(order)
+        found = {work: timed(steps[work])[0] for work in order}
+        seconds.append(found[base])
+        for work, each in found.items():
+            shares[work].append(each / sum(found.values()))
+    middle = {work: statistics.median(each) for work, each in shares.items()}
+    return 1000 * statistics.median(seconds), {name: middle[work] / middle[base] for name, work in works.items()}
 
 
 def train(
@@ -103,7 +131,7 @@ def train(
             *(text for name, value in flags.items() if value is not None for text in (flag(name), str(value))),
             '--out', str(out), '--model', *(f'{key}={value}' for key, value in model.items()),
         ]  # fmt: skip
-        result = subprocess.run(command, capture_output=True, text=True)
+        result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **CPU})
         if result.returncode:
             sys.exit(f'{option}, seed {seed}: {result.stderr[-2000:]}')
         with open(out / 'metrics.csv') as file:
@@ -130,6 +158,7 @@ def add_arguments(
     parser.add_argument('--valid-bytes', type=int, default=1 << 15)
     if options is not None:
         parser.add_argument('--only', nargs='+', choices=options, help='some of the options, and the default')
+    parser.add_argument('--out', type=Path, default=HERE, help='folder of the results, and of what is made of them')
     parser.add_argument('--report', action='store_true', help='train nothing')
 
 
@@ -159,11 +188,18 @@ def save(path: Path, held: dict[str, Any]) -> None:
 
 
 def steps_in_time(
-    held: dict[str, Any], path: Path, options: Options, default: str, *, length: int, batch: int
+    held: dict[str, Any],
+    path: Path,
+    options: Options,
+    default: str,
+    args: argparse.Namespace,
+    *,
+    length: int,
+    batch: int,
 ) -> dict[str, int]:
     """How many steps of each option fit into the minutes that were asked. What was timed before stays as it was."""
     if set(options) - set(held.setdefault('pace', {})):
-        ms, ratios = pace(options, default, length=length, batch=batch)
+        ms, ratios = pace(options, default, data=args.data, length=length, batch=batch)
         held['ms'], held['pace'] = held.get('ms', ms), ratios | held['pace']
         save(path, held)
     return {name: max(round(60_000 * held['minutes'] / (held['ms'] * held['pace'][name])), 1) for name in options}
@@ -211,7 +247,7 @@ def run_all(
     if not args.report:
         names = list(dict.fromkeys([default, *(args.only or options)]))
         chosen = {name: options[name] for name in names}
-        steps = steps_in_time(held, path, chosen, default, length=length, batch=batch)
+        steps = steps_in_time(held, path, chosen, default, args, length=length, batch=batch)
         train_all(held, path, chosen, steps, args, length=length, batch=batch, look=look)
     if not held['runs'].get(default):
         sys.exit(f'{path} has no run of the default to compare with')
@@ -291,8 +327,8 @@ def protocol(held: dict[str, Any], script: str, base: dict[str, Any], default: s
         f'benchmarks/{script} --data {held["data"]} --minutes {minutes:g} --seeds {len(runs[default])}`.\n\n'
         f'All runs are by `train.py {learning}` ({batch} x {length} bytes a step), {held["valid_bytes"]:,} bytes '
         f'of the validation split, in windows of {length}, with the model {sizes}, and one option changed. Steps were '
-        f'timed first, all options in turns ({ROUNDS} rounds of {STEPS} steps, the median ratio to the default), and '
-        'each option then had as many as fit into the time at its pace: it pays for what it costs, and not for what '
+        f'timed first, all options in turns ({ROUNDS} rounds, medians), and each '
+        'option then had as many as fit into the time at its pace: it pays for what it costs, and not for what '
         f'else the machine had to do. Sorted by the difference. A mean within {reach:.3f} of the default is called '
         'chance: 2.7 standard errors, by the spread of all differences together.'
     )

@@ -78,7 +78,7 @@ def row(name: str, settings: dict[str, Any]) -> str:
     cells = [
         name, f'{settings["dim"]}, {settings["depth"]}', f'{(total - tables) / 1e9:.2f} + {tables / 1e9:.2f}',
         f'{flops / 1e9:.2f}', f'{state / 1e9:.0f}', f'{kept / 1e9:.1f}', share, f'{rows}',
-        f'{learn / 1e9:.0f}', f'{days:.1f}',
+        f'{learn / 1e9:.0f}', f'{days:.1f}' if days > 1 else f'{24 * days:.1f} hours',
     ]  # fmt: skip
     return f'| {" | ".join(cells)} |'
 

@@ -3,7 +3,8 @@
 python benchmarks/race.py --data enwiki-articles.xml.bz2
 
 Each run is a process of its own, that of a peer in a virtual environment of its own, and leaves a file in race/: the
-race goes on where it stopped. --for MINUTES begins no run that would not end in that time, --plan says what is left.
+race goes on where it stopped. What a contestant is made of is not kept: whoever changes one begins anew, with another
+--results. --for MINUTES begins no run that would not end in that time, --plan says what is left.
 Trains on the first 90 % of the corpus, chooses by the next 5 %, and reports the last 5 %.
 """
 
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 from contestants import matmul_pace, read_bytes, windowed_bits
-from paced import refuse_others
+from paced import CPU, refuse_others
 from resolutions import flat
 from side_by_side import ROOT, machine
 from torch import Tensor
@@ -88,7 +89,7 @@ class Run:
 
 
 PUBLISHED = 'simple-hierarchical-transformer==0.4.0'
-# widths and depths as their documentation has them in small: 3 to 13 M parameters
+# shapes of their documentation in smaller sizes: 3.5 to 9.5 M parameters
 PEERS = [
     Contestant('published, flat', PUBLISHED, 'published', dict(dim=256, depth=4, heads=4)),
     Contestant('published, 1/2', PUBLISHED, 'published', dict(dim=256, depth=4, heads=4, hierarchies=(1, 2))),
@@ -276,7 +277,7 @@ class Race:
                 *LENGTHS[run.seq_len], *contestant.options,
             ]  # fmt: skip
             before = matmul_pace()
-            _, memory = call(command, PYTHONPATH=str(ROOT), OMP_NUM_THREADS=str(self.threads))
+            _, memory = call(command, **CPU, PYTHONPATH=str(ROOT), OMP_NUM_THREADS=str(self.threads))
             pace = [before, matmul_pace()]
             with open(out / 'metrics.csv') as file:
                 last = list(csv.DictReader(file))[-1]

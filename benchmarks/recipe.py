@@ -9,14 +9,11 @@ are compared: paced.py.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import paced
 from resolutions import BATCH, LENGTH, flat
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / 'recipe.json'
 PRESET = paced.of_preset('cpu')
 DEFAULT = 'the preset'
 
@@ -34,7 +31,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     'no recall': dict(recall=(), word_recall=()),
     'no recall of words': dict(word_recall=()),
     'recall of 4, 6 and 10': dict(recall=(4, 6, 10)),
-    'n-grams without dropout': dict(ngram_dropout=0.0),
     'AdamW at 3e-3 in place of Muon': trained(optimizer='adamw', lr=3e-3),
     'tables at the rate of matrices': trained(table_lr=PRESET['train']['lr']),
     'a cosine down to a tenth': trained(schedule='cosine'),
@@ -56,8 +52,8 @@ def main(argv: list[str] | None = None) -> None:
     paced.add_arguments(parser, seeds=2, minutes=2.5, options=OPTIONS)
     args = parser.parse_args(argv)
     options = {name: {**PRESET, **changes} for name, changes in OPTIONS.items()}
-    held = paced.run_all(args, options, DEFAULT, RESULTS, length=LENGTH, batch=BATCH)
-    paced.draw(HERE / 'recipe.png', held, DEFAULT)
+    held = paced.run_all(args, options, DEFAULT, args.out / 'recipe.json', length=LENGTH, batch=BATCH)
+    paced.draw(args.out / 'recipe.png', held, DEFAULT)
     print('\n'.join(paced.table(held, OPTIONS, DEFAULT)))
 
 

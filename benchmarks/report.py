@@ -1,7 +1,7 @@
 """The report of what the library reaches: report.md with its pictures, and the headline in README.md.
 
-python benchmarks/report.py                             from the results of race.py and the scripts named in it
-python benchmarks/report.py --log-with wandb            and each run of the race to a tracker
+python benchmarks/report.py --readme README.md                      of the results in this folder
+python benchmarks/report.py --folder mine --log-with wandb          of others, and each run to a tracker
 
 Trains nothing: each section says which command made what it shows.
 """
@@ -13,7 +13,8 @@ import json
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,9 @@ import recipe
 import resolutions
 import scaling
 from accelerate import Accelerator
-from side_by_side import ROOT
 
 from simple_hierarchical_transformer.training.report import replace_file, write_text
-from simple_hierarchical_transformer.training.trackers import TRACKERS, check_trackers
+from simple_hierarchical_transformer.training.trackers import PROJECT, TRACKERS, check_trackers
 
 HERE = Path(__file__).resolve().parent
 BEGIN, END = '<!-- race: made by benchmarks/report.py -->', '<!-- end of race -->'
@@ -58,6 +58,11 @@ def mean_of(runs: Runs, name: str = 'bits') -> float:
     return statistics.mean(run[name] for run in runs)
 
 
+def bits_of(runs: Runs) -> str:
+    """Their mean, and its spread where there are several."""
+    return paced.plus_minus([run['bits'] for run in runs])
+
+
 def fewer(runs: Runs, others: Runs) -> float:
     """How many per cent fewer bits `runs` have than `others`, to what floats hold: 2 are 20 % fewer than 2.5."""
     return round(100 * (1 - mean_of(runs) / mean_of(others)), 6)
@@ -83,7 +88,7 @@ def race_tables(runs: Runs) -> list[str]:
             last = found[-1]
             cells = [
                 f'**{name}**' if is_ours(name) else name,
-                paced.plus_minus([run['bits'] for run in found]),
+                bits_of(found),
                 paced.plus_minus([run['streaming_bits'] for run in found]),
                 '' if best is None else f'{100 * (mean_of(found) / best - 1):+.1f} %',
                 str(len(found)),
@@ -102,8 +107,12 @@ def race_tables(runs: Runs) -> list[str]:
 def goals(runs: Runs) -> list[str]:
     """What was aimed at, and what came of it."""
     groups = grouped(runs)
-    preset, flat = race.PRESET.name, race.FLAT.name
-    lines = ['| aim | reached |', '|---|---|']
+    preset, flats = race.PRESET.name, (race.FLAT.name, race.WINDOWED.name)
+    lines = ['| aim | reached | seeds |', '|---|---|---|']
+
+    def seeds(*each: Runs) -> str:
+        return ' and '.join(str(len(found)) for found in each)
+
     for minutes, wanted in ((5.0, 30), (10.0, 30), (30.0, 20)):
         by = groups.get((race.LENGTH, minutes), {})
         peers = {name: mean_of(found) for name, found in by.items() if not is_ours(name)}
@@ -112,25 +121,30 @@ def goals(runs: Runs) -> list[str]:
             less = fewer(by[preset], by[best])
             lines.append(
                 f'| {wanted} % fewer bits than the best peer after {minutes:g} minutes | {less:.1f} % fewer than '
-                f'{best}{"" if less >= wanted else ": missed"} |'
+                f'{best}{"" if less >= wanted else ": missed"} | {seeds(by[preset], by[best])} |'
             )
     for seq_len, wanted in ((1024, 3), (4096, 10), (16384, 20)):
         for minutes in (10.0, 30.0):
             by = groups.get((seq_len, minutes), {})
-            if preset in by and flat in by:
-                less = fewer(by[preset], by[flat])
+            there = [name for name in flats if name in by]
+            if preset in by and there:
+                best = min(there, key=lambda name: mean_of(by[name]))
+                less = fewer(by[preset], by[best])
+                against = '' if len(there) > 1 else ', the only one that was run'
                 lines.append(
-                    f'| {wanted} % fewer bits than our flat model, {minutes:g} minutes, {seq_len:,} bytes | '
-                    f'{abs(less):.1f} % {"fewer" if less >= 0 else "more"}{"" if less >= wanted else ": missed"} |'
+                    f'| {wanted} % fewer bits than our best flat model, {minutes:g} minutes, {seq_len:,} bytes | '
+                    f'{abs(less):.1f} % {"fewer" if less >= 0 else "more"} than {best.removeprefix("ours, ")}{against}'
+                    f'{"" if less >= wanted else ": missed"} | {seeds(by[preset], by[best])} |'
                 )
     long = groups.get((race.LENGTH, 30.0), {})
-    peers_long = [mean_of(found) for name, found in long.items() if not is_ours(name)]
+    peers_long = [found for name, found in long.items() if not is_ours(name)]
     soon = groups.get((race.LENGTH, 4.0), {}).get(preset)
     if peers_long and soon:
-        reached = mean_of(soon) <= min(peers_long)
+        ahead = min(peers_long, key=mean_of)
+        reached = mean_of(soon) <= mean_of(ahead)
         lines.append(
-            f'| in 4 minutes where the best peer is in 30 ({min(peers_long):.3f}) | {mean_of(soon):.3f} after 4 minutes'
-            f'{"" if reached else ": missed"} |'
+            f'| in 4 minutes where the best peer is in 30 ({mean_of(ahead):.3f}) | {mean_of(soon):.3f} after 4 minutes'
+            f'{"" if reached else ": missed"} | {seeds(soon, ahead)} |'
         )
     return lines
 
@@ -159,12 +173,14 @@ def by_context(runs: Runs) -> list[str]:
     for minutes, seq_len in sorted({(m, n) for found in others.values() for m, each in found.items() for n in each}):
         by = groups[seq_len, minutes]
         cells = [
-            f'{mean_of(by[name]):.3f} ({mean_of(by[name], "bytes") / 1e6:.1f} MB)' if name in by else ''
-            for name in names
+            f'{bits_of(by[name])} ({mean_of(by[name], "bytes") / 1e6:.1f} MB)' if name in by else '' for name in names
         ]
         cells += [f'{-fewer(by[race.PRESET.name], by[name]):+.1f} %' if name in by else '' for name in others]
         lines.append(f'| {seq_len:,} | {minutes:g} | {" | ".join(cells)} |')
-    told = 'Bits per byte, in windows of the context, and how much text was read in the time:'
+    told = (
+        'Bits per byte, in windows of the context, and how much text was read in the time; what has no spread is one '
+        'seed:'
+    )
     return [told, '', *lines, ''] if len(lines) > 2 else []
 
 
@@ -227,12 +243,13 @@ def headline(runs: Runs) -> list[str]:
         key=lambda name: min(mean_of(by[name]) for by in groups.values() if name in by),
     )
     lines = [
-        f'| bits per byte after | {" | ".join(f"{minutes:g} minutes" for minutes in budgets)} |',
-        f'|---|{"---|" * len(budgets)}',
+        f'| bits per byte after | parameters, M | {" | ".join(f"{minutes:g} minutes" for minutes in budgets)} |',
+        f'|---|---|{"---|" * len(budgets)}',
     ]
     for name in names:
-        cells = [f'{mean_of(groups[minutes][name]):.3f}' if name in groups[minutes] else '' for minutes in budgets]
-        lines.append(f'| {f"**{name}**" if is_ours(name) else name} | {" | ".join(cells)} |')
+        cells = [bits_of(groups[minutes][name]) if name in groups[minutes] else '' for minutes in budgets]
+        size = next(by[name][-1]['parameters'] for by in groups.values() if name in by)
+        lines.append(f'| {f"**{name}**" if is_ours(name) else name} | {size / 1e6:.1f} | {" | ".join(cells)} |')
     return lines
 
 
@@ -257,7 +274,8 @@ def protocol(runs: Runs) -> str:
         'package its own auxiliary losses. Ours: train.py, which reads the corpus in passes. Spreads are standard '
         'deviations over seeds. Pace is that of a product of matrices '
         f'before and after each run, {min(paces):.0f} to {max(paces):.0f} GFLOP/s in all: the machine is shared. Peers '
-        'have sizes of their documentation and one batch size; ours come of the trials in notes.md.'
+        'have the shapes of their documentation in smaller sizes, one batch size and two learning rates; ours come of '
+        'the trials in notes.md.'
     )
 
 
@@ -266,16 +284,18 @@ def read(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def of_resolutions() -> list[str]:
-    if not (held := read(resolutions.RESULTS)):
+def of_resolutions(folder: Path) -> list[str]:
+    if not (held := read(folder / 'resolutions.json')):
         return []
     return [
         '## 2. A second level in place of full resolution',
         '',
         f'`python benchmarks/resolutions.py --data {held["data"]} --minutes {held["minutes"]:g} --valid-bytes '
-        f'{held["valid_bytes"]}`, {held["machine"]}. All have the recipe of the cpu preset; the flat models have as '
-        'many layers as read the tokens that those of the preset do, rounded up. Equal steps: as many as the first '
-        'has. Equal time: as many as fit into the same time, by the pace of steps that were timed in turns.',
+        f'{held["valid_bytes"]}`, {held["machine"]}. Bits are those of the validation split. All have the recipe of '
+        'the cpu preset; the flat models have as many layers as read the tokens that those of the preset do, rounded '
+        'up. Equal steps: as many as the first has. Equal time: as many as fit into the same time, by the pace of '
+        'steps that were timed in turns. Writing is '
+        f'after {resolutions.LENGTH // 2} bytes, the median of {resolutions.ROUNDS} rounds in turns.',
         '',
         *resolutions.table(held),
         '',
@@ -283,22 +303,26 @@ def of_resolutions() -> list[str]:
 
 
 def of_scaling(folder: Path) -> list[str]:
-    if not (held := read(scaling.RESULTS)):
+    if not (held := read(folder / 'scaling.json')):
         return []
     scaling.draw(held, folder / 'scaling.png')
     return [
         '## 3. Scaling',
         '',
         f'`python benchmarks/scaling.py --data {held["data"]}`, {held["machine"]}. Four sizes, each with four times '
-        'the operations of the one before; all have the recipe of the cpu preset without what it looks up (n-grams and '
-        'recall cost no operations, and in a small corpus hide what layers do).',
+        f'the operations of the one before, with sequences of {scaling.LENGTH:,} bytes, one seed and one learning '
+        'rate; bits are those of the validation split. All have the recipe of the cpu preset without what it looks up, '
+        'since n-grams and recall cost no operations, and say much of what layers would in a small corpus.',
         '',
         '![bits per byte by operations of training](scaling.png)',
         '',
         *scaling.table(held),
         '### Larger models, on paper',
         '',
-        'Counted by `python benchmarks/plan.py`; nothing of it was run.',
+        f'Counted by `python benchmarks/plan.py`; nothing of it was run. Assumed: {plan.BYTES_A_PARAMETER} bytes of '
+        f'text for each parameter that is in no table, accelerators of {plan.MEMORY / 1e9:.0f} GB and '
+        f'{plan.PEAK / 1e12:.0f} TFLOP/s in bfloat16, as their maker gives them, of which {100 * plan.SHARE:.0f} % are '
+        'reached.',
         '',
         *plan.table(),
         '',
@@ -306,7 +330,7 @@ def of_scaling(folder: Path) -> list[str]:
 
 
 def of_recipe(folder: Path) -> list[str]:
-    if not (held := read(recipe.RESULTS)):
+    if not (held := read(folder / 'recipe.json')):
         return []
     paced.draw(folder / 'recipe.png', held, recipe.DEFAULT)
     sizes = dict(length=recipe.LENGTH, batch=recipe.BATCH)
@@ -348,41 +372,68 @@ def sample_text(runs: Runs) -> list[str]:
     ]
 
 
-def track(runs: Runs, names: Sequence[str], folder: Path) -> None:
-    """Each run of the race as a run of a tracker."""
+def labelled(runs: Runs, folder: Path) -> dict[str, dict[str, Any]]:
+    """What was measured in each run, of the race and of the other scripts, by what it is called."""
+    found = {
+        f'race, {run["contestant"]}, {run["seq_len"]} bytes, {run["minutes"]:g} minutes, seed {run["seed"]}': run
+        for run in runs
+    }
+    for section in ('resolutions', 'scaling', 'recipe'):
+        held = read(folder / f'{section}.json') or dict(runs={})
+        for name, by_seed in held['runs'].items():
+            found |= {f'{section}, {name}, seed {seed}': run for seed, run in by_seed.items()}
+    return found
+
+
+def track(runs: Runs, folder: Path, names: Sequence[str]) -> None:
+    """Each run as a run of a tracker, and the pictures as another."""
+    from matplotlib.image import imread
+
     check_trackers(names)
-    for run in runs:
-        accelerator = Accelerator(log_with=list(names), project_dir=folder)
-        label = f'{run["contestant"]}, {run["seq_len"]} bytes, {run["minutes"]:g} minutes, seed {run["seed"]}'
-        config = {key: value for key, value in run.items() if isinstance(value, (int, float, str))}
-        accelerator.init_trackers(
-            'race', config=config, init_kwargs=dict(wandb=dict(name=label), trackio=dict(name=label))
-        )
-        scores = {
-            key: run[key]
-            for key in ('bits', 'streaming_bits', 'valid_bits', 'steps', 'parameters', 'peak_bytes')
-            if key in run
-        }
-        accelerator.log(dict(scores, minutes=run['minutes']), step=run['steps'])
+
+    @contextmanager
+    def tracked(label: str, config: dict[str, Any]) -> Iterator[Accelerator]:
+        # TensorBoard tells runs apart by their folders
+        place = folder / 'tracked' / label.replace('/', '-')
+        accelerator = Accelerator(log_with=list(names), project_dir=place)
+        named = dict(name=label)
+        accelerator.init_trackers(PROJECT, config=config, init_kwargs=dict(wandb=named, trackio=named))
+        yield accelerator
         accelerator.end_training()
+
+    for label, run in labelled(runs, folder).items():
+        numbers = {key: value for key, value in run.items() if isinstance(value, (int, float))}
+        words = {key: value for key, value in run.items() if isinstance(value, str)}
+        with tracked(label, numbers | words) as accelerator:
+            accelerator.log(numbers, step=run['steps'])
+    with tracked('report', {}) as accelerator:
+        for name in ('race', 'scaling', 'recipe'):
+            if (path := folder / f'{name}.png').exists():
+                picture = (255 * imread(path)[None, ..., :3]).astype('uint8')
+                for tracker in accelerator.trackers:
+                    # trackio takes none
+                    if hasattr(tracker, 'log_images'):
+                        layout = dict(dataformats='NHWC') if tracker.name == 'tensorboard' else {}
+                        tracker.log_images({name: picture}, step=0, **layout)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--results', type=Path, default=HERE / 'race')
-    parser.add_argument('--out', type=Path, default=HERE)
-    parser.add_argument('--readme', type=Path, default=ROOT / 'README.md')
+    parser.add_argument('--folder', type=Path, default=HERE, help='of the results, and of what is made of them')
+    parser.add_argument('--readme', type=Path, help='whose section of the race is made anew')
     parser.add_argument('--log-with', nargs='+', choices=TRACKERS)
     args = parser.parse_args(argv)
-    runs = chosen(race.Results(args.results).all())
+    folder = args.folder
+    runs = chosen(race.Results(folder / 'race').all())
     if not runs:
-        sys.exit(f'{args.results} has no results: benchmarks/race.py makes them')
+        sys.exit(f'{folder / "race"} has no results: benchmarks/race.py makes them')
 
-    draw_race(runs, args.out / 'race.png')
+    draw_race(runs, folder / 'race.png')
     lines = [
         '# Report',
         '',
-        'Remade by `python benchmarks/report.py` from the results of the commands that its sections name.',
+        'Remade by `python benchmarks/report.py --readme README.md` from the results of the commands that its sections '
+        'name.',
         '',
         '## 1. The race',
         '',
@@ -394,15 +445,17 @@ def main(argv: list[str] | None = None) -> None:
         '',
         *by_context(runs),
         *race_tables(runs),
-        *of_resolutions(),
-        *of_scaling(args.out),
-        *of_recipe(args.out),
+        *of_resolutions(folder),
+        *of_scaling(folder),
+        *of_recipe(folder),
         *sample_text(runs),
     ]
-    write_text(args.out / 'report.md', '\n'.join(lines))
+    write_text(folder / 'report.md', '\n'.join(lines))
 
-    text = args.readme.read_text()
-    if BEGIN in text:
+    if args.readme:
+        text = args.readme.read_text()
+        if BEGIN not in text:
+            sys.exit(f'{args.readme} has no line {BEGIN}, where the race would go')
         before, rest = text.split(BEGIN, 1)
         after = rest.split(END, 1)[1]
         made = f'Made by `python benchmarks/race.py --data {runs[0]["data"]}` on {machine_of(runs)}.'
@@ -410,7 +463,7 @@ def main(argv: list[str] | None = None) -> None:
         section = [BEGIN, '', *tables, '![the race](benchmarks/race.png)', '', made, '', END]
         write_text(args.readme, before + '\n'.join(section) + after)
     if args.log_with:
-        track(runs, args.log_with, args.out)
+        track(runs, folder, args.log_with)
 
 
 if __name__ == '__main__':

@@ -23,8 +23,6 @@ from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.training import cost
 from simple_hierarchical_transformer.training.report import replace_file
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / 'scaling.json'
 # operations of training, for each size
 COMPUTE = tuple(1e12 * 4**k for k in range(4))
 
@@ -58,13 +56,14 @@ def operations(option: dict[str, Any]) -> float:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    held = paced.open_results(RESULTS, args, 'compute', 'valid_bytes')
+    path = args.out / 'scaling.json'
+    held = paced.open_results(path, args, 'compute', 'valid_bytes')
     if not args.report:
         options = {name: KINDS[kind][size] for name, (kind, size) in RUNS.items()}
         steps = {
             name: max(round(args.compute[RUNS[name][1]] / operations(option)), 1) for name, option in options.items()
         }
-        paced.train_all(held, RESULTS, options, steps, args, length=LENGTH, batch=BATCH)
+        paced.train_all(held, path, options, steps, args, length=LENGTH, batch=BATCH)
     return held
 
 
@@ -102,7 +101,11 @@ def table(held: dict[str, Any]) -> list[str]:
     for kind, points in curves(held).items():
         if len({compute for compute, _ in points}) > 2:
             a, b = slope(points)
-            lines += [f'{kind}: bits = {a:.2f} x operations^-{b:.3f}', '']
+            off = max(abs(bits / (a * compute**-b) - 1) for compute, bits in points)
+            lines += [
+                f'{kind}: bits = {a:.2f} x operations^-{b:.3f}, of which runs are up to {100 * off:.1f} % off',
+                '',
+            ]
     return lines
 
 
@@ -132,8 +135,9 @@ def main(argv: list[str] | None = None) -> None:
     paced.add_arguments(parser, seeds=1)
     parser.set_defaults(valid_bytes=1 << 16)
     parser.add_argument('--compute', type=float, nargs=len(COMPUTE), default=list(COMPUTE), help='of each size')
-    held = run(parser.parse_args(argv))
-    draw(held, HERE / 'scaling.png')
+    args = parser.parse_args(argv)
+    held = run(args)
+    draw(held, args.out / 'scaling.png')
     print('\n'.join(table(held)))
 
 

@@ -25,8 +25,9 @@ def timed(fn: Callable[[], Any]) -> tuple[float, Any]:
 
 def machine() -> str:
     """What the figures were measured with, for the line above a table."""
+    threads = torch.get_num_threads()
     return (
-        f'{time.strftime("%Y-%m-%d")}, {platform.machine()}, {torch.get_num_threads()} threads, '
+        f'{time.strftime("%Y-%m-%d")}, {platform.machine()}, {threads} thread{"s" if threads > 1 else ""}, '
         f'torch {torch.__version__}, float32, no GPU'
     )
 

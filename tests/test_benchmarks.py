@@ -16,12 +16,9 @@ from simple_hierarchical_transformer import HierarchicalTransformer
 
 
 @pytest.fixture
-def ablations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def ablations(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(ROOT / 'benchmarks')
-    module = importlib.import_module('ablations')
-    monkeypatch.setattr(module, 'HERE', tmp_path)
-    monkeypatch.setattr(module, 'RESULTS', tmp_path / 'ablations.json')
-    return module
+    return importlib.import_module('ablations')
 
 
 def test_each_ablation_changes_the_model(ablations: Any) -> None:
@@ -50,7 +47,9 @@ def test_ablations_go_on_where_they_stopped(
     monkeypatch.setattr(ablations.paced, 'ROUNDS', 1)
 
     def ask(*args: object) -> dict[str, Any]:
-        monkeypatch.setattr(sys, 'argv', ['ablations.py', '--data', str(corpus), *map(str, args)])
+        monkeypatch.setattr(
+            sys, 'argv', ['ablations.py', '--data', str(corpus), '--out', str(tmp_path), *map(str, args)]
+        )
         ablations.main()
         return json.loads((tmp_path / 'ablations.json').read_text())['runs']
 
@@ -69,12 +68,21 @@ def test_ablations_go_on_where_they_stopped(
         ask('--minutes', 0.02, '--only', 'default')
 
 
+def test_options_that_compute_the_same_have_one_pace(
+    ablations: Any, monkeypatch: pytest.MonkeyPatch, corpus: Path
+) -> None:
+    monkeypatch.setattr(ablations.paced, 'ROUNDS', 1)
+    plain = dict(dim=8, depth=1, heads=1, dim_head=8)
+    options = dict(plain=plain, faster=plain | dict(train=dict(lr=1.0)), averaged=plain | dict(train=dict(ema=0.9)))
+    ms, ratios = ablations.paced.pace(options, 'plain', data=str(corpus), length=32, batch=1)
+    assert ms > 0
+    assert ratios['faster'] == ratios['plain'] == 1
+    assert ratios['averaged'] != 1
+
+
 def test_mixers_are_timed_trained_and_reported(monkeypatch: pytest.MonkeyPatch, corpus: Path, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(ROOT / 'benchmarks')
     mixers = importlib.import_module('mixers')
-    monkeypatch.setattr(mixers, 'HERE', tmp_path)
-    monkeypatch.setattr(mixers, 'RESULTS', tmp_path / 'mixers.json')
-    monkeypatch.setattr(mixers, 'COSTS', tmp_path / 'mixers_costs.json')
     monkeypatch.setattr(mixers, 'LENGTH', 64)
     monkeypatch.setattr(mixers.paced, 'ROUNDS', 1)
     monkeypatch.setitem(mixers.BASE, 'dim', 8)
@@ -91,7 +99,7 @@ def test_mixers_are_timed_trained_and_reported(monkeypatch: pytest.MonkeyPatch, 
         '--lengths',
         1024,
     )
-    monkeypatch.setattr(sys, 'argv', ['mixers.py', '--data', str(corpus), *map(str, settings)])
+    monkeypatch.setattr(sys, 'argv', ['mixers.py', '--data', str(corpus), '--out', str(tmp_path), *map(str, settings)])
     mixers.main()
     held = json.loads((tmp_path / 'mixers.json').read_text())
     assert 2 < held['runs']['s4d']['0']['bits'] < 9

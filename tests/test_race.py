@@ -101,7 +101,7 @@ def test_a_race_runs_to_its_end_and_goes_on_where_it_stopped(
         assert run['steps'] > 0
         assert run['parameters'] > 0
         assert run['peak_bytes'] > 1 << 20
-        assert '1 threads' in run['machine']
+        assert '1 thread,' in run['machine']
 
     # what was made on other terms is not gone on from
     with pytest.raises(SystemExit, match='give another --results'):

@@ -18,12 +18,8 @@ from simple_hierarchical_transformer.training import cost
 
 
 @pytest.fixture
-def modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Any, Any]:
+def modules(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     monkeypatch.syspath_prepend(ROOT / 'benchmarks')
-    for name in ('resolutions', 'scaling', 'recipe'):
-        module = importlib.import_module(name)
-        monkeypatch.setattr(module, 'HERE', tmp_path)
-        monkeypatch.setattr(module, 'RESULTS', tmp_path / f'{name}.json')
     return importlib.import_module('race'), importlib.import_module('report')
 
 
@@ -55,7 +51,7 @@ def test_the_report_says_who_won_what_was_aimed_at_and_by_which_command(
     _, report = modules
     readme = tmp_path / 'README.md'
     readme.write_text(f'before\n{report.BEGIN}\nold\n{report.END}\nafter\n')
-    report.main(['--results', str(results), '--out', str(tmp_path), '--readme', str(readme)])
+    report.main(['--folder', str(results.parent), '--readme', str(readme)])
     text = (tmp_path / 'report.md').read_text()
     assert '`python benchmarks/race.py --data text.bz2` on 2026-01-01 to 2026-01-02, a machine. ' in text
     assert (tmp_path / 'race.png').stat().st_size > 10_000
@@ -64,19 +60,31 @@ def test_the_report_says_who_won_what_was_aimed_at_and_by_which_command(
     assert '| published, flat | 3.005 ± 0.007 |' in text
     # at the worse learning rate a peer is not shown
     assert '4.0' not in text
-    assert '| 30 % fewer bits than the best peer after 5 minutes | 33.3 % fewer than published, flat |' in text
-    assert '| 3 % fewer bits than our flat model, 10 minutes, 1,024 bytes | 20.0 % fewer |' in text
-    assert '| 20 % fewer bits than our flat model, 30 minutes, 16,384 bytes | 20.0 % fewer |' in text
-    assert '| in 4 minutes where the best peer is in 30 (3.000) | 2.005 after 4 minutes |' in text
+    assert (
+        '| 30 % fewer bits than the best peer after 5 minutes | 33.3 % fewer than published, flat | 2 and 2 |' in text
+    )
+    # held against the better of two flat models, or against the one there is
+    beaten = (
+        '| 3 % fewer bits than our best flat model, 10 minutes, 1,024 bytes | 16.6 % fewer than flat, window of 64 |'
+    )
+    assert beaten in text
+    alone = (
+        '| 20 % fewer bits than our best flat model, 30 minutes, 16,384 bytes | 20.0 % fewer than flat, the only one'
+    )
+    assert alone in text
+    assert '| in 4 minutes where the best peer is in 30 (3.000) | 2.005 after 4 minutes | 2 and 1 |' in text
 
     said = readme.read_text()
     assert said.startswith('before\n')
     assert said.endswith('\nafter\n')
     assert 'old' not in said
-    assert '| **ours, cpu preset** | 2.005 | 2.005 | 2.000 |' in said
+    assert '| **ours, cpu preset** | 1.0 | 2.005 ± 0.007 | 2.005 ± 0.007 | 2.000 |' in said
     # in both, what longer contexts make of it
     for where in (text, said):
-        assert '| 1,024 | 10 | 2.505 (1.0 MB) | 2.405 (1.0 MB) | 2.005 (1.0 MB) | -20.0 % |' in where
+        assert (
+            '| 1,024 | 10 | 2.505 ± 0.007 (1.0 MB) | 2.405 ± 0.007 (1.0 MB) | 2.005 ± 0.007 (1.0 MB) | -20.0 % |'
+            in where
+        )
         assert '| 16,384 | 30 | 2.500 (1.0 MB) |  | 2.000 (1.0 MB) | -20.0 % |' in where
         # not where there is but one length
         assert '| 1,024 | 5 |' not in where
@@ -104,19 +112,19 @@ def test_what_other_scripts_measured_is_in_the_report(
 
     monkeypatch.setattr(paced, 'train', train)
     monkeypatch.setattr(paced, 'pace', pace)
+    costs = dict(kept=1e6, bytes_a_second=100.0)
+    monkeypatch.setattr(resolutions, 'costs', lambda: dict.fromkeys(resolutions.OPTIONS, costs))
     for module in (resolutions, recipe):
-        module.main(['--data', 'text.bz2', '--minutes', '1', '--seeds', '1'])
+        module.main(['--data', 'text.bz2', '--minutes', '1', '--seeds', '1', '--out', str(tmp_path)])
     # a thousand steps of the flat model, and as many of the others or half
     assert [steps for option, steps in asked if option == resolutions.OPTIONS['1, 1/8']] == [500, 1000]
-    scaling.main(['--data', 'text.bz2', '--compute', '1e10', '1e11', '1e12', '1e13'])
+    scaling.main(['--data', 'text.bz2', '--compute', '1e10', '1e11', '1e12', '1e13', '--out', str(tmp_path)])
     small, large = asked[-len(scaling.RUNS)], asked[-1]
     assert small[1] * scaling.operations(small[0]) == pytest.approx(1e10, rel=0.5)
     assert large[1] * scaling.operations(large[0]) == pytest.approx(1e13, rel=0.01)
     trained = len(asked)
 
-    readme = tmp_path / 'README.md'
-    readme.write_text('')
-    report.main(['--results', str(results), '--out', str(tmp_path), '--readme', str(readme)])
+    report.main(['--folder', str(tmp_path)])
     text = (tmp_path / 'report.md').read_text()
     assert len(asked) == trained
     assert [line[:4] for line in text.splitlines() if line.startswith('## ')] == [f'## {k}' for k in (1, 2, 3, 4, 5)]
@@ -127,7 +135,17 @@ def test_what_other_scripts_measured_is_in_the_report(
         assert (tmp_path / f'{name}.png').stat().st_size > 10_000
 
     with pytest.raises(SystemExit, match='was made with'):
-        resolutions.main(['--data', 'text.bz2', '--minutes', '2'])
+        resolutions.main(['--data', 'text.bz2', '--minutes', '2', '--out', str(tmp_path)])
+
+
+def test_costs_of_resolutions_are_measured(modules: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    resolutions = modules[1].resolutions
+    tiny = dict(dim=8, depth=1, heads=1, dim_head=8)
+    for name, value in dict(OPTIONS=dict(one=tiny, two=tiny | dict(depth=2)), LENGTH=32, ROUNDS=1).items():
+        monkeypatch.setattr(resolutions, name, value)
+    found = resolutions.costs()
+    assert found['two']['kept'] > found['one']['kept'] > 0
+    assert all(each['bytes_a_second'] > 0 for each in found.values())
 
 
 def test_slopes_of_a_power_law_are_found(modules: tuple[Any, Any]) -> None:
@@ -152,12 +170,14 @@ def test_what_was_missed_is_called_so(modules: tuple[Any, Any], results: Path, t
     for path in results.glob('ours-cpu-preset*'):
         held = json.loads(path.read_text())
         path.write_text(json.dumps(held | dict(bits=3.1)))
-    readme = tmp_path / 'README.md'
-    readme.write_text('nothing to fill in\n')
-    report.main(['--results', str(results), '--out', str(tmp_path), '--readme', str(readme)])
+    report.main(['--folder', str(results.parent)])
     text = (tmp_path / 'report.md').read_text()
     assert text.count('missed') == text.count('fewer bits than') + 1
     assert '| +24.0 % |' in text
+    readme = tmp_path / 'README.md'
+    readme.write_text('nothing to fill in\n')
+    with pytest.raises(SystemExit, match='where the race would go'):
+        report.main(['--folder', str(results.parent), '--readme', str(readme)])
     assert readme.read_text() == 'nothing to fill in\n'
 
 
@@ -166,10 +186,17 @@ def test_runs_of_the_race_go_to_a_tracker(modules: tuple[Any, Any], results: Pat
     for path in list(results.iterdir())[2:]:
         path.unlink()
     kept = [json.loads(path.read_text()) for path in results.iterdir()]
-    report.track(report.chosen(kept), ['tensorboard'], tmp_path / 'logs')
-    found = []
-    for folder in {path.parent for path in (tmp_path / 'logs').rglob('events*')}:
+    (tmp_path / 'recipe.json').write_text(json.dumps(dict(runs={'GELU': {'0': dict(bits=1.25, steps=3)}})))
+    paced = importlib.import_module('paced')
+    paced.draw(tmp_path / 'recipe.png', dict(runs={'a': {'0': dict(bits=1)}, 'b': {'0': dict(bits=2)}}), 'a')
+    report.track(report.chosen(kept), tmp_path, ['tensorboard'])
+    found, pictures = [], []
+    for folder in {path.parent for path in (tmp_path / 'tracked').rglob('events*')}:
         events = EventAccumulator(str(folder)).Reload()
         if 'bits' in events.Tags()['scalars']:
-            found += [round(event.value, 4) for event in events.Scalars('bits')]
-    assert sorted(found) == sorted(round(run['bits'], 4) for run in report.chosen(kept))
+            # a folder each, so that no run's points are another's
+            [event] = events.Scalars('bits')
+            found.append(round(event.value, 4))
+        pictures += events.Tags()['images']
+    assert sorted(found) == sorted([1.25, *(round(run['bits'], 4) for run in report.chosen(kept))])
+    assert pictures == ['recipe']
