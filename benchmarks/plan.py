@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.training import cost
+from simple_hierarchical_transformer.training.settings import PRESETS
 
 # an accelerator of 80 GB: dense bfloat16 operations a second as its maker gives them, and the share assumed of it
 PEAK, SHARE, MEMORY = 989e12, 0.35, 80e9
@@ -24,14 +25,10 @@ BYTES_A_PARAMETER = 20  # tokens to learn from for each parameter are counted in
 # float32 weights and gradients, and of AdamW two moments (Muon has one); tables of n-grams have one number a row
 STATE, TABLE_STATE = 16, 8
 
-COMMON: dict[str, Any] = dict(
-    num_tokens=256, seq_len=8192, arrangement='hourglass', hierarchies=(1, 4), hierarchical_stride=(1, 4),
-    window_sizes=(128, None), compressor='linear', merge='linear', ff_activation='relu2', zero_init=True,
-    mixer_kwargs=dict(qk_norm=True), ngrams=(2, 3, 4, 5, 6), word_ngrams=(1, 2), recall=(3, 4, 5, 6, 8, 12),
-    word_recall=(1, 2), ignore_index=-1, recon_loss_weight=0.0, next_latent_loss_weight=0.0,
-)  # fmt: skip
+GPU = PRESETS['gpu']
+COMMON: dict[str, Any] = {**GPU['model'], 'num_tokens': 256, 'ignore_index': -1, 'seq_len': GPU['seq_len']}
 SIZES: dict[str, dict[str, Any]] = {
-    '0.1 B': dict(dim=(384, 768), depth=(4, 12), heads=(6, 12), ngram_rows=1 << 16),
+    'gpu preset': {},
     '0.4 B': dict(dim=(512, 1280), depth=(4, 20), heads=(8, 20), ngram_rows=1 << 17),
     '1.3 B': dict(dim=(768, 2048), depth=(4, 24), heads=(12, 32), ngram_rows=1 << 18),
     '7 B': dict(dim=(1024, 4096), depth=(4, 32), heads=(16, 64), ngram_rows=1 << 19),
@@ -59,7 +56,7 @@ class Fused(TorchFunctionMode):
 
 def row(name: str, settings: dict[str, Any]) -> str:
     with torch.device('meta'):
-        model = HierarchicalTransformer(**{**COMMON, **settings})
+        model = HierarchicalTransformer(**settings)
         ids = torch.zeros(1, model.seq_len + 1, dtype=torch.long)
     total = sum(cost.parameters_by_level(model).values())
     tables = model.ngram_emb.weight.numel() if model.ngram_emb is not None else 0
@@ -78,7 +75,7 @@ def row(name: str, settings: dict[str, Any]) -> str:
     cells = [
         name, f'{settings["dim"]}, {settings["depth"]}', f'{(total - tables) / 1e9:.2f} + {tables / 1e9:.2f}',
         f'{flops / 1e9:.2f}', f'{state / 1e9:.0f}', f'{kept / 1e9:.1f}', share, f'{rows}',
-        f'{learn / 1e9:.0f}', f'{days:.1f}' if days > 1 else f'{24 * days:.1f} hours',
+        f'{learn / 1e9:.0f}', f'{days:.1f} days' if days > 1 else f'{24 * days:.1f} hours',
     ]  # fmt: skip
     return f'| {" | ".join(cells)} |'
 
@@ -86,9 +83,9 @@ def row(name: str, settings: dict[str, Any]) -> str:
 def table() -> list[str]:
     return [
         '| | widths, depths | parameters, B + tables | GFLOP a byte | weights and optimizer, GB | '
-        'kept a sequence of 8,192, GB | shared out | sequences a device | GB of text | days |',
+        'kept a sequence of 8,192, GB | shared out | sequences a device | GB of text | time |',
         '|---|---|---|---|---|---|---|---|---|---|',
-        *(row(name, settings) for name, settings in SIZES.items()),
+        *(row(name, {**COMMON, **settings}) for name, settings in SIZES.items()),
     ]
 
 

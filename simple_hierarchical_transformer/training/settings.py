@@ -40,32 +40,28 @@ ELSEWHERE = {
     'recon_ignore_index': 'no byte is ignored; --documents fills up with an id of its own',
 }
 
+# what both presets have of the model, found at the size of 'cpu' (benchmarks/notes.md)
+RECIPE: dict[str, Any] = dict(
+    hierarchies=(1, 4),
+    hierarchical_stride=(1, 4),
+    arrangement='hourglass',
+    compressor='linear',
+    merge='linear',
+    ff_activation='relu2',
+    mixer_kwargs=dict(qk_norm=True),
+    ngrams=(2, 3, 4, 5, 6),
+    word_ngrams=(1, 2),
+    ngram_dropout=0.5,
+    recall=(3, 4, 5, 6, 8, 12),
+    word_recall=(1, 2),
+    zero_init=True,
+    recon_loss_weight=0.0,
+    next_latent_loss_weight=0.0,
+)
 PRESETS: dict[str, dict[str, Any]] = {
-    # the best of what was tried so far (benchmarks/notes.md), on one thread; benchmarks/race.py measures it
+    # benchmarks/race.py measures it
     'cpu': dict(
-        model=dict(
-            dim=96,
-            depth=(2, 2),
-            dim_head=48,
-            heads=2,
-            ff_mult=(4, 2),
-            ff_activation='relu2',
-            hierarchies=(1, 4),
-            hierarchical_stride=(1, 4),
-            window_sizes=(32, None),
-            arrangement='hourglass',
-            compressor='linear',
-            merge='linear',
-            mixer_kwargs=dict(qk_norm=True),
-            ngrams=(2, 3, 4, 5, 6),
-            word_ngrams=(1, 2),
-            ngram_dropout=0.5,
-            recall=(3, 4, 5, 6, 8, 12),
-            word_recall=(1, 2),
-            zero_init=True,
-            recon_loss_weight=0.0,
-            next_latent_loss_weight=0.0,
-        ),
+        model=dict(RECIPE, dim=96, depth=(2, 2), heads=2, dim_head=48, ff_mult=(4, 2), window_sizes=(32, None)),
         seq_len=1024,
         batch_size=2,
         grad_accum=1,
@@ -77,13 +73,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         minutes=10.0,
         every=2000,
     ),
+    # the smallest of benchmarks/plan.py; no GPU has run it. Muon's rate is that of 'cpu' over the root of how much
+    # wider the coarse level is: so the spectral norm of its steps, 0.2 * lr * sqrt(width), stays what it was (Yang et
+    # al. 2023, arXiv 2310.17813). The steps are twelve passes of enwik8
     'gpu': dict(
-        model=dict(dim=1024, depth=8, hierarchies=(1, 2), window_sizes=(32, 64)),
-        seq_len=2048,
+        model=dict(RECIPE, dim=(384, 768), depth=(4, 12), heads=(6, 12), window_sizes=(128, None)),
+        seq_len=8192,
         batch_size=8,
         grad_accum=2,
-        lr=3e-4,
-        steps=100_000,
+        optimizer='muon',
+        lr=2e-3,
+        table_lr=1e-2,
+        schedule='linear',
+        steps=8_000,
         valid_bytes=1 << 20,
     ),
 }
