@@ -136,6 +136,7 @@ def main() -> None:
     args = parser.parse_args()
 
     path = args.out / 'mixers_costs.json'
+    path.parent.mkdir(parents=True, exist_ok=True)
     costs: dict[str, Any] = json.loads(path.read_text()) if path.exists() else dict(machine=machine(), found={})
     if not args.report:
         for name in args.only or OPTIONS:

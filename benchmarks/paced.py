@@ -35,6 +35,7 @@ from simple_hierarchical_transformer.training.sources import load_sources
 HERE = Path(__file__).resolve().parent
 # of the clock
 ROUNDS = 61
+CLOCK = f'{ROUNDS} rounds of a step on text'
 # the figures are the processor's; a model that found a GPU would be another one, in another precision
 CPU = dict(ACCELERATE_USE_CPU='true', CUDA_VISIBLE_DEVICES='')
 
@@ -171,6 +172,7 @@ def refuse_others(path: Path, held: Mapping[str, Any], asked: Mapping[str, Any],
 
 def open_results(path: Path, args: argparse.Namespace, *names: str) -> dict[str, Any]:
     """What `path` holds, or a beginning of it. Refused where it was made with other arguments than `names` now have."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         held: dict[str, Any] = json.loads(path.read_text())
     elif args.report:
@@ -201,6 +203,7 @@ def steps_in_time(
     if set(options) - set(held.setdefault('pace', {})):
         ms, ratios = pace(options, default, data=args.data, length=length, batch=batch)
         held['ms'], held['pace'] = held.get('ms', ms), ratios | held['pace']
+        held.setdefault('clock', CLOCK)
         save(path, held)
     return {name: max(round(60_000 * held['minutes'] / (held['ms'] * held['pace'][name])), 1) for name in options}
 
@@ -327,7 +330,7 @@ def protocol(held: dict[str, Any], script: str, base: dict[str, Any], default: s
         f'benchmarks/{script} --data {held["data"]} --minutes {minutes:g} --seeds {len(runs[default])}`.\n\n'
         f'All runs are by `train.py {learning}` ({batch} x {length} bytes a step), {held["valid_bytes"]:,} bytes '
         f'of the validation split, in windows of {length}, with the model {sizes}, and one option changed. Steps were '
-        f'timed first, all options in turns ({ROUNDS} rounds, medians), and each '
+        f'timed first, all options in turns ({held["clock"]}, medians), and each '
         'option then had as many as fit into the time at its pace: it pays for what it costs, and not for what '
         f'else the machine had to do. Sorted by the difference. A mean within {reach:.3f} of the default is called '
         'chance: 2.7 standard errors, by the spread of all differences together.'

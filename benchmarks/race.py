@@ -183,7 +183,7 @@ def stages(results: Results, minutes: Sequence[float], seeds: int) -> Iterator[l
     yield [
         # how soon ours are where the best peer ends
         *of([PRESET.name], 0.8 * short, seeds),
-        *of([best, *ours], long, 1),
+        *of([best, FLAT.name, PRESET.name], long, 1),
         *(run for seq_len in lengths for run in of(ours, middle, 1, seq_len)),
         *(run for seq_len in lengths for run in of([FLAT.name, PRESET.name], long, 1, seq_len)),
     ]

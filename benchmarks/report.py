@@ -1,7 +1,7 @@
 """The report of what the library reaches: report.md with its pictures, and the headline in README.md.
 
 python benchmarks/report.py --readme README.md                      of the results in this folder
-python benchmarks/report.py --folder mine --log-with wandb          of others, and each run to a tracker
+python benchmarks/report.py --folder mine --log-with wandb          of others, and each run shown to a tracker
 
 Trains nothing: each section says which command made what it shows.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from collections import defaultdict
@@ -294,7 +295,7 @@ def of_resolutions(folder: Path) -> list[str]:
         f'{held["valid_bytes"]}`, {held["machine"]}. Bits are those of the validation split. All have the recipe of '
         'the cpu preset; the flat models have as many layers as read the tokens that those of the preset do, rounded '
         'up. Equal steps: as many as the first has. Equal time: as many as fit into the same time, by the pace of '
-        'steps that were timed in turns. Writing is '
+        f'steps that were timed in turns ({held["clock"]}). Writing is '
         f'after {resolutions.LENGTH // 2} bytes, the median of {resolutions.ROUNDS} rounds in turns.',
         '',
         *resolutions.table(held),
@@ -432,8 +433,8 @@ def main(argv: list[str] | None = None) -> None:
     lines = [
         '# Report',
         '',
-        'Remade by `python benchmarks/report.py --readme README.md` from the results of the commands that its sections '
-        'name.',
+        f'Remade by `python benchmarks/report.py{"" if folder == HERE else f" --folder {folder}"}` from the results of '
+        'the commands that its sections name.',
         '',
         '## 1. The race',
         '',
@@ -460,7 +461,8 @@ def main(argv: list[str] | None = None) -> None:
         after = rest.split(END, 1)[1]
         made = f'Made by `python benchmarks/race.py --data {runs[0]["data"]}` on {machine_of(runs)}.'
         tables = [*headline(runs), '', *by_context(runs)]
-        section = [BEGIN, '', *tables, '![the race](benchmarks/race.png)', '', made, '', END]
+        picture = os.path.relpath(folder / 'race.png', args.readme.parent)
+        section = [BEGIN, '', *tables, f'![the race]({picture})', '', made, '', END]
         write_text(args.readme, before + '\n'.join(section) + after)
     if args.log_with:
         track(runs, folder, args.log_with)

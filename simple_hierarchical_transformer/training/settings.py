@@ -75,7 +75,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     # the smallest of benchmarks/plan.py; no GPU has run it. Muon's rate is that of 'cpu' over the root of how much
     # wider the coarse level is: so the spectral norm of its steps, 0.2 * lr * sqrt(width), stays what it was (Yang et
-    # al. 2023, arXiv 2310.17813). The steps are twelve passes of enwik8
+    # al. 2023, arXiv 2310.17813). That of tables, among which is the map to logits, is the one of 'cpu' over how much
+    # wider the fine level is; weights decay, since a run is long (Liu et al. 2025, arXiv 2502.16982). The steps are
+    # twelve passes of enwik8
     'gpu': dict(
         model=dict(RECIPE, dim=(384, 768), depth=(4, 12), heads=(6, 12), window_sizes=(128, None)),
         seq_len=8192,
@@ -83,7 +85,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         grad_accum=2,
         optimizer='muon',
         lr=2e-3,
-        table_lr=1e-2,
+        table_lr=1.25e-2,
         schedule='linear',
         steps=8_000,
         valid_bytes=1 << 20,
