@@ -49,7 +49,7 @@ def test_each_stage_follows_from_those_before(race: Any, tmp_path: Path) -> None
     assert {run[1] for run in middle} == {10}
     preset, flat = 'ours, cpu preset', 'ours, flat'
     soon = {(preset, 4, seed, None, 1024) for seed in (0, 1)}
-    long = {(first, 30, 0, 3e-3, 1024), *((name, 30, 0, None, 1024) for name in ours)}
+    long = {(first, 30, 0, 3e-3, 1024), *((name, 30, 0, None, 1024) for name in (flat, preset))}
     longer = {(name, 10, 0, None, length) for name in ours for length in (4096, 16384)}
     longest = {(name, 30, 0, None, length) for name in (flat, preset) for length in (4096, 16384)}
     assert set(rest) == soon | long | longer | longest
