@@ -29,9 +29,9 @@ GPU = PRESETS['gpu']
 COMMON: dict[str, Any] = {**GPU['model'], 'num_tokens': 256, 'ignore_index': -1, 'seq_len': GPU['seq_len']}
 SIZES: dict[str, dict[str, Any]] = {
     'gpu preset': {},
-    '0.4 B': dict(dim=(512, 1280), depth=(4, 20), heads=(8, 20), ngram_rows=1 << 17),
-    '1.3 B': dict(dim=(768, 2048), depth=(4, 24), heads=(12, 32), ngram_rows=1 << 18),
-    '7 B': dict(dim=(1024, 4096), depth=(4, 32), heads=(16, 64), ngram_rows=1 << 19),
+    '0.4 B': dict(dim=1280, depth=(16, 5), heads=20),
+    '1.3 B': dict(dim=2048, depth=(20, 5), heads=32),
+    '7 B': dict(dim=4096, depth=(28, 5), heads=64),
 }
 
 
@@ -73,7 +73,7 @@ def row(name: str, settings: dict[str, Any]) -> str:
     rows = int((0.9 * MEMORY - state / devices) / kept)
     share = 'whole' if devices == 1 else f'FSDP2 over {devices}'
     cells = [
-        name, f'{settings["dim"]}, {settings["depth"]}', f'{(total - tables) / 1e9:.2f} + {tables / 1e9:.2f}',
+        name, f'{settings["dim"]:,}, {settings["depth"]}', f'{(total - tables) / 1e9:.2f} + {tables / 1e9:.2f}',
         f'{flops / 1e9:.2f}', f'{state / 1e9:.0f}', f'{kept / 1e9:.1f}', share, f'{rows}',
         f'{learn / 1e9:.0f}', f'{days:.1f} days' if days > 1 else f'{24 * days:.1f} hours',
     ]  # fmt: skip
@@ -82,7 +82,7 @@ def row(name: str, settings: dict[str, Any]) -> str:
 
 def table() -> list[str]:
     return [
-        '| | widths, depths | parameters, B + tables | GFLOP a byte | weights and optimizer, GB | '
+        '| | width, depths | parameters, B + tables | GFLOP a byte | weights and optimizer, GB | '
         'kept a sequence of 8,192, GB | shared out | sequences a device | GB of text | time |',
         '|---|---|---|---|---|---|---|---|---|---|',
         *(row(name, {**COMMON, **settings}) for name, settings in SIZES.items()),
