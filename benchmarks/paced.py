@@ -69,7 +69,7 @@ def pace(options: Options, default: str, *, data: str, length: int, batch: int) 
     relative to the round. What computes the same counts as one.
     """
     [corpus], _ = load_sources([data], ROOT / 'data', text_key='text', say=print)
-    text = corpus.data[: split_bytes(len(corpus), seq_len=length)['train'].stop]
+    room = split_bytes(len(corpus), seq_len=length)['train'].stop - length
     works, steps = {}, {}
     for name, option in options.items():
         settings, flags = split(option)
@@ -88,8 +88,9 @@ def pace(options: Options, default: str, *, data: str, length: int, batch: int) 
             average: WeightAverage | None = average,
         ) -> None:
             clipped = [p for group in optimizer.param_groups if group['rule'] != 'rows' for p in group['params']]
-            starts = torch.randint(len(text) - length, (batch,))
-            model(text[starts[:, None] + torch.arange(length + 1)].long(), return_loss=True)[0].backward()
+            start = torch.randint(room, (batch,))
+            ids = corpus.read(start, start + length + 1, length + 1, pad=0)
+            model(ids, return_loss=True)[0].backward()
             nn.utils.clip_grad_norm_(clipped, 1.0)
             optimizer.step()
             optimizer.zero_grad()
