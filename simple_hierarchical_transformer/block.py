@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .levels import Level
-from .linear import Chain, Linear, begin_at_zero
+from .linear import Chain, begin_at_zero, chain, plain
 from .mixers import build_mixer
 from .mixers.attention import Backend
 from .norm import RMSNorm
@@ -50,24 +50,26 @@ class GRUGate(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.of_part = Linear(dim, 3 * dim, bias=False)
-        self.of_stream = Linear(dim, 2 * dim, bias=False)
-        self.of_reset = Linear(dim, dim, bias=False)
+        self.of_part = nn.Linear(dim, 3 * dim, bias=False)
+        self.of_stream = nn.Linear(dim, 2 * dim, bias=False)
+        self.of_reset = nn.Linear(dim, dim, bias=False)
         self.bias = nn.Parameter(torch.full((dim,), 2.0))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        r_part, z_part, h_part = self.of_part(y, after=F.relu).chunk(3, dim=-1)
-        r, z = self.of_stream(x).chunk(2, dim=-1)
+        r_part, z_part, h_part = chain(y, F.relu, self.of_part).chunk(3, dim=-1)
+        r, z = chain(x, self.of_stream).chunk(2, dim=-1)
         r, z = (r + r_part).sigmoid(), (z + z_part - self.bias).sigmoid()
-        h = (h_part + self.of_reset(r * x)).tanh()
+        h = (h_part + chain(r * x, self.of_reset)).tanh()
         return torch.lerp(x, h.to(x.dtype), z.to(x.dtype))
 
 
+@plain
 class SquaredReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x).square()
 
 
+@plain
 class SwiGLU(nn.Module):
     """Half of the channels, gated by the other."""
 
@@ -93,15 +95,15 @@ class FeedForward(nn.Module):
         inner = int(dim * mult)
         self.net = Chain(
             RMSNorm(dim),
-            Linear(dim, 2 * inner if activation == 'swiglu' else inner, bias=False),
+            nn.Linear(dim, 2 * inner if activation == 'swiglu' else inner, bias=False),
             ACTIVATIONS[activation](),
-            Linear(inner, dim, bias=False),
+            nn.Linear(inner, dim, bias=False),
         )
 
     def forward(self, x: Tensor) -> Tensor:
         if self.chunks == 1 or torch._C._are_functorch_transforms_active():
             return self.net(x)
-        again = partial(checkpoint, self.net, use_reentrant=False, preserve_rng_state=False)
+        again = partial(checkpoint, self.net, use_reentrant=False)
         net = again if torch.is_grad_enabled() else self.net
         return torch.cat([net(piece) for piece in x.chunk(self.chunks, dim=1)], dim=1)
 

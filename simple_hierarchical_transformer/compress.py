@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .levels import Level, check_output
-from .linear import Linear, Part, linear
+from .linear import Part, chain, is_plain, matrix_of, plain
 from .state import keep
 
 
+@plain
 class Windows(nn.Module):
     """The `taps` tokens, `dilation` apart, that end at each token whose index is a multiple of `stride`.
 
@@ -46,25 +47,28 @@ class Windows(nn.Module):
         return first[:, None] + torch.arange(self.taps, device=device) * self.dilation
 
 
+@plain
 class WindowConv(nn.Module):
-    """A convolution over gathered windows: one matmul, where a strided conv1d's backward is pathologically slow."""
+    """Holds the convolution `conv` over windows of `kernel` tokens, under the published package's name."""
 
     def __init__(self, dim_in: int, dim_out: int, kernel: int) -> None:
         super().__init__()
+        self.kernel = kernel
         self.conv = nn.Conv1d(dim_in, dim_out, kernel)
 
-    def forward(self, x: Tensor, after: Part | None = None) -> Tensor:
-        return linear(x, self.conv.weight.flatten(1), self.conv.bias, after)
+    def forward(self, x: Tensor) -> Tensor:
+        return chain(x, by_window(self.conv, self.kernel))
 
 
-class Pointwise(nn.Conv1d):
-    """A convolution of kernel 1 over `(batch, seq, dim)`, which is a linear map."""
+def by_window(conv: nn.Module, taps: int) -> Part:
+    """A Conv1d as a part of a `chain`: windows `(batch, windows, dim * taps)` to `(batch, windows, dim_out)`.
 
-    def __init__(self, dim_in: int, dim_out: int) -> None:
-        super().__init__(dim_in, dim_out, 1)
-
-    def forward(self, x: Tensor, after: Part | None = None) -> Tensor:
-        return linear(x, self.weight.squeeze(-1), self.bias, after)
+    A plain one runs as one matmul, because the backward of a strided conv1d is very slow on a CPU. Any other is called
+    with all windows as a batch, `(batch * windows, dim, taps)`.
+    """
+    if matrix_of(conv) is not None:
+        return conv
+    return lambda x: conv(x.flatten(0, 1).unflatten(1, (-1, taps)))[..., 0].unflatten(0, x.shape[:2])
 
 
 # The kinds of compressing. Each maps (x, offset, absent), x and offset as for `Windows` and `absent` the number of
@@ -76,11 +80,12 @@ class ConvPool(nn.Sequential):
 
     def __init__(self, windows: Windows, dim_in: int, dim: int) -> None:
         inner = 4 * dim_in
-        super().__init__(windows, WindowConv(dim_in, inner, windows.taps), nn.SiLU(), Pointwise(inner, dim))
+        super().__init__(windows, WindowConv(dim_in, inner, windows.taps), nn.SiLU(), nn.Conv1d(inner, dim, 1))
 
     def forward(self, x: Tensor, offset: int, absent: int) -> Tensor:  # type: ignore[override]
         windows, to_inner, act, to_dim = self
-        return to_dim(to_inner(x, after=partial(windows, offset=offset)), after=act)
+        conv = by_window(to_inner.conv, to_inner.kernel) if is_plain(to_inner) else to_inner
+        return chain(x, partial(windows, offset=offset), conv, act, by_window(to_dim, 1))
 
 
 class LinearPool(nn.Module):
@@ -89,10 +94,10 @@ class LinearPool(nn.Module):
     def __init__(self, windows: Windows, dim_in: int, dim: int) -> None:
         super().__init__()
         self.windows = windows
-        self.proj = Linear(dim_in * windows.taps, dim, bias=False)
+        self.proj = nn.Linear(dim_in * windows.taps, dim, bias=False)
 
     def forward(self, x: Tensor, offset: int, absent: int) -> Tensor:
-        return self.proj(x, after=partial(self.windows, offset=offset))
+        return chain(x, partial(self.windows, offset=offset), self.proj)
 
 
 class MeanPool(nn.Module):
@@ -105,10 +110,10 @@ class MeanPool(nn.Module):
     def __init__(self, windows: Windows, dim_in: int, dim: int) -> None:
         super().__init__()
         self.windows = windows
-        self.proj: nn.Module = nn.Identity() if dim_in == dim else Linear(dim_in, dim, bias=False)
+        self.proj: nn.Module = nn.Identity() if dim_in == dim else nn.Linear(dim_in, dim, bias=False)
 
     def forward(self, x: Tensor, offset: int, absent: int) -> Tensor:
-        return self.proj(self.windows.unfolded(x, offset).mean(dim=-1))
+        return chain(self.windows.unfolded(x, offset).mean(dim=-1), self.proj)
 
 
 class AttentionPool(nn.Module):
@@ -125,21 +130,21 @@ class AttentionPool(nn.Module):
         self.windows = windows
         self.heads = heads
         inner = heads * dim_head
-        self.to_scores = Linear(dim_in, heads, bias=False)
+        self.to_scores = nn.Linear(dim_in, heads, bias=False)
         self.place_bias = nn.Parameter(torch.zeros(heads, windows.taps))
-        self.to_values = Linear(dim_in, inner, bias=False)
-        self.to_out = Linear(inner, dim, bias=False)
+        self.to_values = nn.Linear(dim_in, inner, bias=False)
+        self.to_out = nn.Linear(inner, dim, bias=False)
 
     def forward(self, x: Tensor, offset: int, absent: int) -> Tensor:
-        scores = self.windows.unfolded(self.to_scores(x), offset)
+        scores = self.windows.unfolded(chain(x, self.to_scores), offset)
         exists = self.windows.indices(scores.shape[1], offset, x.device) >= absent
         scores = (scores + self.place_bias).masked_fill(~exists[:, None], -torch.inf)
-        values = self.windows.unfolded(self.to_values(x), offset).unflatten(2, (self.heads, -1))
+        values = self.windows.unfolded(chain(x, self.to_values), offset).unflatten(2, (self.heads, -1))
         weights = scores.softmax(dim=-1).to(values.dtype)
         # place by place from views, where a product would copy every window
         places = zip(values.unbind(dim=-1), weights.unbind(dim=-1), strict=True)
         pooled: Any = sum(value * weight[..., None] for value, weight in places)
-        return self.to_out(pooled.flatten(2))
+        return chain(pooled.flatten(2), self.to_out)
 
 
 class ModulePool(nn.Module):
@@ -217,12 +222,14 @@ class Compressor(nn.Module):
         )
         self.dim_in, self.dim = dim_in, level.dim
         self.windows = windows
+        # a window of one token is mapped by itself
+        self.pools = module is not None or windows.taps > 1
         self.compress_fn: nn.Module
 
         if module is not None:
             self.compress_fn = ModulePool(windows, level.dim, module)
         elif windows.taps == 1:
-            self.compress_fn = nn.Identity() if level.dim == dim_in else Linear(dim_in, level.dim, bias=False)
+            self.compress_fn = nn.Identity() if level.dim == dim_in else nn.Linear(dim_in, level.dim, bias=False)
         elif level.compressor == 'attention':
             self.compress_fn = AttentionPool(windows, dim_in, level.dim, heads=level.heads, dim_head=level.dim_head)
         else:
@@ -230,13 +237,13 @@ class Compressor(nn.Module):
             self.compress_fn = pools[level.compressor](windows, dim_in, level.dim)
 
         reconstructs = num_tokens is not None and level.compression > 1
-        self.to_recon = Linear(level.dim, level.compression * num_tokens, bias=False) if reconstructs else None  # type: ignore[operator]
+        self.to_recon = nn.Linear(level.dim, level.compression * num_tokens, bias=False) if reconstructs else None  # type: ignore[operator]
 
     def forward(self, x: Tensor, state: Tensor | None = None, position: int = 0) -> tuple[Tensor, Tensor | None]:
         """Tokens `(batch, seq, dim_in)`, the first of index `position`; the state is those before, as for `pool`."""
-        if isinstance(self.compress_fn, (nn.Identity, Linear)):
+        if not self.pools:
             stride = self.windows.stride
-            return self.compress_fn(x[:, -position % stride :: stride]), None
+            return chain(x[:, -position % stride :: stride], self.compress_fn), None
         return pool(self.compress_fn, self.windows, self.dim, x, state, position)
 
 
@@ -266,11 +273,11 @@ class Autoencoder(nn.Module):
                 dense = min(levels[j].stride for j in self.order[place:])
                 self.encoders[str(i)] = LinearPool(Windows(taps, dense // grid, dilation), dim, dim)
                 if num_tokens is not None:
-                    self.decoders[str(i)] = Linear(dim, taps * dim)
+                    self.decoders[str(i)] = nn.Linear(dim, taps * dim)
                 grid = dense
             self.grids[i], finer = grid, c
         self.coarsest = finer
-        self.to_ids = None if num_tokens is None else Linear(dim, num_tokens, bias=False)
+        self.to_ids = None if num_tokens is None else nn.Linear(dim, num_tokens, bias=False)
 
     def forward(
         self, embeds: Tensor, states: Sequence[Tensor | None], position: int
@@ -295,5 +302,5 @@ class Autoencoder(nn.Module):
         x = x[:, (-position // grid) % apart :: apart]
         for i in reversed(self.order):
             if str(i) in self.decoders:
-                x = F.silu(self.decoders[str(i)](x)).unflatten(-1, (-1, x.shape[-1])).flatten(1, 2)
+                x = F.silu(chain(x, self.decoders[str(i)])).unflatten(-1, (-1, x.shape[-1])).flatten(1, 2)
         return x

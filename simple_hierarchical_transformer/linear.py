@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .norm import RMSNorm, is_traced, rms_norm
 
@@ -22,20 +24,98 @@ SLICES = 32
 FEW_ROWS = (1, 2)
 
 Part = Callable[[Tensor], Tensor]
+Matrix = tuple[Tensor, Tensor | None]
+
+
+def plain(module_class: type[nn.Module]) -> type[nn.Module]:
+    """Registers a class whose call a fused route may replace: it draws no random numbers and changes no state."""
+    PLAIN.add(module_class)
+    return module_class
+
+
+PLAIN: set[type[nn.Module]] = {nn.Linear, nn.Conv1d, nn.LayerNorm, RMSNorm, nn.GELU, nn.SiLU, nn.ReLU, nn.Tanh}
+# tensors that the kernels here may read; quantized and sharded ones are subclasses with operations of their own
+DENSE = (Tensor, nn.Parameter)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling the module runs the `forward` of a registered class and nothing else.
+
+    False for subclasses and wrappers (LoRA, parametrizations), compiled or patched modules, and modules with hooks,
+    their own or global ones. A fused route must call those.
+    """
+    return (
+        type(module) in PLAIN
+        and not has_hooks(module)
+        and 'forward' not in module.__dict__
+        and module._compiled_call_impl is None
+        and not _has_any_global_hook()
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks are registered on the module itself."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def is_dense(*tensors: Tensor | None) -> bool:
+    """Whether the kernels here may read these tensors: none of them is a tensor subclass."""
+    return all(tensor is None or type(tensor) in DENSE for tensor in tensors)
+
+
+def chain(x: Tensor, *parts: Part) -> Tensor:
+    """`parts` applied to x in turn, where what stands before a linear map is not kept for the backward pass.
+
+    A part is a module, or a function of one tensor that has no parameters and gives the same each time. A norm or an
+    activation followed by a linear map runs as one operation (`linear`) where both are plain (`is_plain`). All other
+    parts are called, so hooks fire, and wrappers, replaced modules and dropout take effect.
+    """
+    if is_traced():
+        for part in parts:
+            matrix = matrix_of(part)
+            x = part(x) if matrix is None else F.linear(x, *matrix)
+        return x
+    before: Part | None = None
+    for part in parts:
+        matrix = matrix_of(part)
+        if matrix is not None:
+            x, before = linear(x, *matrix, after=before), None
+            continue
+        x = x if before is None else before(x)
+        before = part
+    return x if before is None else before(x)
+
+
+def matrix_of(part: Part) -> Matrix | None:
+    """The weight `(dim_out, dim_in)` and bias of a plain linear map, None for any other part.
+
+    A Conv1d counts as the map of its windows, `(dim_in * taps)` numbers each.
+    """
+    if type(part) not in (nn.Linear, nn.Conv1d) or not is_plain(part):  # type: ignore[arg-type]
+        return None
+    weight, bias = part.weight, part.bias  # type: ignore[attr-defined]
+    if not is_dense(weight, bias):
+        return None
+    return (weight if weight.ndim == 2 else weight.flatten(1)), bias
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, after: Part | None = None) -> Tensor:
     """`F.linear(after(x), weight, bias)`, and `after` is a cheap part: a norm, an activation, a gathering of windows.
 
-    For the backward pass only `x` is kept, and `after(x)` formed again: of a feed-forward that is half, and the
-    product is not computed twice, as it would be by a checkpoint around both.
+    Where `after` is plain, only `x` is kept for the backward pass, which forms `after(x)` again. In a feed-forward that
+    halves the memory, and the product is not computed twice, as it would be by a checkpoint around both.
 
     float32 on a CPU runs on faster kernels than `F.linear` has. A step of generation multiplies each weight by a
-    vector or a few, and is over when the weights have been read. The BLAS reads them at half the memory's pace or
-    less. A batched product, whose batches are slices of the weight, keeps the memory's pace for a row or two, oneDNN's
-    kernel for more. That one is also faster than the BLAS for many rows (benchmarks/linear.py).
+    vector or a few, so its time is the time to read the weights. The BLAS reads them at half the memory's speed or
+    less. A batched product, whose batches are slices of the weight, reaches the memory's speed for a row or two,
+    oneDNN's kernel for more. oneDNN is also faster than the BLAS for many rows (benchmarks/linear.py).
     """
-    fn, params = (None, ()) if after is None else as_function(after)
+    function = None if after is None else as_function(after)
+    if after is not None and function is None:
+        x, after = after(x), None
+    fn, params = function or (None, ())
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, *params))
     if trains and not is_traced() and (after is not None or is_served(x, weight)):
         dtype = None if weight.dtype == torch.float64 else autocast_dtype(x.device)
@@ -45,13 +125,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, after: Part | 
 
 
 def is_served(x: Tensor, weight: Tensor) -> bool:
-    """Whether the faster kernels are for these: float32 on a CPU, on its own (not compiled, not in autocast)."""
+    """Whether the faster kernels are for these: float32 on a CPU, outside of autocast, and nothing traces."""
     return (
         x.dtype == weight.dtype == torch.float32
         and weight.numel() >= MIN_WEIGHT
         and x.device.type == 'cpu'
+        and is_dense(x, weight)
         and autocast_dtype(x.device) is None
-        and not torch.compiler.is_compiling()
+        and not is_traced()
     )
 
 
@@ -145,37 +226,44 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     return grad.t() @ x
 
 
-def as_function(part: Part) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    """A part as a function of its input and of the tensors it has, whatever a wrapper has put in their place."""
-    if isinstance(part, RMSNorm):
-        return rms_norm, (part.gamma,)
-    if isinstance(part, nn.LayerNorm):
-        eps = part.eps
-        return lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias, eps), (part.weight, part.bias)
-    return part, ()
+def as_function(part: Part) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]] | None:
+    """A part as a function of its input and its parameters, None where only a call of the part is right."""
+    module = part.func if isinstance(part, partial) else part
+    if not isinstance(module, nn.Module):
+        return part, ()
+    if not is_plain(module):
+        return None
+    if isinstance(module, RMSNorm):
+        return (rms_norm, (module.gamma,)) if is_dense(module.gamma) else None
+    if isinstance(module, nn.LayerNorm):
+        eps = module.eps
+        return (
+            (lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias, eps), (module.weight, module.bias))
+            if module.weight is not None and module.bias is not None and is_dense(module.weight, module.bias)
+            else None
+        )
+    # `forward` and not a call, so that hooks registered after the forward pass do not fire in the backward pass
+    return (partial(module.forward, **part.keywords) if isinstance(part, partial) else module.forward), ()
 
 
-class Linear(nn.Linear):
-    """`nn.Linear` on `linear`: `layer(x, after=norm)` is `layer(norm(x))`."""
-
-    def forward(self, x: Tensor, after: Part | None = None) -> Tensor:
-        return linear(x, self.weight, self.bias, after)
-
-
+@plain
 class Chain(nn.Sequential):
-    """`nn.Sequential`, where what stands between two linear maps is not kept for the backward pass.
-
-    It is formed again there, so it has to give the same again: an activation, a norm, no dropout.
-    """
+    """`nn.Sequential` that runs as a `chain`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        between: nn.Module | None = None
-        for part in self:
-            if isinstance(part, Linear):
-                x, between = part(x, between), None
-            else:
-                x, between = x if between is None else between(x), part
-        return x if between is None else between(x)
+        return chain(x, *self)
+
+
+def effective_weight(layer: nn.Module, like: Tensor) -> Tensor:
+    """The matrix `(dim_out, dim_in)` that a linear map of `like` `(..., dim_in)` multiplies by.
+
+    A wrapped map (LoRA) is asked for what it makes of each unit vector.
+    """
+    matrix = matrix_of(layer)
+    if matrix is not None:
+        return matrix[0]
+    units = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
+    return (layer(units) - layer(torch.zeros_like(units))).t()
 
 
 def begin_at_zero(module: nn.Module | None) -> None:

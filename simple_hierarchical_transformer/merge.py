@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .levels import Level
-from .linear import Chain, Linear, Part, begin_at_zero, linear
+from .linear import Chain, Part, begin_at_zero, chain, effective_weight, is_plain, linear, matrix_of
 from .norm import RMSNorm
 from .state import keep
 
@@ -37,9 +36,9 @@ def at_each_position(
     strides: Sequence[int],
     state: MergeState | None = None,
     position: int = 0,
-    parts: Sequence[Part | None] | None = None,
+    parts: Sequence[Sequence[Part]] | None = None,
 ) -> tuple[list[Tensor], MergeState | None]:
-    """What each level's token at a position says: `(batch, n, dim)` each, or what one of `parts` makes of it.
+    """What each level's token at a position says: `(batch, n, dim)` each, or what its `parts` in turn make of it.
 
     A level token of stride s is repeated for its s positions. The chunk begins at `position`, and where that is in
     the middle of a stride, the token that stands for its first positions is the last of the chunk before: `state`
@@ -56,8 +55,8 @@ def at_each_position(
             x = torch.cat((last, x), dim=1)
         # a chunk may be too short to have one
         kept.append(keep(last, x[:, -1:] if x.shape[1] or last is None else last))
-        if parts is not None and (part := parts[i]) is not None:
-            x = part(x)
+        if parts is not None:
+            x = chain(x, *parts[i])
         columns.append(x if stride == 1 else x.repeat_interleave(stride, dim=1)[:, begun : begun + n])
 
     return columns, state and tuple(kept)
@@ -102,9 +101,9 @@ class HierarchicalMerge(nn.Module):
         dim_in, dim_out = sum(self.dims), sum(self.dims[i] for i in self.into)
         self.net = Chain(
             RMSNorm(dim_in),
-            Linear(dim_in, 2 * dim_out),
+            nn.Linear(dim_in, 2 * dim_out),
             nn.SiLU(),
-            Linear(2 * dim_out, dim_out),
+            nn.Linear(2 * dim_out, dim_out),
         )
 
     def begin_at_zero(self) -> None:
@@ -161,21 +160,27 @@ class HierarchicalMerge(nn.Module):
         joined, position = gathered
         joined = without(joined, self.dims, silent)
         sizes = [self.dims[i] for i in self.into]
-        if all(self.strides[i] == 1 for i in self.into):
-            return list(self.net(joined).split(sizes, dim=-1))
+        starts = [slice(-position % self.strides[i], None, self.strides[i]) for i in self.into]
+        strided = any(self.strides[i] > 1 for i in self.into)
+        matrix = matrix_of(self.net[-1]) if strided and is_plain(self.net) else None
+        if matrix is None:
+            pooled = self.net(joined).split(sizes, dim=-1)
+            return [each[:, own] for each, own in zip(pooled, starts, strict=True)]
 
-        # a strided level has no use for what is pooled between its tokens
-        norm, to_inner, act, to_out = cast(Any, self.net)
-        inner = to_inner(joined, after=norm)
+        # a strided level does not use what is pooled between its tokens
+        norm, to_inner, act, _ = cast(Any, self.net)
+        inner = chain(joined, norm, to_inner)
+        weight, bias = matrix
+        biases: Any = [None] * len(sizes) if bias is None else bias.split(sizes)
         return [
-            linear(inner[:, -position % self.strides[i] :: self.strides[i]], weight, bias, after=act)
-            for i, weight, bias in zip(self.into, to_out.weight.split(sizes), to_out.bias.split(sizes), strict=True)
+            linear(inner[:, own], rows, each, after=act)
+            for own, rows, each in zip(starts, weight.split(sizes), biases, strict=True)
         ]
 
     def weights(self, gathered: Any, silent: Collection[int]) -> list[Tensor]:
         """For each receiving level, how much each level weighs."""
         norm, to_inner, *_ = cast(Any, self.net)
-        squares = (to_inner.weight * norm.gamma).square().sum(dim=0)
+        squares = (effective_weight(to_inner, gathered[0]) * gain_of(norm)).square().sum(dim=0)
         shares = torch.stack([each.sum() for each in without(squares, self.dims, silent).split(self.dims)])
         # where nobody is heard, nobody has a share
         shares = shares / shares.sum().clamp(min=torch.finfo(shares.dtype).tiny)
@@ -195,6 +200,11 @@ class HierarchicalMerge(nn.Module):
         )
 
 
+def gain_of(norm: nn.Module) -> Any:
+    """What a norm scales each channel by, 1 where it has no such weight."""
+    return getattr(norm, 'gamma', getattr(norm, 'weight', 1.0))
+
+
 class LinearMerge(HierarchicalMerge):
     """Adds to a level one linear map of each other level's token at its position.
 
@@ -207,7 +217,7 @@ class LinearMerge(HierarchicalMerge):
         self.heard = [[i for i in self.into if i != j] for j in range(len(levels))]
         self.norms = nn.ModuleList(RMSNorm(dim) if self.heard[j] else nn.Identity() for j, dim in enumerate(self.dims))
         self.to_others = nn.ModuleList(
-            Linear(dim, sum(self.dims[i] for i in self.heard[j]), bias=False) if self.heard[j] else nn.Identity()
+            nn.Linear(dim, sum(self.dims[i] for i in self.heard[j]), bias=False) if self.heard[j] else nn.Identity()
             for j, dim in enumerate(self.dims)
         )
 
@@ -218,9 +228,8 @@ class LinearMerge(HierarchicalMerge):
     def gather(
         self, tokens: Sequence[Tensor], state: MergeState | None, position: int
     ) -> tuple[Any, MergeState | None]:
-        parts: Any = [
-            partial(to, after=norm) if heard else None
-            for to, norm, heard in zip(self.to_others, self.norms, self.heard, strict=True)
+        parts = [
+            (norm, to) if heard else () for to, norm, heard in zip(self.to_others, self.norms, self.heard, strict=True)
         ]
         columns, state = at_each_position(tokens, self.strides, state, position, parts)
         told = {}
@@ -247,8 +256,9 @@ class LinearMerge(HierarchicalMerge):
             for j, (to, norm, heard) in enumerate(zip(self.to_others, self.norms, self.heard, strict=True)):
                 share = like.new_zeros(())
                 if i in heard and j not in silent:
-                    rows = cast(Any, to).weight.split([self.dims[k] for k in heard])[heard.index(i)]
-                    share = (rows * norm.gamma).square().sum()
+                    weight = effective_weight(to, gathered[1][j])
+                    rows = weight.split([self.dims[k] for k in heard])[heard.index(i)]
+                    share = (rows * gain_of(norm)).square().sum()
                 shares.append(share)
             total = torch.stack(shares)
             found.append(total / total.sum().clamp(min=torch.finfo(total.dtype).tiny))
@@ -261,12 +271,13 @@ class Receiver(nn.Module):
     def __init__(self, level: Level, dims: Sequence[int], window: int) -> None:
         super().__init__()
         inner = level.heads * level.dim_head
-        self.heads = level.heads
-        self.to_q = Linear(level.dim, inner, bias=False)
-        self.to_kv = nn.ModuleList(Linear(dim, 2 * inner, bias=False) for dim in dims)
+        self.heads, self.dim = level.heads, level.dim
+        self.inner = inner
+        self.to_q = nn.Linear(level.dim, inner, bias=False)
+        self.to_kv = nn.ModuleList(nn.Linear(dim, 2 * inner, bias=False) for dim in dims)
         # which level, and how long ago
         self.bias = nn.Parameter(torch.zeros(level.heads, len(dims), 1 + window))
-        self.to_out = Linear(inner, level.dim, bias=False)
+        self.to_out = nn.Linear(inner, level.dim, bias=False)
 
 
 class Heard(NamedTuple):
@@ -319,7 +330,7 @@ class AttentionMerge(HierarchicalMerge):
             to: Any = self.receivers[str(i)]
             for stride in self.strides:
                 count = self.window + int(stride > self.strides[i])
-                held.append(like.new_zeros(batch_size, count, 2 * to.to_q.out_features) if count else None)
+                held.append(like.new_zeros(batch_size, count, 2 * to.inner) if count else None)
         return tuple(held)
 
     def gather(
@@ -340,7 +351,7 @@ class AttentionMerge(HierarchicalMerge):
                 if apart > 1 and not self.window:
                     # what no token of this level hears is not projected
                     x, begin, token, apart = x[:, token - begin :: apart], first, first, 1
-                kv = to.to_kv[j](x, after=norm) if x.shape[1] or last is None else last
+                kv = chain(x, norm, to.to_kv[j]) if x.shape[1] or last is None else last
                 if last is not None:
                     begin -= last.shape[1]
                     kv = torch.cat((last.to(kv.dtype), kv), dim=1) if x.shape[1] else kv
@@ -350,7 +361,7 @@ class AttentionMerge(HierarchicalMerge):
                 ahead = token - self.window - begin
                 kv = kv[:, ahead:] if ahead >= 0 else F.pad(kv, (0, 0, -ahead, 0))
                 heard.append(Heard(kv.unflatten(-1, (2, to.heads, -1)), apart, repeats, lead, token))
-            query = to.to_q(tokens[i], after=self.norms[i]).unflatten(-1, (to.heads, -1))
+            query = chain(tokens[i], self.norms[i], to.to_q).unflatten(-1, (to.heads, -1))
             gathered.append((to, query, heard))
         return gathered, state and tuple(kept)
 
@@ -371,7 +382,7 @@ class AttentionMerge(HierarchicalMerge):
         batch, count, heads, _ = query.shape
         members = [j for j in range(len(heard)) if j not in silent]
         if not members or not count:
-            update = to.bias.new_zeros(batch, count, to.to_out.out_features)
+            update = to.bias.new_zeros(batch, count, to.dim)
             return update, to.bias.new_zeros(batch, count, heads, len(members), 1 + self.window)
         back = torch.arange(1 + self.window, device=query.device)
         query = query * query.shape[-1] ** -0.5
@@ -396,7 +407,7 @@ class AttentionMerge(HierarchicalMerge):
             shares = in_groups(level_weights.to(query.dtype), heard[j])
             part: Any = sum(share[..., None] * row for share, row in zip(shares.unbind(dim=-1), rows, strict=True))
             out = out + part.flatten(1, 2)[:, heard[j].lead : heard[j].lead + count]
-        return to.to_out(out.flatten(2)), found
+        return chain(out.flatten(2), to.to_out), found
 
 
 def in_groups(x: Tensor, heard: Heard) -> Tensor:

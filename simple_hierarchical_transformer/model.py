@@ -30,7 +30,7 @@ from .levels import (
     is_int,
     per_level,
 )
-from .linear import Linear, begin_at_zero
+from .linear import begin_at_zero, chain, has_hooks
 from .losses import (
     ChunkSummarizer,
     LatentDynamics,
@@ -606,7 +606,7 @@ class HierarchicalTransformer(
                 self.hierarchical_merges.extend(make_merge(levels, into) for _ in range(layers))
 
         self.norms = nn.ModuleList(nn.LayerNorm(level.dim) for level in levels)
-        self.to_logits = Linear(sum(levels[i].dim for i in self.predict_from), num_tokens, bias=False)
+        self.to_logits = nn.Linear(sum(levels[i].dim for i in self.predict_from), num_tokens, bias=False)
 
         # keyed by the level's index, since a level without the loss has none
 
@@ -628,9 +628,9 @@ class HierarchicalTransformer(
                     dim_embed=dim_embed, dim=width, compression=c, stride=levels[number].stride
                 )
             elif kind == 'prophet':
-                self.to_prophet[key] = Linear(width, c * num_tokens, bias=False)
+                self.to_prophet[key] = nn.Linear(width, c * num_tokens, bias=False)
             elif kind == 'quantized':
-                self.to_quantized[key] = Linear(width, quantizer_codebooks * quantizer_codebook_size, bias=False)
+                self.to_quantized[key] = nn.Linear(width, quantizer_codebooks * quantizer_codebook_size, bias=False)
                 self.quantizers[key] = RandomProjectionQuantizer(
                     width, codebooks=quantizer_codebooks, size=quantizer_codebook_size, dim_code=quantizer_dim
                 )
@@ -751,14 +751,14 @@ class HierarchicalTransformer(
         elif return_quantized_ids:
             output = (self.quantize(self.quantized(read)),)
         elif return_logits_and_embeds:
-            output = (self.to_logits(read.predict_from), read.tokens)
+            output = (chain(read.predict_from, self.to_logits), read.tokens)
         elif return_contributions:
             # a copy: where layers are computed again, they tell again what they gave
             merges = list(contributions or ())
             # an hourglass runs its inner merges first
-            output = (self.to_logits(read.predict_from), merges[:: -1 if self.arrangement == 'hourglass' else 1])
+            output = (chain(read.predict_from, self.to_logits), merges[:: -1 if self.arrangement == 'hourglass' else 1])
         elif labels is None:
-            output = (self.to_logits(read.predict_from),)
+            output = (chain(read.predict_from, self.to_logits),)
         else:
             output = self.losses(read, ids, labels, position, counts)
 
@@ -929,8 +929,15 @@ class HierarchicalTransformer(
             if merge is not None:
                 couplings.append(Coupling(of_merge(i, merge), second, merge.into, weights_of(merge)))
 
-        # what leaves more behind than updates is run once
-        run = run_couplings if now.state is None and now.contributions is None else run_plainly
+        for name, module in self.named_modules():
+            if isinstance(module, (HierarchicalBlock, HierarchicalMerge)) and has_hooks(module):
+                raise ValueError(
+                    f'reversible layers run the parts of a block or merge by themselves, so hooks on {name} would not '
+                    'fire: register them on its parts'
+                )
+        # what leaves more behind than updates is run once, and replicas of nn.DataParallel do not know their weights
+        once = now.state is not None or now.contributions is not None or getattr(self, '_is_replica', False)
+        run = run_plainly if once else run_couplings
         streams = run(couplings, [*inputs, *inputs])
         return [(streams[j] + streams[second[j]]) / 2 for j in levels]
 
@@ -964,7 +971,7 @@ class HierarchicalTransformer(
         """`fn(*args)`, computed again in the backward pass where `gradient_checkpointing` asks for that."""
         if not self.gradient_checkpointing or not torch.is_grad_enabled():
             return fn(*args)
-        return checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(fn, *args, use_reentrant=False)
 
     def compress_all(
         self, embeds: Tensor, state: State | None, position: int
@@ -983,8 +990,8 @@ class HierarchicalTransformer(
         """Level i's tokens of finer ones `(batch, n, dim)`, the first of index `position`."""
         norm = self.post_token_emb_norms[i]
         x, after = self.compressors[i](finer, state and state.embeds[i], position)
-        # the stream stays in the dtype of the weights, also where autocast has it multiplied in another
-        return norm(x.to(norm.weight.dtype)), after
+        # the stream stays in the dtype of the weights, also where autocast multiplies in another
+        return norm(x.to(getattr(norm, 'weight', self.token_emb.weight).dtype)), after
 
     def run_block(self, i: int, j: int, x: Tensor, now: Pass) -> tuple[Tensor, BlockState | None]:
         """Layer `i` of level `j`."""
@@ -1065,11 +1072,11 @@ class HierarchicalTransformer(
                 x = self.autoencoder.decode(read.codes, position)  # type: ignore[union-attr, arg-type]
             named[part.name] = cross_entropy(
                 x,
-                self.head(part).weight,
+                self.head(part),
                 targets,
                 ignore_index,
                 count=None if count is None else count[0],
-                sample=self.recon_sample if kind == 'recon' and torch.is_grad_enabled() else 1.0,
+                sample=self.recon_sample if kind == 'recon' and self.training else 1.0,
             )
 
         weighted = {part.name: part.weight * named[part.name] for part in self.parts}

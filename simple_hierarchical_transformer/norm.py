@@ -24,8 +24,15 @@ class RMSNorm(nn.Module):
 
 
 def is_traced() -> bool:
-    """Whether the compiler or a transform of torch.func looks on, which see through plain operations better."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether plain operations are wanted: under the compiler, a transform of torch.func, or a dispatch mode.
+
+    Dispatch modes (a FLOP counter, fake tensors, selective checkpoints) see operations of PyTorch alone.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:

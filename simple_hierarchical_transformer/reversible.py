@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .linear import autocast_dtype
 from .norm import is_traced
@@ -18,7 +17,8 @@ class Coupling(NamedTuple):
     """A step that adds to some streams what it makes of others: streams that are read are none that are written."""
 
     fn: Callable[[list[Tensor]], list[Tensor]]
-    """From the streams that are read, what is added to each that is written. It gives the same again, called again."""
+    """From the streams that are read, what is added to each that is written. Of all that it depends on, only random
+    numbers may change between calls: they are drawn again as they were."""
     reads: Sequence[int]
     writes: Sequence[int]
     parameters: Callable[[], Sequence[nn.Parameter]]
@@ -31,9 +31,11 @@ def run_couplings(couplings: Sequence[Coupling], streams: Sequence[Tensor]) -> l
     In training, of all that happens on the way nothing is kept but the streams at the end: the backward pass takes from
     them what each coupling added, and forms it again to differentiate it. The gradients are the plain form's, at the
     price of a second forward pass. Gomez et al. 2017, arXiv 1707.04585, algorithm 1; for transformers: Kitaev et al.
-    2020, arXiv 2001.04451, section 3. Under the compiler and the transforms of torch.func, which see through plain
-    operations alone, it is the plain form. It can be differentiated once, while the modules have the weights that they
-    had.
+    2020, arXiv 2001.04451, section 3. Under the compiler, the transforms of torch.func and dispatch modes, which see
+    through plain operations alone, it is the plain form.
+
+    The result can be differentiated once, while the modules have the weights that they had. The backward pass raises
+    RuntimeError otherwise.
     """
     parameters = all_parameters(couplings)
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (*streams, *parameters))
@@ -46,12 +48,56 @@ def all_parameters(couplings: Sequence[Coupling]) -> list[nn.Parameter]:
     return list(dict.fromkeys(p for coupling in couplings for p in coupling.parameters()))
 
 
-def run_plainly(couplings: Sequence[Coupling], streams: Sequence[Tensor]) -> list[Tensor]:
+def run_plainly(
+    couplings: Sequence[Coupling], streams: Sequence[Tensor], drawn: list[list[Tensor] | None] | None = None
+) -> list[Tensor]:
+    """The streams after all couplings.
+
+    `drawn` is given the state of the random number generators before each coupling, or None if it drew no number.
+    """
     streams = list(streams)
+    device = streams[0].device
+    now = [] if drawn is None else random_states(device)
     for fn, reads, writes, _ in couplings:
         for i, update in zip(writes, fn([streams[i] for i in reads]), strict=True):
             streams[i] = streams[i] + update
+        if drawn is not None:
+            before, now = now, random_states(device)
+            drawn.append(None if all(map(torch.equal, before, now)) else before)
     return streams
+
+
+def random_states(device: torch.device) -> list[Tensor]:
+    """The states of the generators that modules on this device draw from."""
+    states = [torch.get_rng_state()]
+    if device.type not in ('cpu', 'meta'):
+        states.append(getattr(torch, device.type).get_rng_state(*of_device(device)))
+    return states
+
+
+def set_random_states(states: Sequence[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        getattr(torch, device.type).set_rng_state(states[1], *of_device(device))
+
+
+def of_device(device: torch.device) -> list[torch.device]:
+    # torch.mps has one generator, and its functions take no device
+    return [] if device.type == 'mps' else [device]
+
+
+@contextmanager
+def drawing_again(states: Sequence[Tensor] | None, device: torch.device) -> Iterator[None]:
+    """Inside, random numbers are those that came after `states`. Outside, they go on as if none had been drawn."""
+    if states is None:
+        yield
+        return
+    now = random_states(device)
+    set_random_states(states, device)
+    try:
+        yield
+    finally:
+        set_random_states(now, device)
 
 
 class _Reversible(torch.autograd.Function):
@@ -60,15 +106,20 @@ class _Reversible(torch.autograd.Function):
         ctx.couplings, ctx.count = couplings, count
         # as it was, for what is formed again
         ctx.autocast = autocast_dtype(tensors[0].device)
-        streams = run_plainly(couplings, tensors[:count])
+        ctx.drawn = []
+        streams = run_plainly(couplings, tensors[:count], ctx.drawn)
         # a stream that nothing was added to would be returned as it came
         streams = [t.clone() if t is given else t for t, given in zip(streams, tensors[:count], strict=True)]
         ctx.save_for_backward(*streams, *tensors[count:])
         return tuple(streams)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                'reversible layers cannot be differentiated twice (create_graph = True): build the model with '
+                'reversible = False'
+            )
         streams, parameters = list(ctx.saved_tensors[: ctx.count]), ctx.saved_tensors[ctx.count :]
         into = list(grads)
         found: dict[int, Tensor] = {}
@@ -78,20 +129,20 @@ class _Reversible(torch.autograd.Function):
                 'reversible layers form again what they added, and their weights were swapped for others since '
                 '(functional_call): keep them until after the backward pass'
             )
-        device = streams[0].device.type
+        device = streams[0].device
         autocast: Any = nullcontext()
-        if torch.amp.is_autocast_available(device):
-            autocast = torch.autocast(device, dtype=ctx.autocast, enabled=ctx.autocast is not None)
+        if torch.amp.is_autocast_available(device.type):
+            autocast = torch.autocast(device.type, dtype=ctx.autocast, enabled=ctx.autocast is not None)
 
-        for fn, reads, writes, own in reversed(ctx.couplings):
+        for (fn, reads, writes, own), drawn in zip(reversed(ctx.couplings), reversed(ctx.drawn), strict=True):
             wanted = [p for p in own() if p.requires_grad]
             read = [streams[i].detach().requires_grad_() for i in reads]
-            with torch.enable_grad(), autocast:
+            with torch.enable_grad(), autocast, drawing_again(drawn, device):
                 updates = fn(read)
             with torch.no_grad():
                 for i, update in zip(writes, updates, strict=True):
                     streams[i] = streams[i] - update
-            # an update that hangs on none of them has no gradient
+            # an update that depends on none of them has no gradient
             pairs = [(update, into[i]) for i, update in zip(writes, updates, strict=True) if update.requires_grad]
             if not pairs:
                 continue

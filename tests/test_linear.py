@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from simple_hierarchical_transformer import linear as module
 from simple_hierarchical_transformer.compress import Windows
-from simple_hierarchical_transformer.linear import HAS_ONEDNN, MIN_WEIGHT, Chain, Linear, linear
+from simple_hierarchical_transformer.linear import HAS_ONEDNN, MIN_WEIGHT, Chain, chain, linear
 from simple_hierarchical_transformer.norm import EPS, RMSNorm
 
 
@@ -22,11 +22,11 @@ from simple_hierarchical_transformer.norm import EPS, RMSNorm
 @pytest.mark.parametrize('strided', [True, False])
 @pytest.mark.parametrize('train', [True, False])
 def test_all_kernels_agree(shape: tuple[int, ...], dim_out: int, bias: bool, strided: bool, train: bool) -> None:
-    layer = Linear(512, dim_out, bias=bias)
+    layer = nn.Linear(512, dim_out, bias=bias)
     x = torch.randn(*shape[:-1], 1024)[..., ::2] if strided else torch.randn(shape)
     x.requires_grad_(train)
     with torch.set_grad_enabled(train):
-        ours, expected = layer(x), F.linear(x, layer.weight, layer.bias)
+        ours, expected = chain(x, layer), F.linear(x, layer.weight, layer.bias)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     assert ours.is_contiguous()
     if train:
@@ -38,14 +38,14 @@ def test_all_kernels_agree(shape: tuple[int, ...], dim_out: int, bias: bool, str
 
 
 def test_gradients_of_gradients_and_function_transforms() -> None:
-    layer, x = Linear(256, 256), torch.randn(3, 256, requires_grad=True)
+    layer, x = nn.Linear(256, 256), torch.randn(3, 256, requires_grad=True)
 
     def penalty(run: torch.nn.Module | object) -> torch.Tensor:
         (grad,) = torch.autograd.grad(run(x).tanh().sum(), x, create_graph=True)  # type: ignore[operator]
         return torch.autograd.grad(grad.square().sum(), layer.weight)[0]
 
     expected = penalty(lambda x: F.linear(x, layer.weight, layer.bias))
-    torch.testing.assert_close(penalty(layer), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(penalty(lambda x: chain(x, layer)), expected, rtol=1e-4, atol=1e-4)
 
     def loss(weight: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
         return linear(row, weight).square().sum()
@@ -88,11 +88,11 @@ def test_a_part_formed_again_has_the_same_gradients(kind: int, dim: int, trained
     torch.manual_seed(0)
     after = parts(dim)[kind]
     x = torch.randn(2, 9, dim, requires_grad=trained != 'weight')
-    layer = Linear(after(x).shape[-1], 224).requires_grad_(trained != 'input')
+    layer = nn.Linear(after(x).shape[-1], 224).requires_grad_(trained != 'input')
     own = list(after.parameters()) if isinstance(after, nn.Module) and trained == 'all' else []
     inputs = [t for t in (x, *layer.parameters(), *own) if t.requires_grad]
 
-    ours, expected = layer(x, after=after), F.linear(after(x), layer.weight, layer.bias)
+    ours, expected = chain(x, after, layer), F.linear(after(x), layer.weight, layer.bias)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     weights = torch.randn_like(expected)
     torch.testing.assert_close(
@@ -108,14 +108,14 @@ def test_gradients_of_gradients_through_a_part(kind: int) -> None:
     if isinstance(after, nn.Module):
         after.double()
     x = torch.randn(1, 7, 6, dtype=torch.double, requires_grad=True)
-    layer = Linear(after(x).shape[-1], 3, dtype=torch.double)
+    layer = nn.Linear(after(x).shape[-1], 3, dtype=torch.double)
     assert torch.autograd.gradgradcheck(
         lambda x, weight, bias: linear(x, weight, bias, after), (x, *layer.parameters())
     )
 
 
 def test_per_sample_gradients_through_a_chain() -> None:
-    net = Chain(RMSNorm(6), Linear(6, 9), nn.GELU(), Linear(9, 2))
+    net = Chain(RMSNorm(6), nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 2))
     params, rows = dict(net.named_parameters()), torch.randn(3, 6)
 
     def loss(params: dict[str, Tensor], row: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def test_per_sample_gradients_through_a_chain() -> None:
 
 def test_swapped_parameters_get_the_gradients() -> None:
     """The backward pass forms the norm again with the parameters that the forward pass had, not the module's own."""
-    net, x = Chain(RMSNorm(6), Linear(6, 9)), torch.randn(4, 6)
+    net, x = Chain(RMSNorm(6), nn.Linear(6, 9)), torch.randn(4, 6)
     swapped = {name: torch.rand_like(p).requires_grad_() for name, p in net.named_parameters()}
     found = torch.autograd.grad(torch.func.functional_call(net, swapped, (x,)).square().sum(), list(swapped.values()))
     for (_, parameter), new in zip(net.named_parameters(), swapped.values(), strict=True):
@@ -141,7 +141,7 @@ def test_swapped_parameters_get_the_gradients() -> None:
 
 def test_a_graph_of_gradients_counts_each_path_once() -> None:
     """A chain applied to its own output: its parameters have a history of their own in the second application."""
-    net, x = Chain(RMSNorm(6), Linear(6, 6), nn.GELU(), Linear(6, 6)).double(), torch.randn(4, 6, dtype=torch.double)
+    net, x = Chain(RMSNorm(6), nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6)).double(), torch.randn(4, 6, dtype=torch.double)
     params = list(net.parameters())
     once, kept = (
         torch.autograd.grad(net(net(x)).square().sum(), params, create_graph=create) for create in (False, True)
@@ -151,7 +151,7 @@ def test_a_graph_of_gradients_counts_each_path_once() -> None:
 
 def test_parameters_replaced_by_tensors_get_gradients() -> None:
     """As wrappers do that shard or replicate a module."""
-    net, x = Chain(RMSNorm(6), Linear(6, 6), nn.LayerNorm(6), Linear(6, 2)), torch.randn(4, 6)
+    net, x = Chain(RMSNorm(6), nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 2)), torch.randn(4, 6)
     expected = torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
     leaves = [p.detach().requires_grad_() for p in net.parameters()]
     for (name, _), leaf in zip(list(net.named_parameters()), leaves, strict=True):
@@ -172,9 +172,9 @@ def test_backward_inside_autocast_keeps_norms_in_float32() -> None:
 
 
 def test_autocast_keeps_the_gradient_of_a_weight_used_twice() -> None:
-    layer, norm, x = Linear(16, 16, bias=False), RMSNorm(16), torch.randn(3, 16)
+    layer, norm, x = nn.Linear(16, 16, bias=False), RMSNorm(16), torch.randn(3, 16)
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        out = F.linear(layer(x, after=norm), layer.weight)
+        out = F.linear(chain(x, norm, layer), layer.weight)
         expected = F.linear(F.linear(norm(x), layer.weight), layer.weight)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(
@@ -185,7 +185,7 @@ def test_autocast_keeps_the_gradient_of_a_weight_used_twice() -> None:
 
 
 def test_keeps_what_goes_into_a_part_alone() -> None:
-    net, x = Chain(nn.GELU(), Linear(64, 8), nn.SiLU(), Linear(8, 8)), torch.randn(100, 64, requires_grad=True)
+    net, x = Chain(nn.GELU(), nn.Linear(64, 8), nn.SiLU(), nn.Linear(8, 8)), torch.randn(100, 64, requires_grad=True)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         net(x)

@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from ..levels import check_choice, check_int
-from ..linear import Linear
+from ..linear import chain
 from ..norm import RMSNorm
 from .patterns import MODES, PARTS, PATTERNS, attend_pattern, attended, keys_of_pattern
 from .rotary import Rotary
@@ -209,8 +209,8 @@ class Attention(nn.Module):
         self.norm = RMSNorm(dim) if full else nn.LayerNorm(dim)
         self.qk_norm = RMSNorm(dim_head) if qk_norm else None
         self.rotary_emb = Rotary(dim_head, pairs='interleaved' if full else 'halves', xpos=full and pattern is None)
-        self.to_qkv = Linear(dim, (heads + 2 * kv_heads) * dim_head, bias=False)
-        self.to_out = Linear(heads * dim_head, dim, bias=False)
+        self.to_qkv = nn.Linear(dim, (heads + 2 * kv_heads) * dim_head, bias=False)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
 
     def find_patterns(
         self, pattern: str, mode: str, stride: int | None, summary: int | None, *, layer: int, length: int
@@ -255,7 +255,7 @@ class Attention(nn.Module):
         """x: `(batch, seq, dim)`, tokens `start` to `start + seq` of the sequence."""
         # heads of queries fall into groups, each of which meets all heads of keys: (groups + 1, batch, kv_heads, seq,
         # dim_head), keys last, and one of it; split has a gradient of one copy, where slices have one each
-        qkv = self.to_qkv(x, after=self.norm).unflatten(-1, (self.groups + 2, self.kv_heads, -1))
+        qkv = chain(x, self.norm, self.to_qkv).unflatten(-1, (self.groups + 2, self.kv_heads, -1))
         qk, v = (part.permute(2, 0, 3, 1, 4) for part in qkv.split((self.groups + 1, 1), dim=-3))
         v = v[0]
         if self.qk_norm is not None:
@@ -275,7 +275,7 @@ class Attention(nn.Module):
                 out = self.attend(q, k, v)
 
         out = out.unflatten(0, (self.groups, -1)).permute(1, 3, 0, 2, 4).flatten(2)
-        return self.to_out(out), cache
+        return chain(out, self.to_out), cache
 
     def as_rows(self, q: Tensor) -> Tensor:
         """Each group of queries a row of its own: `(groups * batch, kv_heads, seq, dim_head)`."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..levels import check_int
-from ..linear import Linear
+from ..linear import chain
 from ..norm import RMSNorm
 from ..state import keep
 from .scan import scan
@@ -41,25 +41,25 @@ class GateLoop(nn.Module):
 
     def __init__(self, *, dim: int, state_heads: int | None = None) -> None:
         super().__init__()
+        self.dim = dim
         self.heads = dim if state_heads is None else check_int('state_heads', state_heads)
         if dim % self.heads:
             raise ValueError(f'state_heads must divide dim {dim}, got {state_heads}')
         self.norm = RMSNorm(dim)
-        self.to_qkv = Linear(dim, 3 * dim, bias=False)
-        self.to_gates = Linear(dim, 2 * dim)
-        self.to_out_gate = Linear(dim, dim, bias=False)
+        self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.to_gates = nn.Linear(dim, 2 * dim)
+        self.to_out_gate = nn.Linear(dim, dim, bias=False)
         self.out_norm = RMSNorm(dim)
-        self.to_out = Linear(dim, dim, bias=False)
+        self.to_out = nn.Linear(dim, dim, bias=False)
         with torch.no_grad():
             self.to_gates.bias.copy_(torch.cat((spread_gates(dim), torch.zeros(dim))))
 
     def products(self, n: float) -> float:
         """Operations of a pass over n tokens, products with weights aside: three of a complex recurrence."""
-        dim = self.norm.gamma.shape[0]
-        return 3 * 8 * n * dim * dim / self.heads
+        return 3 * 8 * n * self.dim * self.dim / self.heads
 
     def initial_state(self, batch: int, like: Tensor) -> tuple[Tensor, ...]:
-        width = self.norm.gamma.shape[0] // self.heads
+        width = self.dim // self.heads
         exact = torch.promote_types(like.dtype, torch.float32)
         return (like.new_zeros(batch, self.heads, width, width, 2, dtype=exact),)
 
@@ -69,18 +69,18 @@ class GateLoop(nn.Module):
         normed = self.norm(x)
         # sums over long stretches are formed in float32 at least
         exact = torch.promote_types(x.dtype, torch.float32)
-        q, k, v = self.to_qkv(normed).to(exact).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        alpha, beta = self.to_gates(normed).to(exact).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        q, k, v = chain(normed, self.to_qkv).to(exact).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        alpha, beta = chain(normed, self.to_gates).to(exact).unflatten(-1, (2, self.heads, -1)).unbind(2)
         gates = torch.polar(alpha.sigmoid(), beta)[..., None]
         kv = (k[..., None] * v[..., None, :]).to(gates.dtype)
         held = None if state is None else torch.view_as_complex(state[0].to(exact))
 
         memory = scan(gates, kv, held)
         y = (q[..., None] * memory.real).sum(dim=-2).flatten(2).to(x.dtype)
-        y = self.out_norm(y) * F.silu(self.to_out_gate(normed))
+        y = self.out_norm(y) * F.silu(chain(normed, self.to_out_gate))
         if state is not None:
             state = (keep(state[0], torch.view_as_real(memory[:, -1])),)  # type: ignore[assignment]
-        return self.to_out(y), state
+        return chain(y, self.to_out), state
 
 
 class SimpleGateLoop(nn.Module):
@@ -100,27 +100,28 @@ class SimpleGateLoop(nn.Module):
 
     def __init__(self, *, dim: int) -> None:
         super().__init__()
+        self.dim = dim
         self.norm = RMSNorm(dim)
-        self.to_qkv = Linear(dim, 2 * dim, bias=False)
-        self.to_gates = Linear(dim, dim)
+        self.to_qkv = nn.Linear(dim, 2 * dim, bias=False)
+        self.to_gates = nn.Linear(dim, dim)
         with torch.no_grad():
             self.to_gates.bias.copy_(spread_gates(dim))
 
     def products(self, n: float) -> float:
         """Operations of a pass over n tokens, products with weights aside: three of a recurrence."""
-        return 3 * 2 * n * self.norm.gamma.shape[0]
+        return 3 * 2 * n * self.dim
 
     def initial_state(self, batch: int, like: Tensor) -> tuple[Tensor, ...]:
         exact = torch.promote_types(like.dtype, torch.float32)
-        return (like.new_zeros(batch, self.norm.gamma.shape[0], dtype=exact),)
+        return (like.new_zeros(batch, self.dim, dtype=exact),)
 
     def forward(
         self, x: Tensor, state: tuple[Tensor, ...] | None = None, start: int = 0
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         exact = torch.promote_types(x.dtype, torch.float32)
         normed = self.norm(x)
-        q, kv = self.to_qkv(normed).chunk(2, dim=-1)
-        gates = self.to_gates(normed).to(exact).sigmoid()
+        q, kv = chain(normed, self.to_qkv).chunk(2, dim=-1)
+        gates = chain(normed, self.to_gates).to(exact).sigmoid()
         h = scan(gates, kv.to(exact), None if state is None else state[0].to(exact))
         if state is not None:
             state = (keep(state[0], h[:, -1]),)  # type: ignore[assignment]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..levels import check_int
-from ..linear import Linear, autocast_dtype
+from ..linear import autocast_dtype, chain
 from ..norm import RMSNorm
 from ..state import keep
 from .convolution import causal_conv, check_fft, conv_products
@@ -100,11 +100,11 @@ class Hyena(nn.Module):
         self.order, self.length = check_int('order', order), length
         self.fft = check_fft(fft)
         self.norm = RMSNorm(dim)
-        self.to_in = Linear(dim, (order + 1) * dim, bias=False)
+        self.to_in = nn.Linear(dim, (order + 1) * dim, bias=False)
         self.short_conv = ShortConv((order + 1) * dim, check_int('short', short))
         self.filters = ImplicitFilters(order * dim, length=length, hidden=check_int('filter_dim', filter_dim))
         self.skip_bias = nn.Parameter(torch.randn(order, dim))
-        self.to_out = Linear(dim, dim, bias=False)
+        self.to_out = nn.Linear(dim, dim, bias=False)
 
     def products(self, n: float) -> float:
         """Operations of a pass over n tokens, products with weights aside: convolutions, short and long."""
@@ -120,13 +120,13 @@ class Hyena(nn.Module):
         self, x: Tensor, state: tuple[Tensor, ...] | None = None, start: int = 0
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         held: list[Tensor | None] = [None] * (1 + self.order) if state is None else list(state)
-        joined, held[0] = self.short_conv(self.to_in(x, after=self.norm), held[0])
+        joined, held[0] = self.short_conv(chain(x, self.norm, self.to_in), held[0])
         v, *gates = joined.chunk(self.order + 1, dim=-1)
         filters = self.filters().chunk(self.order, dim=-1)
         for n, (gate, taps, bias) in enumerate(zip(gates, filters, self.skip_bias, strict=True), 1):
             mixed, held[n] = self.long_conv(v, taps, held[n], start)
             v = gate * (mixed + bias * v)
-        return self.to_out(v), None if state is None else tuple(held)  # type: ignore[arg-type]
+        return chain(v, self.to_out), None if state is None else tuple(held)  # type: ignore[arg-type]
 
     def long_conv(self, v: Tensor, taps: Tensor, ring: Tensor | None, start: int) -> tuple[Tensor, Tensor | None]:
         """The convolution of a chunk, and the last inputs that the chunks to come still hear of, the oldest to be

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..levels import check_int
-from ..linear import Linear
+from ..linear import chain
 from ..norm import RMSNorm
 from ..state import keep
 from .rotary import Rotary
@@ -61,9 +61,9 @@ class LSHAttention(nn.Module):
         self.before = check_int('entries', entries) - 1
         self.norm = RMSNorm(dim)
         self.rotary_emb = Rotary(dim_head, pairs='interleaved')
-        self.to_qk = Linear(dim, heads * dim_head, bias=False)
-        self.to_v = Linear(dim, heads * dim_head, bias=False)
-        self.to_out = Linear(heads * dim_head, dim, bias=False)
+        self.to_qk = nn.Linear(dim, heads * dim_head, bias=False)
+        self.to_v = nn.Linear(dim, heads * dim_head, bias=False)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
         # saved with the weights: other directions would be other buckets
         self.register_buffer('rotations', torch.randn(rounds, heads, dim_head, buckets // 2))
 
@@ -78,7 +78,7 @@ class LSHAttention(nn.Module):
         batch, n, _ = x.shape
         # (batch, heads, seq, dim_head)
         qk, v = (
-            to(x, after=self.norm).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.to_qk, self.to_v)
+            chain(x, self.norm, to).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.to_qk, self.to_v)
         )
         bucket = self.hash(qk)
         # scores see distances: queries, and keys of length one, turn by their positions
@@ -107,7 +107,7 @@ class LSHAttention(nn.Module):
         out, total = (t.unflatten(0, (batch, self.rounds, self.heads)) for t in (out, total))
         share = total.softmax(dim=1).to(out.dtype)
         out = (out * share[..., None]).sum(dim=1)
-        return self.to_out(out.transpose(1, 2).flatten(2)), state
+        return chain(out.transpose(1, 2).flatten(2), self.to_out), state
 
     def products(self, n: float) -> float:
         """Operations of a pass over n tokens, products with weights aside: hashes, scores and sums."""

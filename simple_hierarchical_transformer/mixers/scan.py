@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def scan(a: Tensor, b: Tensor, initial: Tensor | None = None) -> Tensor:
@@ -19,8 +18,8 @@ def scan(a: Tensor, b: Tensor, initial: Tensor | None = None) -> Tensor:
     The sequence falls into about `sqrt(seq)` blocks. All of them run side by side from zeros, step by step, and what
     each block's end carries on to the next is added after: `2 * sqrt(seq)` steps one after the other, and three times
     the operations of the recurrence itself. Blelloch 1990, "Prefix Sums and Their Applications", has it for a tree.
-    Nothing is divided by a product of gates, so that none that vanishes does harm. It can be differentiated once; under
-    the transforms of torch.func it runs step by step.
+    Nothing is divided by a product of gates, so a gate of zero does no harm. Under the transforms of torch.func it runs
+    step by step.
     """
     if initial is None:
         initial = torch.zeros_like(b[:, 0])
@@ -69,12 +68,13 @@ class _Scan(torch.autograd.Function):
         return h
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a, h, initial = ctx.saved_tensors
         # the gate of the step after, from the last step back
         after = F.pad(a[:, 1:].conj(), (0, 0) * (a.ndim - 2) + (0, 1)).flip(1)
-        grad_b = _forward(after, grad.flip(1), torch.zeros_like(initial)).flip(1)
+        # a graph of gradients needs a recurrence that has a gradient itself
+        run = scan if torch.is_grad_enabled() else _forward
+        grad_b = run(after, grad.flip(1), torch.zeros_like(initial)).flip(1)
         before = torch.cat((initial[:, None], h[:, :-1]), dim=1)
         grad_a = (grad_b * before.conj()).sum_to_size(a.shape)
         return grad_a, grad_b, a[:, 0].conj() * grad_b[:, 0]

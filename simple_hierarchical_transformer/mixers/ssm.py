@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..levels import check_choice, check_int
-from ..linear import Linear
+from ..linear import chain
 from ..norm import RMSNorm
 from ..state import keep
 from .convolution import causal_conv, check_fft, conv_products
@@ -130,7 +130,7 @@ class S4D(nn.Module):
         super().__init__()
         self.norm = RMSNorm(dim)
         self.ssm = DiagonalSSM(dim, state_dim=state_dim, init=init, fft=fft)
-        self.to_out = Linear(dim, 2 * dim)
+        self.to_out = nn.Linear(dim, 2 * dim)
 
     def products(self, n: float) -> float:
         """Operations of a pass over n tokens, products with weights aside."""
@@ -143,7 +143,7 @@ class S4D(nn.Module):
         self, x: Tensor, state: tuple[Tensor, ...] | None = None, start: int = 0
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         y, after = self.ssm(self.norm(x), state and state[0])
-        return F.glu(self.to_out(F.gelu(y)), dim=-1), None if after is None else (after,)
+        return F.glu(chain(F.gelu(y), self.to_out), dim=-1), None if after is None else (after,)
 
 
 class H3(nn.Module):
@@ -177,10 +177,10 @@ class H3(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = RMSNorm(dim)
-        self.to_qkv = Linear(dim, 3 * dim, bias=False)
+        self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.shift_ssm = ShortConv(dim, check_int('shift_dim', shift_dim))
         self.ssm = DiagonalSSM(dim, state_dim=state_dim, init=init, fft=fft)
-        self.to_out = Linear(dim, dim, bias=False)
+        self.to_out = nn.Linear(dim, dim, bias=False)
 
     def products(self, n: float) -> float:
         """Operations of a pass over n tokens, products with weights aside."""
@@ -193,10 +193,10 @@ class H3(nn.Module):
         self, x: Tensor, state: tuple[Tensor, ...] | None = None, start: int = 0
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         before, memory = state or (None, None)
-        q, k, v = self.to_qkv(x, after=self.norm).chunk(3, dim=-1)
+        q, k, v = chain(x, self.norm, self.to_qkv).chunk(3, dim=-1)
         shifted, before = self.shift_ssm(k, before)
         remembered, memory = self.ssm(shifted * v, memory)
-        return self.to_out(q * remembered), None if before is None or memory is None else (before, memory)
+        return chain(q * remembered, self.to_out), None if before is None or memory is None else (before, memory)
 
 
 class ShortConv(nn.Module):

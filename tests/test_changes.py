@@ -1,0 +1,312 @@
+"""What a user changes takes effect: wrapped and replaced modules, hooks, dropout, adapters, quantized weights."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import build, configs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from simple_hierarchical_transformer import HierarchicalTransformer
+from simple_hierarchical_transformer.losses import cross_entropy
+from simple_hierarchical_transformer.mixers.scan import scan
+from simple_hierarchical_transformer.norm import RMSNorm
+from simple_hierarchical_transformer.training.settings import PRESETS
+
+SMALL: dict[str, Any] = dict(
+    num_tokens=13,
+    dim=16,
+    depth=2,
+    seq_len=48,
+    dim_head=8,
+    heads=2,
+    hierarchies=(1, 4),
+    hierarchical_stride=(1, 2),
+    window_sizes=(4, None),
+    ignore_index=-1,
+)
+# one of each mixer, compressor, merge, head and arrangement
+KINDS: dict[str, dict[str, Any]] = {
+    'attention': {},
+    'lsh': dict(mixer='lsh', mixer_kwargs=dict(buckets=4, entries=8)),
+    'gateloop': dict(mixer='gateloop'),
+    'simple-gateloop': dict(mixer='simple-gateloop'),
+    's4d': dict(mixer='s4d'),
+    'h3': dict(mixer='h3'),
+    'hyena': dict(mixer='hyena'),
+    'all losses': dict(prophet_loss_weight=0.2, quantized_loss_weight=0.2, num_rollouts=2),
+    'autoencoder': dict(autoencoder=True, autoencoder_loss_weight=0.1, dim=(16, 12)),
+    'linear': dict(compressor='linear', merge='linear', merge_into='all', dim=(16, 12)),
+    'pooled': dict(compressor='attention', merge='attention', merge_window=1, merge_into='all'),
+    'mean': dict(compressor='mean', hierarchies=(4, 1), hierarchical_stride=(4, 1), dim=(12, 16), merge_into='all'),
+    'hourglass': dict(arrangement='hourglass', residual='gru', ff_activation='swiglu', dim=(16, 12)),
+    'reversible': dict(reversible=True),
+    'checkpointed': dict(gradient_checkpointing=True, ff_chunks=2),
+    'shared': dict(share_layers=True, halting='act', ff_activation='relu2', mixer_kwargs=dict(qk_norm=True)),
+}
+MAPS = (nn.Linear, nn.Conv1d, nn.LayerNorm, RMSNorm)
+
+
+class Scaled(nn.Module):
+    """What an adapter does: the module's output, times a number that is learnt. It has no other attribute."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * self.scale
+
+
+def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts a module in another's place, under all the names that it has."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old and parent is not new:
+                setattr(parent, name, new)
+
+
+def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
+    torch.manual_seed(0)
+    return model(ids, return_loss=True)[0]
+
+
+def read_in_chunks(model: HierarchicalTransformer, ids: Tensor) -> Tensor:
+    state, found = None, []
+    for chunk in ids.split([3, 1, ids.shape[1] - 4], dim=1):
+        logits, state = model(chunk, state=state, return_state=True)
+        found.append(logits)
+    return torch.cat(found, dim=1)
+
+
+@settings(max_examples=40)
+@given(config=configs(), kind=st.sampled_from(MAPS))
+def test_a_wrapped_map_or_norm_takes_effect_wherever_it_stands(config: dict[str, Any], kind: type[nn.Module]) -> None:
+    """A map's or norm's output is linear in its parameters, so a scale of 1 has the gradient sum(p * p.grad)."""
+    ids = torch.randint(0, 11, (2, 19))
+    model = build(config)
+    wrapped = copy.deepcopy(model)
+    loss = loss_of(model, ids)
+    loss.backward()
+    pairs = []
+    for module, twin in zip(list(model.modules()), list(wrapped.modules()), strict=True):
+        if isinstance(module, kind) and any(p.grad is not None for p in module.parameters()):
+            pairs.append((module, Scaled(twin)))
+            replace(wrapped, twin, pairs[-1][1])
+
+    again = loss_of(wrapped, ids)
+    torch.testing.assert_close(again, loss, rtol=1e-12, atol=1e-12)
+    again.backward()
+    for module, scaled in pairs:
+        expected = sum((p.detach() * p.grad).sum() for p in module.parameters() if p.grad is not None)
+        assert scaled.scale.grad is not None, module
+        torch.testing.assert_close(scaled.scale.grad, expected, rtol=1e-8, atol=1e-10)
+
+    # a scale of 1.5 does what parameters that are 1.5 times as large do, in a pass and in chunks
+    with torch.no_grad():
+        for module, scaled in pairs:
+            scaled.scale.fill_(1.5)
+            for parameter in module.parameters():
+                parameter.mul_(1.5)
+        torch.testing.assert_close(wrapped(ids), model(ids), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(read_in_chunks(wrapped, ids), read_in_chunks(model, ids), rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=30)
+@given(config=configs(), backward=st.booleans())
+def test_hooks_fire_and_see_what_the_module_reads_and_gives(config: dict[str, Any], backward: bool) -> None:
+    """On every module, with numbers that stay the same. What a map or a norm got and gave fits its own formula."""
+    config = {**config, 'reversible': False}
+    ids = torch.randint(0, 11, (2, 19))
+    model = build(config)
+    expected = loss_of(model, ids)
+    gradients = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
+    fired: set[nn.Module] = set()
+
+    def check(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        fired.add(module)
+        if type(module) in MAPS:
+            torch.testing.assert_close(type(module).forward(module, *args), output, rtol=1e-10, atol=1e-10)
+
+    for module in model.modules():
+        if backward:
+            module.register_full_backward_hook(lambda module, *_: fired.add(module) and None)
+        else:
+            module.register_forward_hook(check)
+    loss = loss_of(model, ids)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    torch.testing.assert_close(found, gradients, rtol=1e-8, atol=1e-9)
+    trained = {id(p) for p, grad in zip(model.parameters(), gradients, strict=True) if grad is not None}
+    for name, module in model.named_modules():
+        if type(module) in MAPS and any(id(p) in trained for p in module.parameters()):
+            assert module in fired, name
+
+
+@pytest.mark.parametrize('kind', ['attention', 'checkpointed', 'reversible', 'hourglass'])
+def test_replaced_norms_and_activations_are_trained(kind: str) -> None:
+    model = HierarchicalTransformer(**{**SMALL, **KINDS[kind]})
+    added = []
+    for layer in model.layers:
+        for block in layer:  # type: ignore[union-attr]
+            block.attn.norm = nn.RMSNorm(block.ff.dim)
+            block.ff.net[0] = nn.LayerNorm(block.ff.dim, elementwise_affine=False)
+            if isinstance(block.ff.net[2], nn.GELU):
+                block.ff.net[2] = nn.PReLU()
+                added.append(block.ff.net[2].weight)
+            added.append(block.attn.norm.weight)
+    loss_of(model, torch.randint(0, 13, (2, 33))).backward()
+    for parameter in added:
+        assert parameter.grad is not None
+        assert parameter.grad.any()
+
+
+@pytest.mark.parametrize('kind', ['attention', 'reversible', 'checkpointed'])
+def test_a_compiled_norm_trains(kind: str) -> None:
+    ids = torch.randint(0, 13, (1, 9))
+    model = HierarchicalTransformer(**{**SMALL, **KINDS[kind], 'depth': 1})
+    expected = torch.autograd.grad(loss_of(model, ids), list(model.parameters()))
+    norm = model.layers[0][0].attn.norm  # type: ignore[index, union-attr]
+    model.layers[0][0].attn.norm = torch.compile(norm, backend='aot_eager')  # type: ignore[index, union-attr]
+    model.layers[0][0].ff.net[1].compile(backend='aot_eager')  # type: ignore[index, union-attr]
+    found = torch.autograd.grad(loss_of(model, ids), list(model.parameters()))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_reversible_layers_refuse_hooks_that_would_not_fire() -> None:
+    model = HierarchicalTransformer(**SMALL, reversible=True)
+    handle = model.layers[1][0].register_forward_hook(lambda *_: None)  # type: ignore[index]
+    with pytest.raises(ValueError, match=r'hooks on layers\.1\.0 would not fire'):
+        model(torch.randint(0, 13, (1, 9)))
+    handle.remove()
+    model(torch.randint(0, 13, (1, 9)))
+
+
+class DropoutMixer(nn.Module):
+    def __init__(self, *, dim: int) -> None:
+        super().__init__()
+        self.to_out = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, state: Any = None, start: int = 0) -> tuple[Tensor, Any]:
+        return self.dropout(self.to_out(x)).tanh(), state
+
+    def initial_state(self, batch: int, like: Tensor) -> tuple[Tensor, ...]:
+        return ()
+
+
+@pytest.mark.parametrize('changes', [dict(gradient_checkpointing=True), dict(reversible=True), dict(ff_chunks=3)])
+def test_dropout_draws_the_same_numbers_when_layers_are_computed_again(changes: dict[str, Any]) -> None:
+    model = HierarchicalTransformer(**SMALL, **changes, mixer=DropoutMixer, next_latent_loss_weight=0).double()
+    for layer in model.layers:
+        for block in layer:  # type: ignore[union-attr]
+            block.ff.net[2] = nn.Sequential(nn.GELU(), nn.Dropout(0.5))
+    ids = torch.randint(0, 13, (2, 33))
+    loss_of(model, ids).backward()
+    after = torch.rand(1)
+    names = ('token_emb.weight', 'layers.0.1.attn.to_out.weight', 'layers.1.0.ff.net.1.weight')
+    for parameter in map(model.get_parameter, names):
+        # central differences, with the same dropout each time
+        place, step = (3, 2), 1e-6
+        ends = []
+        with torch.no_grad():
+            for sign in (1, -1):
+                parameter[place] += sign * step
+                ends.append(loss_of(model, ids))
+                parameter[place] -= sign * step
+        torch.testing.assert_close(parameter.grad[place], (ends[0] - ends[1]) / (2 * step), rtol=1e-5, atol=1e-8)
+    # the backward pass leaves the generator where the forward pass left it
+    loss_of(model, ids)
+    assert torch.equal(torch.rand(1), after)
+
+
+@pytest.mark.parametrize('kind', ['reversible', 'shared', 'all losses'])
+def test_replicas_of_data_parallel_have_all_gradients(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # its replication is for CUDA alone: here each replica gets views in place of copies
+    module = importlib.import_module('torch.nn.parallel.replicate')
+    monkeypatch.setattr(module, '_get_device_index', lambda device, _: device)
+    monkeypatch.setattr(
+        module, '_broadcast_coalesced_reshape', lambda tensors, devices, detach=False: [[t.view_as(t) for t in tensors]]
+    )
+    model = HierarchicalTransformer(**{**SMALL, **KINDS[kind]}).double()
+    ids = torch.randint(0, 13, (2, 33))
+    expected = torch.autograd.grad(loss_of(model, ids), list(model.parameters()), allow_unused=True)
+    (replica,) = module.replicate(model, [0])
+    found = torch.autograd.grad(loss_of(replica, ids), list(model.parameters()), allow_unused=True)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize('kind', ['attention', 's4d', 'gateloop', 'all losses'])
+def test_second_derivatives_are_whole(kind: str) -> None:
+    """A Hessian times a vector is how the gradient moves along it, where no target is detached."""
+    changes = {} if kind in ('s4d', 'gateloop') else dict(mixer='simple-gateloop')
+    model = HierarchicalTransformer(**{**SMALL, **KINDS[kind], **changes, 'depth': 1}, next_latent_loss_weight=0).double()
+    ids = torch.randint(0, 13, (2, 17))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    along = [torch.randn_like(p) for p in parameters]
+
+    def gradients(**create: bool) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss_of(model, ids), parameters, **create)
+
+    slope: Any = sum((grad * v).sum() for grad, v in zip(gradients(create_graph=True), along, strict=True))
+    found = torch.autograd.grad(slope, parameters, allow_unused=True)
+    ends, step = [], 1e-5
+    for sign in (1, -1):
+        with torch.no_grad():
+            for p, v in zip(parameters, along, strict=True):
+                p += sign * step * v
+        ends.append(gradients())
+        with torch.no_grad():
+            for p, v in zip(parameters, along, strict=True):
+                p -= sign * step * v
+    for (name, _), hessian, up, down in zip(model.named_parameters(), found, *ends, strict=True):
+        expected = (up - down) / (2 * step)
+        hessian = torch.zeros_like(expected) if hessian is None else hessian
+        torch.testing.assert_close(hessian, expected, rtol=1e-4, atol=1e-6, msg=lambda text: f'{name}: {text}')  # noqa: B023
+
+
+def test_a_hessian_of_the_loss_and_of_the_scan() -> None:
+    head, targets = nn.Linear(5, 7, bias=False).double(), torch.randint(0, 7, (2, 6))
+    x = torch.randn(2, 6, 5, dtype=torch.float64)
+
+    def ours(x: Tensor) -> Tensor:
+        return cross_entropy(x, head, targets, -1)
+
+    def plain(x: Tensor) -> Tensor:
+        return F.cross_entropy(head(x).flatten(0, 1), targets.flatten())
+
+    v = torch.randn_like(x)
+    found, expected = (torch.autograd.functional.hvp(fn, x, v)[1] for fn in (ours, plain))
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    a, b = (torch.rand(2, 7, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    initial = torch.rand(2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(scan, (a, b, initial))
+
+
+def test_reversible_layers_refuse_second_derivatives() -> None:
+    model = HierarchicalTransformer(**SMALL, reversible=True)
+    loss = loss_of(model, torch.randint(0, 13, (1, 9)))
+    with pytest.raises(RuntimeError, match='reversible layers cannot be differentiated twice'):
+        torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_flop_counter_sees_a_training_step(kind: str) -> None:
+    model = HierarchicalTransformer(**{**SMALL, **KINDS[kind], 'dim': 16})
+    ids = torch.randint(0, 13, (1, 33))
+    with FlopCounterMode(display=False) as counter:
+        loss_of(model, ids).backward()
+    # forward and backward, as many as without a counter: twice the products of the forward pass for gradients
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        loss_of(model, ids)
+    assert counter.get_total_flops() > 2 * forward.get_total_flops()
