@@ -43,6 +43,8 @@ setup(
             'datasets>=3.0',
             'tensorboard>=2.15',
             'vector-quantize-pytorch>=1.14',
+            'peft>=0.15',
+            'torchao>=0.12',
         ],
     },
     classifiers=[

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +83,7 @@ class ConvPool(nn.Sequential):
         super().__init__(windows, WindowConv(dim_in, inner, windows.taps), nn.SiLU(), nn.Conv1d(inner, dim, 1))
 
     def forward(self, x: Tensor, offset: int, absent: int) -> Tensor:  # type: ignore[override]
-        windows, to_inner, act, to_dim = self
+        windows, to_inner, act, to_dim = cast(Any, self)
         conv = by_window(to_inner.conv, to_inner.kernel) if is_plain(to_inner) else to_inner
         return chain(x, partial(windows, offset=offset), conv, act, by_window(to_dim, 1))
 

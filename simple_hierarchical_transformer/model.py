@@ -209,8 +209,8 @@ class HierarchicalTransformer(
             quantized loss where a token ends in it. -1 where every id counts, as with bytes.
         recon_ignore_index: the id that the reconstruction losses do not ask for, the autoencoder's too. 0 keeps the
             published package's numbers; take -1 where id 0 is one like any other.
-        recon_sample: share of a level's tokens that the reconstruction loss is taken from, drawn anew at each step of
-            training; its expectation stays the same.
+        recon_sample: share of a level's tokens that the reconstruction loss is taken from in training mode, drawn anew
+            at each step; its expectation stays the same. After `eval()` it is taken from all of them.
         use_flash_attn: accepted for the published package's sake. Attention always runs PyTorch's fused kernels.
         attn_backend: what windowed attention runs on: 'sdpa', blocks through PyTorch's fused attention; 'flex',
             PyTorch's compiled FlexAttention; 'local-attention', that library. 'auto' takes 'flex' on CUDA and 'sdpa'

@@ -141,7 +141,10 @@ def test_swapped_parameters_get_the_gradients() -> None:
 
 def test_a_graph_of_gradients_counts_each_path_once() -> None:
     """A chain applied to its own output: its parameters have a history of their own in the second application."""
-    net, x = Chain(RMSNorm(6), nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6)).double(), torch.randn(4, 6, dtype=torch.double)
+    net, x = (
+        Chain(RMSNorm(6), nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6)).double(),
+        torch.randn(4, 6, dtype=torch.double),
+    )
     params = list(net.parameters())
     once, kept = (
         torch.autograd.grad(net(net(x)).square().sum(), params, create_graph=create) for create in (False, True)

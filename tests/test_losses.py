@@ -14,6 +14,8 @@ from conftest import build, configs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from simple_hierarchical_transformer import HierarchicalTransformer, losses
 from simple_hierarchical_transformer.losses import cross_entropy, linear_cross_entropy, seen_ids
@@ -54,6 +56,34 @@ def test_mean_leaves_ignored_targets_out(ignore_index: int) -> None:
     expected = F.cross_entropy((x @ weight.t()).flatten(0, 1), targets.flatten(), ignore_index=ignore_index)
     torch.testing.assert_close(cross_entropy(x, head_of(weight), targets, ignore_index), expected)
     assert cross_entropy(x, head_of(weight), torch.full_like(targets, ignore_index), ignore_index) == 0
+
+
+class Float64Alone(TorchDispatchMode):
+    """Fails where an operation on float64 gives, or takes, floating-point numbers of fewer bits."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        of = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor) and t.is_floating_point()]
+        if any(t.dtype == torch.float64 for t in of):
+            assert all(t.dtype == torch.float64 for t in of), func
+        return out
+
+
+@given(config=configs())
+@settings(max_examples=25)
+def test_the_loss_of_a_float64_model_is_formed_in_float64(config: dict[str, Any]) -> None:
+    model, ids = build(config), torch.randint(0, 11, (2, 19))
+    with Float64Alone():
+        loss, _ = model(ids, return_loss=True)
+    # and by the fused kernels the same, to rounding
+    torch.testing.assert_close(model(ids, return_loss=True)[0], loss, rtol=2e-14, atol=1e-15)
+
+
+def test_a_mean_in_float64_is_exact() -> None:
+    x, weight, targets = torch.randn(2, 6, 5).double(), torch.randn(7, 5).double(), torch.randint(0, 7, (2, 6))
+    targets[0, :5] = -1
+    expected = F.cross_entropy((x @ weight.t()).flatten(0, 1), targets.flatten(), ignore_index=-1)
+    torch.testing.assert_close(cross_entropy(x, head_of(weight), targets, -1), expected, rtol=1e-15, atol=1e-15)
 
 
 def test_gradients_come_in_the_dtypes_of_what_they_are_for() -> None:
