@@ -72,10 +72,10 @@ def chain(x: Tensor, *parts: Part) -> Tensor:
     activation followed by a linear map runs as one operation (`linear`) where both are plain (`is_plain`). All other
     parts are called, so hooks fire, and wrappers, replaced modules and dropout take effect.
     """
-    if is_traced():
+    if not torch.is_grad_enabled() or is_traced():
         for part in parts:
             matrix = matrix_of(part)
-            x = part(x) if matrix is None else F.linear(x, *matrix)
+            x = part(x) if matrix is None else product(x, *matrix)
         return x
     before: Part | None = None
     for part in parts:
@@ -93,12 +93,13 @@ def matrix_of(part: Part) -> Matrix | None:
 
     A Conv1d counts as the map of its windows, `(dim_in * taps)` numbers each.
     """
-    if type(part) not in (nn.Linear, nn.Conv1d) or not is_plain(part):  # type: ignore[arg-type]
+    kind = type(part)
+    if (kind is not nn.Linear and kind is not nn.Conv1d) or not is_plain(part):  # type: ignore[arg-type]
         return None
     weight, bias = part.weight, part.bias  # type: ignore[attr-defined]
     if not is_dense(weight, bias):
         return None
-    return (weight if weight.ndim == 2 else weight.flatten(1)), bias
+    return (weight if kind is nn.Linear else weight.flatten(1)), bias
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, after: Part | None = None) -> Tensor:
