@@ -19,6 +19,7 @@ from .data import Corpus
 SPLITS = ('train', 'valid', 'test')
 PAD = 256  # stands where a text has ended: no byte
 IGNORED = -1
+LEAST_SHARE = 1e-6
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -43,6 +44,23 @@ def seed_of(*parts: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], 'little', signed=True)
 
 
+def scale_weights(weights: Sequence[float]) -> list[float]:
+    """The same weights with the largest between 0.5 and 1, so that their sum is finite. Exact: by a power of 2.
+
+    Raises ValueError where one is not finite and above 0, or where the smallest is less than `LEAST_SHARE` of all:
+    its corpus would hardly be read, or by rounding never.
+    """
+    if not all(0 < weight < math.inf for weight in weights):
+        raise ValueError(f'weights must be finite and above 0, got {", ".join(map(str, weights))}')
+    _, exponent = math.frexp(max(weights))
+    scaled = [math.ldexp(weight, -exponent) for weight in weights]
+    if min(scaled) < LEAST_SHARE * sum(scaled):
+        raise ValueError(
+            f'weights must each be at least {LEAST_SHARE} of their sum, got {", ".join(map(str, weights))}'
+        )
+    return scaled
+
+
 class Batches(Dataset):
     """The sequences of each step of a run: `batches[step]` is int64 `(rows, seq_len + 1)`.
 
@@ -63,7 +81,7 @@ class Batches(Dataset):
         part: `(i, n)`, the i-th of n equal parts of the rows, that of one process.
 
     Raises:
-        ValueError: a span has no room for a sequence; rows do not divide; weights do not fit.
+        ValueError: a span has no room for a sequence; rows do not divide; weights do not fit, or one is 0 or nearly.
     """
 
     def __init__(
@@ -84,10 +102,11 @@ class Batches(Dataset):
             raise ValueError(f'data has {shortest:,} bytes to draw from, too few for sequences of {seq_len:,}')
         if rows % part[1]:
             raise ValueError(f'rows must divide by the {part[1]} processes, got {rows}')
-        if weights is not None and (len(weights) != len(corpora) or min(weights) <= 0):
-            raise ValueError(f'weights must be above 0, one for each of {len(corpora)} corpora, got {list(weights)}')
+        if weights is not None and len(weights) != len(corpora):
+            raise ValueError(f'weights must be one for each of {len(corpora)} corpora, got {list(weights)}')
         self.corpora, self.spans = corpora, spans
-        self.weights = torch.tensor(weights or [len(span) for span in spans], dtype=torch.float64)
+        each = [len(span) for span in spans] if weights is None else scale_weights(weights)
+        self.weights = torch.tensor(each, dtype=torch.float64)
         self.rows, self.seq_len = rows, seq_len
         self.segments = min(segments, (shortest - 1) // seq_len)
         # stretches in a pass of each
@@ -186,8 +205,15 @@ def evaluation_batches(
     window has ended, the id is 0 and the label `IGNORED`. With `max_bytes`, that many bytes are taken, in whole windows
     spread evenly, the same ones each time. With `documents`, windows end with their text, whose first byte, which
     nothing announces, is not predicted. `part` `(i, n)` is the i-th of n parts, all of as many batches.
+
+    Raises ValueError where the span has no byte to predict: it has no score, and 0 would be the best of all.
     """
     start, stop = find_windows(corpus, span, seq_len, documents)
+    if not len(start):
+        raise ValueError(
+            f'{corpus.name}: none of the bytes from {span.start:,} to {span.stop:,} can be predicted from the one '
+            'before it'
+        )
     if max_bytes is not None and (count := max(max_bytes // seq_len, 1)) < len(start):
         taken = torch.arange(count) * len(start) // count
         start, stop = start[taken], stop[taken]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -167,6 +168,24 @@ def test_corpora_come_by_their_weights(make: Make) -> None:
 
     assert share(None) == pytest.approx(2 / 3, abs=0.03)
     assert share([1, 9]) == pytest.approx(0.1, abs=0.02)
+    # of which each is finite, and their sum is not
+    assert share([1e308, 1e308]) == pytest.approx(0.5, abs=0.02)
+    assert share([2e-320, 2e-320]) == pytest.approx(0.5, abs=0.02)
+    with pytest.raises(ValueError, match=r'weights must each be at least 1e-06 of their sum, got 1e\+308, 1'):
+        share([1e308, 1])
+
+
+@given(weights=st.lists(st.floats(0.1, 1e5), min_size=1, max_size=4), scale=st.integers(-900, 900))
+def test_weights_are_scaled_without_rounding(make: Make, weights: list[float], scale: int) -> None:
+    def turns(each: list[float]) -> Tensor:
+        return Batches([make(50)] * len(each), [range(50)] * len(each), rows=50, seq_len=4, weights=each).turns(7)[0]
+
+    plain = Batches([make(50)] * len(weights), [range(50)] * len(weights), rows=50, seq_len=4, weights=weights)
+    scaled = plain.weights.clone()
+    plain.weights = torch.tensor(weights, dtype=torch.float64)
+    assert torch.equal(turns(weights), plain.turns(7)[0])
+    assert torch.equal(turns([math.ldexp(weight, scale) for weight in weights]), plain.turns(7)[0])
+    assert 0.5 <= scaled.max() < 1
 
 
 @given(
@@ -211,8 +230,8 @@ def test_what_cannot_be_drawn_is_refused(make: Make) -> None:
     for settings, message in (
         (dict(seq_len=100), 'data has 100 bytes to draw from, too few for sequences of 100'),
         (dict(part=(0, 3)), 'rows must divide by the 3 processes, got 4'),
-        (dict(weights=[1, 2]), 'weights must be above 0, one for each of 1 corpora'),
-        (dict(weights=[0.0]), 'weights must be above 0'),
+        (dict(weights=[1, 2]), 'weights must be one for each of 1 corpora'),
+        *((dict(weights=[bad]), 'weights must be finite and above 0') for bad in (0.0, -1.0, math.inf, math.nan)),
     ):
         with pytest.raises(ValueError, match=message):
             Batches([corpus], [range(100)], **{'rows': 4, 'seq_len': 8, **settings})
@@ -262,8 +281,20 @@ def test_evaluation_of_texts_leaves_out_the_first_byte_of_each(
         return
     span = range(cut, size - cut)
     firsts = {span.start, 0, *corpus.ends.tolist()}
+    expected = [i for i in span if i not in firsts]
+    if not expected:
+        with pytest.raises(ValueError, match=r'none of the bytes from \d+ to \d+ can be predicted'):
+            labels_of(corpus, span, seq_len=seq_len, batch_size=3, documents=True)
+        return
     got = labels_of(corpus, span, seq_len=seq_len, batch_size=3, documents=True)
-    assert sorted(got) == [i for i in span if i not in firsts]
+    assert sorted(got) == expected
+
+
+def test_what_has_nothing_to_predict_has_no_score(make: Make) -> None:
+    corpus = make(*[1] * 40)
+    with pytest.raises(ValueError, match='none of the bytes from 10 to 30 can be predicted'):
+        labels_of(corpus, range(10, 30), seq_len=4, batch_size=3, documents=True)
+    assert len(labels_of(corpus, range(10, 30), seq_len=4, batch_size=3)) == 20
 
 
 def test_evaluation_of_a_part_is_fixed_and_spread(make: Make) -> None:
