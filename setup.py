@@ -30,7 +30,7 @@ setup(
     ],
     extras_require={
         'train': ['matplotlib>=3.7'],
-        'tables': ['datasets>=3.0'],
+        'tables': ['pyarrow>=17'],
         'track': ['tensorboard>=2.15'],
         'test': [
             'pytest>=8',
@@ -40,7 +40,7 @@ setup(
             'mypy>=1.13',
             'setuptools>=77',
             'matplotlib>=3.7',
-            'datasets>=3.0',
+            'pyarrow>=17',
             'tensorboard>=2.15',
             'vector-quantize-pytorch>=1.14',
             'peft>=0.15',
