@@ -532,7 +532,7 @@ def evaluate(args: argparse.Namespace) -> None:
         said = f'{split}: {{:.4f}} bits per byte over {len(span):,} bytes of {corpus.name}, in '
         say(said.format(score) + f'windows of {seq_len:,}')
         if not documents:
-            say(said.format(model.score(corpus.data[span.start - 1 : span.stop])) + 'one stream')
+            say(said.format(model.score(corpus[span.start - 1 : span.stop])) + 'one stream')
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -235,7 +235,7 @@ class Race:
         environments = args.environments
         self.plain = environments / 'corpus'
         environments.mkdir(parents=True, exist_ok=True)
-        self.plain.write_bytes(corpus.data.numpy().tobytes())
+        self.plain.write_bytes(corpus[:].numpy().tobytes())
         self.results, self.environments = results, environments
         self.threads, self.streaming_bytes = args.threads, args.streaming_bytes
 

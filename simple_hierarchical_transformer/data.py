@@ -1,40 +1,45 @@
 """Byte corpora: find, fetch, verify, read.
 
-A corpus lies on disk and is memory-mapped, so it may be larger than memory.
+A corpus lies on disk and is read as it is needed, so it may be larger than memory.
 """
 
 from __future__ import annotations
 
-import array
-import bz2
+import contextlib
 import glob
-import gzip
 import hashlib
 import http.client
-import lzma
 import mmap
 import os
-import shutil
+import re
+import sys
 import sysconfig
-import tempfile
+import threading
+import time
 import urllib.error
 import urllib.request
+import uuid
 import warnings
-import zipfile
-import zlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .formats import Texts, is_hidden, kind_of_file, shown
+
 CHUNK = 1 << 20
 FINGERPRINT = 1 << 28
-OPENERS = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open}
-# rows of text, read through the datasets package
-TABLES = {'.jsonl': 'json', '.jsonl.gz': 'json', '.jsonl.bz2': 'json', '.jsonl.xz': 'json', '.parquet': 'parquet'}
+SAMPLE = 1 << 12  # bytes of a file's beginning and end that the cache knows it by
+CACHE_LIMIT = 32 << 30
+UNFINISHED = 'unpacking-'
+ENTRY = re.compile('[0-9a-f]{16}')
+SEEKING = threading.Lock()  # where the system does not read and seek at once
+# those of earlier versions, which nothing reads any more
+OLD_ENTRY, OLD_UNFINISHED, DAY = re.compile(r'[0-9a-f]{16}\.(bytes|ends)'), re.compile('tmp.{8}'), 86400
 
 
 @dataclass(frozen=True)
@@ -73,25 +78,64 @@ DOWNLOADS = {
 
 
 def find_files(source: str | Path) -> list[Path]:
-    """The files that `source`, a file, a folder or a glob, stands for, sorted by path.
+    """The files that `source`, a file, a folder or a glob, stands for, each once, sorted by path.
 
-    A folder means every file below it whose path has no hidden part.
+    What exists is a file or a folder, whatever is in its name. A folder means every file below it whose path has no
+    hidden part, through links too.
 
     Raises ValueError where there is none.
     """
-    path = Path(source).expanduser()
+    if not str(source):
+        raise ValueError("data: a source must be a file, a folder or a glob, got ''")
+    path = Path(os.path.expanduser(source))
     if path.is_file():
         return [path]
     if path.is_dir():
-        below = (file for file in path.rglob('*') if file.is_file())
-        files = [file for file in below if not any(part.startswith('.') for part in file.relative_to(path).parts)]
-        kind = 'a folder without files'
+        files, kind = [file for folder in folders_below(path) for file in files_in(folder)], 'a folder without files'
     else:
-        files = [Path(match) for match in glob.glob(str(path), recursive=True) if os.path.isfile(match)]
+        files = [file for file in map(Path, expand_glob(path)) if file.is_file()]
         kind = 'no file, no folder, and matches none as a glob'
-    if not files:
-        raise ValueError(f'data: {source} is {kind}')
-    return sorted(files)
+    # a file before links to it
+    once: dict[str, Path] = {}
+    for file in sorted(files, key=lambda file: (file.is_symlink(), file)):
+        once.setdefault(os.path.realpath(file), file)
+    if not once:
+        raise ValueError(f'data: {shown(source)} is {kind}')
+    return sorted(once.values())
+
+
+def folders_below(folder: Path) -> list[Path]:
+    """The folder and all below it that are not hidden, each once, and under its own name before that of a link."""
+    found: dict[str, Path] = {}
+    folders, links = [folder], list[Path]()
+    while folders or links:
+        path = folders.pop() if folders else links.pop()
+        if found.setdefault(os.path.realpath(path), path) is path:
+            below = [entry for entry in path.iterdir() if not is_hidden(Path(entry.name)) and entry.is_dir()]
+            folders += (entry for entry in below if not entry.is_symlink())
+            links += sorted((entry for entry in below if entry.is_symlink()), reverse=True)
+    return list(found.values())
+
+
+def files_in(folder: Path) -> list[Path]:
+    entries = [entry for entry in folder.iterdir() if not is_hidden(Path(entry.name))]
+    for entry in entries:
+        if not entry.exists():
+            raise ValueError(f'data: {shown(entry)} is a link to a file or folder that is not there')
+    return [entry for entry in entries if entry.is_file()]
+
+
+def expand_glob(pattern: Path) -> list[str]:
+    """What a glob matches, in which a folder that exists stands for itself, and `**` for each folder once."""
+    anchor = next((parent for parent in pattern.parents if parent.is_dir()), Path())
+    parts = pattern.parts[len(anchor.parts) :]
+    places = [str(anchor)]
+    while '**' in parts:
+        before, parts = parts[: parts.index('**')], parts[parts.index('**') + 1 :]
+        tops = [Path(top) for place in places for top in glob.glob(os.path.join(glob.escape(place), *before))]
+        places = [str(folder) for top in tops if top.is_dir() for folder in folders_below(top)]
+        parts = parts or ('*',)
+    return [match for place in places for match in glob.glob(os.path.join(glob.escape(place), *parts))]
 
 
 def standard_library() -> list[Path]:
@@ -180,66 +224,8 @@ def file_digest(path: Path, algorithm: str = 'sha256') -> str:
 # read
 
 
-def copy_bytes(path: Path, to: IO[bytes]) -> None:
-    """Appends a file's bytes, unpacked, and of a .zip those of all its members.
-
-    Raises ValueError where the file is torn, or has rows of text that would be taken for text.
-    """
-    if path.name.lower().endswith('.jsonl.zip'):
-        raise ValueError(f'data: {path} has to be unpacked first: tables are read plain, or as .gz, .bz2 or .xz')
-    try:
-        if path.suffix.lower() == '.zip':
-            with zipfile.ZipFile(path) as archive:
-                for member in sorted(archive.namelist()):
-                    with archive.open(member) as file:
-                        shutil.copyfileobj(file, to, CHUNK)
-        else:
-            opener: Any = OPENERS.get(path.suffix.lower(), open)
-            with opener(path, 'rb') as file:
-                shutil.copyfileobj(file, to, CHUNK)
-    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
-        raise ValueError(f'data: {path} is torn, or not a {path.suffix} file: {error}') from error
-    except (RuntimeError, NotImplementedError) as error:
-        # what zipfile says of passwords and of methods that it does not know
-        raise ValueError(f'data: {path} cannot be unpacked: {error}') from error
-    except OSError as error:
-        # what bz2 raises for bytes that are not its own has no errno, unlike a full disk
-        if error.errno is None:
-            raise ValueError(f'data: {path} is torn, or not a {path.suffix} file: {error}') from error
-        raise
-
-
-def table_kind(path: Path) -> str | None:
-    """How the datasets package calls a file of rows, or None where it is none."""
-    return next((kind for suffix, kind in TABLES.items() if path.name.lower().endswith(suffix)), None)
-
-
-def table_texts(path: Path, text_key: str) -> Iterator[bytes]:
-    """The texts of a table's rows, in order; rows without one are left out.
-
-    Raises ValueError where the datasets package is missing, the file broken, or the column not there.
-    """
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ValueError(f'data: {path} is read through the datasets package: pip install datasets') from error
-    try:
-        # streamed: no second copy in that package's own cache
-        for row in load_dataset(table_kind(path), data_files=str(path), split='train', streaming=True):
-            if text_key not in row:
-                raise KeyError(f'there is no column {text_key!r}, only {", ".join(row)}')
-            text = row[text_key]
-            if text is not None and not isinstance(text, (str, bytes)):
-                raise TypeError(f'column {text_key!r} holds {type(text).__name__}, not text')
-            if text:
-                yield text if isinstance(text, bytes) else text.encode('utf-8', 'surrogatepass')
-    except Exception as error:
-        # whatever that package and those below it raise for broken files
-        raise ValueError(f'data: {path} cannot be read: {error}') from error
-
-
 def map_file(path: Path, dtype: torch.dtype) -> Tensor:
-    """A file as a tensor that pages of it are read into as they are needed. Writing to it ends the process."""
+    """A file as a tensor whose pages are read as they are needed. Writing to it ends the process."""
     with open(path, 'rb') as file:
         # not torch.from_file: a map that could be written to needs as much memory as the file is long
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -248,30 +234,74 @@ def map_file(path: Path, dtype: torch.dtype) -> Tensor:
         return torch.frombuffer(mapped, dtype=dtype)
 
 
-class Corpus:
-    """The bytes of one or several files, memory-mapped, and where the texts in them end.
+def read_at(file: int, size: int, start: int) -> bytes:
+    if hasattr(os, 'pread'):
+        return os.pread(file, size, start)
+    with SEEKING:
+        os.lseek(file, start, os.SEEK_SET)
+        return os.read(file, size)
 
-    Pickled, for the workers of a data loader, it is its path alone.
+
+class Corpus:
+    """The bytes of one or several files, and where the texts in them end. `corpus[start:stop]` is uint8.
+
+    The bytes are read from the disk as they are needed. They are not mapped: where a mapped file is truncated, the
+    system ends the process. Pickled, for the workers of a data loader, a corpus is its path alone.
+
+    Args:
+        name: what it is called. What is not UTF-8 in it is replaced.
+        path: the file with the bytes.
+        ends_path: a file of int64 with the position after the last byte of each text. Without one, all is one text.
     """
 
     def __init__(self, name: str, path: Path, ends_path: Path | None = None) -> None:
-        self.name, self.path, self.ends_path = name, path, ends_path
-        self.data = map_file(path, torch.uint8)
-        """`(bytes,)`, uint8, to be read only."""
-        self.ends = torch.tensor([len(self.data)]) if ends_path is None else map_file(ends_path, torch.int64)
+        self.name, self.path, self.ends_path = shown(name), path, ends_path
+        self.file = os.open(path, os.O_RDONLY | getattr(os, 'O_BINARY', 0))
+        weakref.finalize(self, os.close, self.file)
+        if ends_path is not None:
+            # so that nobody removes it from the cache
+            lock(self.file, shared=True)
+        self.size = os.fstat(self.file).st_size
+        self.ends = torch.tensor([self.size]) if ends_path is None else map_file(ends_path, torch.int64)
         """`(texts,)`, int64, rising: the position after the last byte of each text."""
 
     def __reduce__(self) -> Any:
         return Corpus, (self.name, self.path, self.ends_path)
 
     def __len__(self) -> int:
-        return len(self.data)
+        return self.size
+
+    def __getitem__(self, span: slice) -> Tensor:
+        start, stop, step = span.indices(self.size)
+        buffer = bytearray(max(stop - start, 0))
+        self.read_into(memoryview(buffer), start)
+        return (torch.frombuffer(buffer, dtype=torch.uint8) if buffer else torch.empty(0, dtype=torch.uint8))[::step]
+
+    def read_into(self, buffer: memoryview, start: int) -> None:
+        """Fills `buffer` with the bytes from `start` on. Raises ValueError where the file no longer has them."""
+        filled = 0
+        while filled < len(buffer):
+            piece = read_at(self.file, len(buffer) - filled, start + filled)
+            if not piece:
+                size = os.fstat(self.file).st_size
+                raise ValueError(
+                    f'data: {shown(self.path)} was truncated while it was read: '
+                    f'it had {self.size:,} bytes, and has {size:,}'
+                )
+            buffer[filled : filled + len(piece)] = piece
+            filled += len(piece)
 
     def read(self, start: Tensor, stop: Tensor, length: int, *, pad: int) -> Tensor:
-        """What stands in `length` bytes from each start `(rows,)` on: int64 `(rows, length)`, `pad` from stop on."""
-        index = start[:, None] + torch.arange(length)
-        outside = index >= stop[:, None]
-        return self.data[index.clamp(max=len(self) - 1)].long().masked_fill(outside, pad)
+        """The `length` bytes from each start `(rows,)` on: int64 `(rows, length)`, `pad` from each stop `(rows,)` on.
+
+        Raises ValueError where the file no longer has them.
+        """
+        buffer = bytearray(len(start) * length)
+        rows = memoryview(buffer)
+        for row, (begin, count) in enumerate(zip(start.tolist(), (stop - start).tolist(), strict=True)):
+            self.read_into(rows[row * length : row * length + max(min(count, length), 0)], begin)
+        ids = torch.frombuffer(buffer, dtype=torch.uint8).view(len(start), length).long()
+        return ids.masked_fill_(torch.arange(length) >= (stop - start)[:, None], pad)
 
     def fingerprint(self) -> str:
         """What tells it from another corpus: its size, and a digest of it and of where its texts end.
@@ -292,42 +322,168 @@ class Corpus:
 def load_corpus(name: str, files: Sequence[Path], cache_dir: Path, *, text_key: str = 'text') -> Corpus:
     """The texts of all files, one after the other.
 
-    A single plain file is mapped where it lies. Others are unpacked into one file in `cache_dir`, under a name that
-    changes with them. A text is a file, or a row's column `text_key` in a .jsonl or .parquet.
+    A single plain file is read where it lies. Others are unpacked once, into a folder of `cache_dir` whose name changes
+    with them. A text is a file, a member of an archive, or a row's column `text_key` in a .jsonl or .parquet.
 
-    Raises ValueError where they are torn or hold no byte.
+    Raises ValueError where a file is broken or of a format that is not read, or where all hold no byte.
     """
-    path, ends_path = files[0], None
-    if len(files) > 1 or path.suffix.lower() in (*OPENERS, '.zip') or table_kind(path):
-        stats = [(str(file.resolve()), file.stat()) for file in files]
-        facts = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
-        key = hashlib.sha256(repr((facts, text_key if any(map(table_kind, files)) else None)).encode()).hexdigest()
-        path, ends_path = cache_dir / f'{key[:16]}.bytes', cache_dir / f'{key[:16]}.ends'
-        if not path.exists():
-            unpack(files, path, ends_path, text_key)
-
-    if path.stat().st_size == 0:
-        raise ValueError(f'data: {files[0]}{" and the files beside it" * (len(files) > 1)} hold no byte')
-    return Corpus(name, path, ends_path)
+    if len(files) == 1 and kind_of_file(files[0]) is None:
+        check_bytes(files, os.path.getsize(files[0]))
+        return Corpus(name, files[0])
+    facts = [file_facts(file) for file in files]
+    key = hashlib.sha256(repr((facts, text_key)).encode()).hexdigest()[:16]
+    return open_unpacked(name, files, cache_dir / key, text_key)
 
 
-def unpack(files: Sequence[Path], path: Path, ends_path: Path, text_key: str) -> None:
-    """Writes the bytes of all texts to `path`, which appears last and whole, and their ends to `ends_path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        ends = array.array('q')
-        with open(Path(folder, 'bytes'), 'wb') as file:
+def check_bytes(files: Sequence[Path], size: int) -> None:
+    if not size:
+        others = ' and the files beside it' if len(files) > 1 else ''
+        raise ValueError(f'data: {shown(files[0])}{others} hold no byte')
+
+
+def file_facts(path: Path) -> tuple[object, ...]:
+    """What changes when a file is written or replaced, even by one of the same size and time."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        stat = os.fstat(file.fileno())
+        digest.update(file.read(SAMPLE))
+        file.seek(max(stat.st_size - SAMPLE, 0))
+        digest.update(file.read(SAMPLE))
+    times = stat.st_mtime_ns, stat.st_ctime_ns
+    return os.path.realpath(path), stat.st_size, *times, stat.st_ino, digest.hexdigest()
+
+
+# the cache: a folder for each unpacked corpus, with its bytes and the ends of its texts
+
+
+def lock(file: int, *, shared: bool = False, wait: bool = True) -> bool:
+    """Locks an open file or folder until it is closed. False where another process has it, or there are no locks."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def locked(path: Path, mode: int, *, wait: bool) -> Iterator[bool]:
+    """Whether a file or folder is locked, for as long as the context lasts."""
+    try:
+        file = os.open(path, mode)
+    except OSError:
+        # not every system opens folders
+        yield False
+        return
+    try:
+        yield lock(file, wait=wait)
+    finally:
+        os.close(file)
+
+
+def open_unpacked(name: str, files: Sequence[Path], folder: Path, text_key: str) -> Corpus:
+    """The corpus in that folder of the cache, which is unpacked where it is not there."""
+    while True:
+        if not is_whole(folder):
+            unpack(files, folder, text_key)
+        try:
+            corpus = Corpus(name, folder / 'bytes', folder / 'ends')
+        except FileNotFoundError:
+            # another process removed it before it was held
+            continue
+        with contextlib.suppress(OSError):
+            # what was used last stays longest
+            os.utime(corpus.path)
+        return corpus
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder of the cache has bytes up to the end of its last text."""
+    try:
+        with open(folder / 'ends', 'rb') as ends:
+            ends.seek(-8, os.SEEK_END)
+            return int.from_bytes(ends.read(), sys.byteorder) == (folder / 'bytes').stat().st_size
+    except OSError:
+        return False
+
+
+def unpack(files: Sequence[Path], folder: Path, text_key: str) -> None:
+    """Writes the texts of all files to `folder`, which appears whole."""
+    cache = folder.parent
+    cache.mkdir(parents=True, exist_ok=True)
+    unfinished = cache / f'{UNFINISHED}{uuid.uuid4().hex}'
+    with contextlib.ExitStack() as stack:
+        stack.callback(remove_folder, unfinished)
+        # nobody tidies between the making of the folder and its own lock
+        with locked(cache, os.O_RDONLY, wait=True) as alone:
+            if alone:
+                tidy(cache)
+            unfinished.mkdir()
+            to = stack.enter_context(open(unfinished / 'bytes', 'wb'))
+            lock(to.fileno())
+        with open(unfinished / 'ends', 'wb') as ends:
+            texts = Texts(to, ends, text_key)
             for source in files:
-                if table_kind(source):
-                    for text in table_texts(source, text_key):
-                        file.write(text)
-                        ends.append(file.tell())
-                else:
-                    copy_bytes(source, file)
-                    ends.append(file.tell())
-        Path(folder, 'ends').write_bytes(ends)
-        os.replace(Path(folder, 'ends'), ends_path)
-        os.replace(Path(folder, 'bytes'), path)
+                texts.add_file(source)
+            check_bytes(files, to.tell())
+            for file in (to, ends):
+                file.flush()
+                os.fsync(file.fileno())
+        with locked(cache, os.O_RDONLY, wait=True):
+            # not every system renames folders of open files
+            to.close()
+            if not is_whole(folder):
+                remove_folder(folder)
+                try:
+                    os.rename(unfinished, folder)
+                except OSError:
+                    # without locks, another process may be quicker
+                    if not is_whole(folder):
+                        raise
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder of the cache, and nothing that the cache did not put there."""
+    with contextlib.suppress(OSError):
+        for name in ('bytes', 'ends'):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def remove_unused(folder: Path) -> bool:
+    """Removes a folder of the cache unless a process holds it. Returns whether it did."""
+    if not (folder / 'bytes').exists():
+        remove_folder(folder)
+        return True
+    # some disks lock for one process alone only what it may write
+    with locked(folder / 'bytes', os.O_RDWR, wait=False) as alone:
+        if alone:
+            remove_folder(folder)
+        return alone
+
+
+def tidy(cache: Path) -> None:
+    """Removes what no process holds: what was left unfinished, and of the rest those used longest ago, until
+    `CACHE_LIMIT` bytes or less are left. The caller has locked `cache`.
+    """
+    sizes, used = {}, {}
+    for path in cache.iterdir():
+        with contextlib.suppress(OSError):
+            if ENTRY.fullmatch(path.name):
+                stats = [(path / name).stat() for name in ('bytes', 'ends')]
+                sizes[path], used[path] = sum(stat.st_size for stat in stats), stats[0].st_mtime_ns
+            elif OLD_ENTRY.fullmatch(path.name):
+                path.unlink()
+            elif path.name.startswith(UNFINISHED) or (
+                # these were not locked, but written to all the time
+                OLD_UNFINISHED.fullmatch(path.name) and (path / 'bytes').stat().st_mtime < time.time() - DAY
+            ):
+                remove_unused(path)
+    total = sum(sizes.values())
+    for path in sorted(used, key=lambda path: used[path]):
+        if total > CACHE_LIMIT and remove_unused(path):
+            total -= sizes[path]
 
 
 def load_download(

@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import bz2
+import gc
 import gzip
 import hashlib
 import http.server
 import json
 import lzma
+import os
 import pickle
 import re
+import subprocess
 import sys
+import textwrap
 import threading
 import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
+from conftest import ROOT
 
 from simple_hierarchical_transformer import data
 from simple_hierarchical_transformer.data import Download
+from simple_hierarchical_transformer.training import sources
 
 TEXT = bytes(range(256)) * 40
 
 
-def as_bytes(tensor: torch.Tensor) -> bytes:
-    return bytes(tensor.tolist())
+def text_of(corpus: data.Corpus) -> bytes:
+    [ids] = corpus.read(torch.tensor([0]), torch.tensor([len(corpus)]), len(corpus), pad=0)
+    return bytes(ids.tolist())
 
 
 def load(*files: Path, cache: Path) -> data.Corpus:
@@ -50,8 +56,16 @@ def test_reads_plain_and_packed_files(tmp_path: Path, suffix: str) -> None:
         path.write_bytes(pack(TEXT))
 
     for _ in range(2):
-        assert as_bytes(load(*data.find_files(path), cache=tmp_path / 'cache').data) == TEXT
+        assert text_of(load(*data.find_files(path), cache=tmp_path / 'cache')) == TEXT
     assert (tmp_path / 'cache').exists() == bool(suffix)
+
+
+def test_slices_of_a_corpus_are_its_bytes(tmp_path: Path) -> None:
+    (tmp_path / 'a').write_bytes(TEXT)
+    corpus = load(tmp_path / 'a', cache=tmp_path)
+    for span in (slice(None), slice(3, 7), slice(-5, None), slice(7, 3), slice(9, 10**9), slice(None, None, 3)):
+        assert corpus[span].dtype == torch.uint8
+        assert bytes(corpus[span].tolist()) == TEXT[span]
 
 
 def test_reads_folders_and_globs_in_order(tmp_path: Path) -> None:
@@ -63,7 +77,7 @@ def test_reads_folders_and_globs_in_order(tmp_path: Path) -> None:
     (tmp_path / 'texts' / 'deep' / 'c.md').write_bytes(b'third')
 
     def read(source: str | Path) -> bytes:
-        return as_bytes(load(*data.find_files(source), cache=tmp_path / 'cache').data)
+        return text_of(load(*data.find_files(source), cache=tmp_path / 'cache'))
 
     assert read(tmp_path / 'texts') == b'first second third'
     assert read(str(tmp_path / 'texts' / '*.txt')) == b'first second '
@@ -74,37 +88,7 @@ def test_a_changed_file_is_unpacked_anew(tmp_path: Path) -> None:
     path = tmp_path / 'text.gz'
     for text in (b'one', b'another'):
         path.write_bytes(gzip.compress(text))
-        assert as_bytes(load(path, cache=tmp_path / 'cache').data) == text
-
-
-@pytest.mark.parametrize('suffix', ['.gz', '.bz2', '.xz', '.zip'])
-@pytest.mark.parametrize('damage', ['torn', 'foreign'])
-def test_broken_archives_are_named_and_leave_nothing(tmp_path: Path, suffix: str, damage: str) -> None:
-    path = tmp_path / f'text{suffix}'
-    if suffix == '.zip':
-        with zipfile.ZipFile(path, 'w') as archive:
-            archive.writestr('a', TEXT)
-        packed = path.read_bytes()
-    else:
-        packed = {'.gz': gzip.compress, '.bz2': bz2.compress, '.xz': lzma.compress}[suffix](TEXT)
-    path.write_bytes(packed[: len(packed) // 2] if damage == 'torn' else b'this is no archive')
-
-    with pytest.raises(ValueError, match=re.escape(f'data: {path} is torn, or not a {suffix} file')):
-        load(path, cache=tmp_path / 'cache')
-    assert list((tmp_path / 'cache').iterdir()) == []
-
-
-def test_a_locked_archive_is_named(tmp_path: Path) -> None:
-    path = tmp_path / 'locked.zip'
-    with zipfile.ZipFile(path, 'w') as archive:
-        archive.writestr('a', TEXT)
-    packed = bytearray(path.read_bytes())
-    # the bit that says encrypted, in the local header and in the directory
-    packed[6] |= 1
-    packed[packed.index(b'PK\x01\x02') + 8] |= 1
-    path.write_bytes(packed)
-    with pytest.raises(ValueError, match=r'locked\.zip cannot be unpacked: .*encrypted'):
-        load(path, cache=tmp_path / 'cache')
+        assert text_of(load(path, cache=tmp_path / 'cache')) == text
 
 
 def test_missing_and_empty_corpora_are_refused(tmp_path: Path) -> None:
@@ -117,49 +101,288 @@ def test_missing_and_empty_corpora_are_refused(tmp_path: Path) -> None:
         load(*data.find_files(tmp_path), cache=tmp_path / 'cache')
 
 
+def tree(folder: Path, **files: str) -> Path:
+    """A folder with files; an underscore in a name stands for a slash."""
+    for name, text in files.items():
+        path = folder / name.replace('_', '/')
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def test_a_folder_is_read_through_links_and_each_file_once(tmp_path: Path) -> None:
+    inside, outside = tree(tmp_path / 'in', b_c='1 ', d='2 '), tree(tmp_path / 'out', e_f='3 ', g='4 ', h='5 ')
+    (inside / 'a').symlink_to(inside / 'b')
+    (inside / 'b' / 'loop').symlink_to(inside)
+    (inside / 'b' / 'link').symlink_to(inside / 'd')
+    (inside / 'out').symlink_to(outside)
+    (inside / 'again').symlink_to(outside / 'e')
+    (outside / 'e' / 'back').symlink_to(outside)
+    (inside / 'z').symlink_to(outside / 'h')
+    files = data.find_files(inside)
+    # folders and files under their own names, or the first of those of links
+    assert [str(file.relative_to(inside)) for file in files] == ['again/back/g', 'again/back/h', 'again/f', 'b/c', 'd']
+    assert text_of(load(*files, cache=tmp_path / 'cache')) == b'4 5 3 1 2 '
+
+
+def test_globs_of_many_folders_read_each_file_once(tmp_path: Path) -> None:
+    folder = tree(tmp_path / 'in', a_b_c='1', a_d='2', e='3')
+    for number in range(3):
+        # glob.glob takes them 40 deep, in all orders
+        (folder / 'a' / f'loop{number}').symlink_to(folder)
+    for pattern, names in (
+        ('**', ['a/b/c', 'a/d', 'e']),
+        ('**/*', ['a/b/c', 'a/d', 'e']),
+        ('**/**/[cd]', ['a/b/c', 'a/d']),
+        ('a/**/c', ['a/b/c']),
+        ('*/**/b/*', ['a/b/c']),
+        ('a/*', ['a/d']),
+    ):
+        assert [str(file.relative_to(folder)) for file in data.find_files(folder / pattern)] == names
+
+
+def test_what_exists_is_no_glob(tmp_path: Path) -> None:
+    def read(source: Path) -> str:
+        return text_of(load(*data.find_files(source), cache=tmp_path / 'cache')).decode()
+
+    rows = tmp_path / 'rows'
+    for name in ('a*.jsonl', 'a1.jsonl', 'a2.jsonl', 'a[2].jsonl'):
+        tree(rows, **{name: json.dumps({'text': f'{name} '})})
+    assert [read(rows / name) for name in ('a*.jsonl', 'a[2].jsonl')] == ['a*.jsonl ', 'a[2].jsonl ']
+    assert read(rows) == 'a*.jsonl a1.jsonl a2.jsonl a[2].jsonl '
+    assert read(rows / 'a[12].jsonl') == 'a1.jsonl a2.jsonl '
+
+    tree(tmp_path / 'x[2024]', b='', c_d='')
+    tree(tmp_path / 'x2', b='')
+    for pattern, names in (('x[2024]', ['b', 'c/d']), ('x[2024]/*', ['b']), ('x[2024]/**/*', ['b', 'c/d'])):
+        found = data.find_files(tmp_path / pattern)
+        assert [str(file.relative_to(tmp_path / 'x[2024]')) for file in found] == names
+
+
+def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    folder = tree(tmp_path / 'in', a='1')
+    (folder / 'b').symlink_to(tmp_path / 'nothing')
+    with pytest.raises(ValueError, match=r'in/b is a link to a file or folder that is not there'):
+        data.find_files(folder)
+
+
+def test_no_name_is_not_this_folder() -> None:
+    for source in ('', '=2'):
+        with pytest.raises(ValueError, match="a source must be a file, a folder or a glob, got ''"):
+            sources.load_sources([source], Path('nowhere'), text_key='text', say=print)
+    # of a user that there is not
+    with pytest.raises(ValueError, match='is no file, no folder'):
+        data.find_files('~nobody-of-this-name/a')
+
+
+def test_names_that_are_no_text_can_be_shown(tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b'/caf\xe9.txt')
+    try:
+        Path(path).write_bytes(TEXT)
+    except OSError:
+        # a disk that takes no such names has no such fault
+        return
+    [corpus], _ = sources.load_sources([path], tmp_path / 'data', text_key='text', say=print)
+    assert corpus.name.encode() == os.fsencode(tmp_path) + b'/caf?.txt'
+    assert text_of(corpus) == TEXT
+    assert text_of(pickle.loads(pickle.dumps(corpus))) == TEXT
+    Path(path).write_bytes(b'')
+    with pytest.raises(ValueError, match=re.escape('caf?.txt hold no byte')) as error:
+        sources.load_sources([path], tmp_path / 'data', text_key='text', say=print)
+    str(error.value).encode()
+    (tmp_path / 'rows').mkdir()
+    Path(path).rename(tmp_path / 'rows' / Path(path).with_suffix('.jsonl').name)
+    [rows] = (tmp_path / 'rows').iterdir()
+    rows.write_text('[')
+    for source in (str(rows), str(rows) + 'x'):
+        with pytest.raises(ValueError, match=re.escape('caf?.jsonl')) as error:
+            sources.load_sources([source], tmp_path / 'data', text_key='text', say=print)
+        str(error.value).encode()
+
+
+@pytest.mark.parametrize(
+    'weights', [('1e308', '1e-308'), ('1', '1e-9'), ('inf', '1'), ('0', '1'), ('-1', '2'), ('nan', '1'), ('nan', 'nan')]
+)
+def test_weights_that_leave_a_corpus_out_are_refused(tmp_path: Path, weights: tuple[str, str]) -> None:
+    tree(tmp_path, a='a', b='b')
+    asked = [f'{tmp_path / name}={weight}' for name, weight in zip('ab', weights, strict=True)]
+    with pytest.raises(ValueError, match='--data: weights must'):
+        sources.load_sources(asked, tmp_path / 'data', text_key='text', say=print)
+    for mixed in ([asked[0], str(tmp_path / 'b')], [str(tmp_path / 'a'), asked[1]]):
+        with pytest.raises(ValueError, match='--data takes a weight above 0 for every source, or for none'):
+            sources.load_sources(mixed, tmp_path / 'data', text_key='text', say=print)
+
+
+# what was read changes
+
+
+def test_a_file_that_is_truncated_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    """Of a process of its own: where the file is mapped, the system ends it."""
+    path = tmp_path / 'text'
+    path.write_bytes(bytes(1 << 20))
+    code = f"""
+        import os, torch
+        from pathlib import Path
+        from simple_hierarchical_transformer.data import Corpus
+        from simple_hierarchical_transformer.batches import Batches
+        corpus = Corpus('text', Path({str(path)!r}))
+        batches = Batches([corpus], [range(len(corpus))], rows=4, seq_len=64)
+        batches[0]
+        os.truncate({str(path)!r}, 100)
+        try:
+            batches[0]
+        except ValueError as error:
+            print(error)
+        """
+    result = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f'data: {path} was truncated while it was read: it had 1,048,576 bytes, and has 100\n'
+
+
+def test_without_pread_reading_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / 'a').write_bytes(TEXT)
+    corpus = load(tmp_path / 'a', cache=tmp_path)
+    monkeypatch.delattr(os, 'pread')
+    assert text_of(corpus) == TEXT
+    assert bytes(corpus[70:80].tolist()) == TEXT[70:80]
+
+
+def test_a_large_read_may_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / 'a').write_bytes(TEXT)
+    corpus = load(tmp_path / 'a', cache=tmp_path)
+    pread = os.pread
+    monkeypatch.setattr(os, 'pread', lambda file, size, start: pread(file, min(size, 1000), start))
+    assert text_of(corpus) == TEXT
+
+
+@pytest.mark.parametrize('replace', ['written', 'renamed', 'in the middle'])
+def test_another_file_of_the_same_size_and_time_is_unpacked_anew(tmp_path: Path, replace: str) -> None:
+    path, other, end = tmp_path / 'a.txt', tmp_path / 'other', tree(tmp_path, end='') / 'end'
+    for text in (b'a' * 20_000, b'a' * 9_999 + b'b' + b'a' * 10_000):
+        text = text if replace == 'in the middle' else text[-10_001:]
+        if replace == 'renamed':
+            other.write_bytes(text)
+            os.utime(other, ns=(1, 1))
+            os.replace(other, path)
+        else:
+            changed = path.stat().st_ctime_ns if path.exists() else 0
+            path.write_bytes(text)
+            os.utime(path, ns=(1, 1))
+            # the clock of a disk ticks some hundred times a second
+            while path.stat().st_ctime_ns == changed:
+                os.utime(path, ns=(1, 1))
+        assert text_of(load(path, end, cache=tmp_path / 'cache')) == text
+
+
+# the cache
+
+
+def unpacked(tmp_path: Path, name: str, size: int = 1000) -> Path:
+    path = tmp_path / f'{name}.gz'
+    path.write_bytes(gzip.compress(name.encode() * size))
+    return path
+
+
+def held(cache: Path) -> set[str]:
+    """What the cache has the text of."""
+    return {path.read_bytes()[:1].decode() for path in cache.glob('*/bytes')}
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not(tmp_path: Path) -> None:
+    cache = tmp_path / 'cache'
+    # unpacks a pipe that never ends
+    code = f"""
+        import os, threading
+        from pathlib import Path
+        from simple_hierarchical_transformer import data
+        fifo = Path({str(tmp_path)!r}, str(os.getpid()))
+        os.mkfifo(fifo)
+        def write():
+            with open(fifo, 'wb') as file:
+                file.write(bytes(1 << 18))
+                threading.Event().wait()
+        threading.Thread(target=write, daemon=True).start()
+        data.unpack([fifo], Path({str(cache)!r}, 16 * 'a'), 'text')
+        """
+    dead, live = (
+        subprocess.Popen([sys.executable, '-c', textwrap.dedent(code)], cwd=ROOT, stderr=subprocess.PIPE)
+        for _ in range(2)
+    )
+    try:
+        while len(started := list(cache.glob('*/bytes'))) < 2:
+            assert dead.poll() is live.poll() is None
+            time.sleep(0.01)
+        dead.kill()
+        dead.wait()
+        # of another version, which locked nothing
+        old = tree(cache, tmp12345678_bytes='x', tmp12345678_ends='x', tmpabcdefgh_bytes='x', tmpmine0000_mine='x')
+        os.utime(old / 'tmp12345678' / 'bytes', (1, 1))
+        (cache / f'{16 * "0"}.bytes').write_text('x')
+        load(unpacked(tmp_path, 'a'), cache=cache)
+        names = {path.name for path in cache.iterdir()}
+        assert len(names & {path.parent.name for path in started}) == 1
+        assert {name for name in names if not name.startswith('unpacking-')} - {'tmpabcdefgh', 'tmpmine0000'} == {
+            next(path.parent.name for path in cache.glob('*/bytes') if path.read_bytes()[:1] == b'a')
+        }
+        assert len(names) == 4
+    finally:
+        for process in (dead, live):
+            process.kill()
+            process.communicate()
+    load(unpacked(tmp_path, 'b'), cache=cache)
+    assert not list(cache.glob('unpacking-*'))
+
+
+def test_copies_used_longest_ago_go_and_none_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / 'cache'
+    monkeypatch.setattr(data, 'CACHE_LIMIT', 3000)
+    first = load(unpacked(tmp_path, 'a'), cache=cache)
+    for name in 'bcd':
+        load(unpacked(tmp_path, name), cache=cache)
+        gc.collect()
+        for path in cache.glob('*/bytes'):
+            # an age that a clock shows
+            os.utime(path, ns=(0, path.stat().st_mtime_ns - 10**9))
+    # what is unpacked last comes on top
+    assert held(cache) == {'a', 'c', 'd'}
+    load(tmp_path / 'c.gz', cache=cache)
+    load(unpacked(tmp_path, 'e'), cache=cache)
+    assert held(cache) == {'a', 'c', 'e'}
+    assert text_of(pickle.loads(pickle.dumps(first))) == 1000 * b'a'
+    del first
+    gc.collect()
+    load(unpacked(tmp_path, 'f'), cache=cache)
+    assert held(cache) == {'c', 'e', 'f'}
+
+
+def test_a_copy_that_is_not_whole_is_made_again(tmp_path: Path) -> None:
+    path, cache = unpacked(tmp_path, 'a'), tmp_path / 'cache'
+    for damage in ('bytes', 'ends', 'short'):
+        load(path, cache=cache)
+        [folder] = cache.iterdir()
+        if damage == 'short':
+            os.truncate(folder / 'bytes', 10)
+        else:
+            (folder / damage).unlink()
+        assert text_of(load(path, cache=cache)) == 1000 * b'a'
+
+
+def test_without_locks_nothing_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / 'cache'
+    monkeypatch.setattr(data, 'CACHE_LIMIT', 1)
+    monkeypatch.setitem(sys.modules, 'fcntl', None)
+    for name in 'ab':
+        assert text_of(load(unpacked(tmp_path, name), cache=cache)) == 1000 * name.encode()
+    assert held(cache) == {'a', 'b'}
+
+
 def test_standard_library_is_at_hand() -> None:
     files = data.standard_library()
     assert sum(file.stat().st_size for file in files) > 5_000_000
     assert not any('site-packages' in file.parts for file in files)
 
 
-# rows of tables, and downloads
-
-
-def test_rows_of_tables_are_texts(tmp_path: Path) -> None:
-    rows = [{'text': 'caf\u00e9', 'n': 1}, {'text': None, 'n': 2}, {'text': '', 'n': 3}, {'text': 'b', 'n': 4}]
-    (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-    datasets.Dataset.from_list([{'text': 'last'}]).to_parquet(tmp_path / 'b.parquet')
-    (tmp_path / 'c.jsonl.bz2').write_bytes(bz2.compress(b'{"text": "packed"}'))
-    (tmp_path / 'd.txt').write_text('plain')
-    corpus = load(*data.find_files(tmp_path), cache=tmp_path / 'cache')
-    assert as_bytes(corpus.data) == 'caf\u00e9blastpackedplain'.encode()
-    assert corpus.ends.tolist() == [5, 6, 10, 16, 21]
-
-    for name, key, message in (
-        ('a.jsonl', 'body', "there is no column 'body', only text, n"),
-        ('a.jsonl', 'n', "column 'n' holds int, not text"),
-        ('torn.jsonl', 'text', 'cannot be read'),
-        ('torn.parquet', 'text', 'cannot be read'),
-    ):
-        (tmp_path / name).exists() or (tmp_path / name).write_text('{"text": "a"}\n{"te')
-        with pytest.raises(ValueError, match=re.escape(message)):
-            data.load_corpus('x', [tmp_path / name], tmp_path / 'other', text_key=key)
-    assert list((tmp_path / 'other').iterdir()) == []
-
-
-def test_packed_tables_that_cannot_be_read_are_not_taken_for_text(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / 'a.jsonl.zip', 'w') as archive:
-        archive.writestr('a.jsonl', '{"text": "a"}')
-    with pytest.raises(ValueError, match=r'a\.jsonl\.zip has to be unpacked first'):
-        load(tmp_path / 'a.jsonl.zip', cache=tmp_path / 'cache')
-
-
-def test_tables_without_the_package_that_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / 'a.jsonl').write_text('{"text": "a"}')
-    monkeypatch.setitem(sys.modules, 'datasets', None)
-    with pytest.raises(ValueError, match=r'a\.jsonl is read through the datasets package: pip install datasets'):
-        load(tmp_path / 'a.jsonl', cache=tmp_path / 'cache')
+# corpora
 
 
 def test_a_corpus_reaches_workers_by_its_path(tmp_path: Path) -> None:
@@ -169,7 +392,7 @@ def test_a_corpus_reaches_workers_by_its_path(tmp_path: Path) -> None:
     again = pickle.loads(packed := pickle.dumps(corpus))
     assert len(packed) < 1000
     assert again.ends.tolist() == [len(TEXT), 2 * len(TEXT)]
-    assert torch.equal(again.data, corpus.data)
+    assert text_of(again) == text_of(corpus) == 2 * TEXT
 
 
 @pytest.mark.parametrize('size', [1, 300_000, 3_000_000])
@@ -219,7 +442,7 @@ def test_named_corpora_are_found_fetched_and_checked(
     )
     monkeypatch.setitem(data.DOWNLOADS, 'text8', download)
     folder, cache = tmp_path / 'data', tmp_path / 'cache'
-    assert as_bytes(data.load_download('text8', folder, cache).data) == content
+    assert text_of(data.load_download('text8', folder, cache)) == content
     assert (folder / 'text8.zip').is_file()
 
     (folder / 'text8').write_bytes(content[:-1])

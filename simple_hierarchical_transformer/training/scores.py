@@ -91,7 +91,7 @@ def mean_bits(nats: float, count: int, device: torch.device, all_reduce: AllRedu
 def sample_text(model: HierarchicalTransformer, corpus: Corpus, span: range, seed: int) -> str:
     """The first bytes of a split, and after >>> how the model goes on from them."""
     device = model.token_emb.weight.device
-    prompt = corpus.data[span.start : span.start + SAMPLE_PROMPT].long()
+    prompt = corpus[span.start : span.start + SAMPLE_PROMPT].long()
     generator = torch.Generator(device).manual_seed(seed)
     new = model.generate(prompt[None].to(device), SAMPLE_LENGTH, generator=generator)[0].cpu()
     texts = [bytes(i for i in ids.tolist() if i < PAD).decode('utf-8', errors='replace') for ids in (prompt, new)]

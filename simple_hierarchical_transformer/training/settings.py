@@ -137,7 +137,7 @@ def parse_args(argv: list[str] | None, description: str | None) -> argparse.Name
     data = parser.add_argument_group('data')
     data.add_argument(
         '--data', nargs='+', metavar='SOURCE[=WEIGHT]',
-        help=f'files, folders or globs, plain, .gz .bz2 .xz .zip, .jsonl or .parquet; or {", ".join(NAMED)}',
+        help=f'files, folders or globs: text, .gz .bz2 .xz .zst, .zip .tar, .jsonl .parquet; or {", ".join(NAMED)}',
     )  # fmt: skip
     switch(data, 'documents', 'no sequence crosses from one file, or row, into the next')
     data.add_argument('--text-key', help='the column of .jsonl and .parquet that holds the text')

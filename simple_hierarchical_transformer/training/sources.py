@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .. import data
+from ..batches import scale_weights
 from ..data import Corpus
 
 NAMED = (*data.DOWNLOADS, 'stdlib')
@@ -42,27 +43,25 @@ def load_sources(
 ) -> tuple[list[Corpus], list[float] | None]:
     """The corpora, and their weights where they have some: `name=weight`.
 
-    Raises ValueError where some have weights and some not.
+    Raises ValueError where some have weights and some not, or where weights are too far apart.
     """
-    loaded: list[Corpus] = []
-    weights: list[float] = []
-    for source in sources or [None]:  # type: ignore[list-item]
-        name, weight = split_weight(source)
-        loaded.append(load_source(name, folder, text_key=text_key, say=say))
-        weights.append(weight)
-    if all(map(math.isnan, weights)):
-        return loaded, None
-    if not all(0 < weight < math.inf for weight in weights):
-        raise ValueError(f'--data takes a weight above 0 for every source, or for none, got {" ".join(sources or [])}')
-    return loaded, weights
-
-
-def split_weight(source: str | None) -> tuple[str | None, float]:
-    """A source's name and its weight, nan where it has none. A file's name may have an equals sign in it."""
-    name, equals, weight = (source or '').rpartition('=')
-    if equals and not os.path.exists(source or ''):
+    asked = [split_weight(source) for source in sources or [None]]  # type: ignore[list-item]
+    weights = [weight for _, weight in asked if weight is not None]
+    if weights:
+        if len(weights) < len(asked):
+            got = data.shown(' '.join(sources or []))
+            raise ValueError(f'--data takes a weight above 0 for every source, or for none, got {got}')
         try:
+            scale_weights(weights)
+        except ValueError as error:
+            raise ValueError(f'--data: {error}') from error
+    return [load_source(name, folder, text_key=text_key, say=say) for name, _ in asked], weights or None
+
+
+def split_weight(source: str | None) -> tuple[str | None, float | None]:
+    """A source's name, and its weight if it has one. A file's name may have an equals sign in it."""
+    name, equals, weight = (source or '').rpartition('=')
+    if equals and not os.path.exists(os.path.expanduser(source or '')):
+        with contextlib.suppress(ValueError):
             return name, float(weight)
-        except ValueError:
-            pass
-    return source, math.nan
+    return source, None
