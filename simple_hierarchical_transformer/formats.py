@@ -6,6 +6,7 @@ The first bytes of a file decide what it is, and its suffix where they say nothi
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import io
 import itertools
@@ -112,8 +113,8 @@ def named_errors(name: str, kind: str) -> Iterator[None]:
         # what zipfile says of passwords and of methods that it does not know
         raise UnreadableError(f'data: {name} cannot be unpacked: {error}') from error
     except Exception as error:
-        # an error with a number is of the disk, not of the format
-        if isinstance(error, OSError) and error.errno is not None:
+        # an error with a number is of the disk, not of the format; but that of a place before the file's beginning
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         raise UnreadableError(f'data: {name} is torn, or not a {kind} file: {error}') from error
 

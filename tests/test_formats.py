@@ -216,6 +216,30 @@ def test_what_is_broken_within_is_named(tmp_path: Path) -> None:
     assert said.startswith(f'data: {tmp_path}/a.tar.gz is torn, or not a .gz file')
 
 
+def test_damage_of_any_kind_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    text = draw.randbytes(300) + b'text ' * 100
+    whole = [pack(text) for pack in STREAMS.values()] + [pack(a=b'1', b=text) for pack in ARCHIVES.values()]
+    whole += [gzip.compress(tarred(a=text)), zipped(a=tarred(b=text)), parquet('a', 'b'), jsonl('a', 'b')]
+    read = 0
+    for number in range(1500):
+        content = bytearray(draw.choice(whole))
+        for _ in range(draw.randint(1, 3)):
+            at = draw.randrange(len(content))
+            content[at : at + draw.choice((0, 1, 9))] = draw.randbytes(draw.choice((0, 1, 5)))
+        path = tmp_path / draw.choice(('a', 'a.jsonl', 'a.zip', 'a.tar', 'a.gz', 'a.parquet', 'a.tgz', 'a.zst'))
+        path.write_bytes(content)
+        with open(tmp_path / 'bytes', 'wb') as to, open(tmp_path / 'ends', 'wb') as ends:
+            said = f'data: {path}'
+            try:
+                formats.Texts(to, ends, 'text').add_file(path)
+                read += 1
+            except ValueError as error:
+                said = str(error)
+        assert said.startswith(f'data: {path}'), number
+    assert 100 < read < 1000
+
+
 def test_an_archive_of_archives_without_end_is_refused(tmp_path: Path) -> None:
     packed = b'text'
     for _ in range(9):
