@@ -234,6 +234,15 @@ def map_file(path: Path, dtype: torch.dtype) -> Tensor:
         return torch.frombuffer(mapped, dtype=dtype)
 
 
+class TruncatedError(ValueError):
+    """A file that no longer has the bytes that it had."""
+
+    def __str__(self) -> str:
+        # what a data loader's worker hands on is its traceback, which ends with the message
+        last = super().__str__().strip().splitlines()[-1]
+        return last[max(last.find('data: '), 0) :]
+
+
 def read_at(file: int, size: int, start: int) -> bytes:
     if hasattr(os, 'pread'):
         return os.pread(file, size, start)
@@ -284,7 +293,7 @@ class Corpus:
             piece = read_at(self.file, len(buffer) - filled, start + filled)
             if not piece:
                 size = os.fstat(self.file).st_size
-                raise ValueError(
+                raise TruncatedError(
                     f'data: {shown(self.path)} was truncated while it was read: '
                     f'it had {self.size:,} bytes, and has {size:,}'
                 )

@@ -24,8 +24,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from torch.utils.data import DataLoader
 
 from simple_hierarchical_transformer import data
+from simple_hierarchical_transformer.batches import Batches
 from simple_hierarchical_transformer.data import Download
 from simple_hierarchical_transformer.training import sources
 
@@ -237,6 +239,20 @@ def test_a_file_that_is_truncated_while_it_is_read_is_an_error(tmp_path: Path) -
     result = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert result.stdout == f'data: {path} was truncated while it was read: it had 1,048,576 bytes, and has 100\n'
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_worker_says_in_one_line_that_a_file_is_truncated(tmp_path: Path, workers: int) -> None:
+    path = tmp_path / 'text'
+    path.write_bytes(TEXT)
+    batches = Batches([load(path, cache=tmp_path)], [range(len(TEXT))], rows=2, seq_len=64)
+    path.write_bytes(b'')
+    loader = DataLoader(
+        batches, None, sampler=range(2), num_workers=workers, multiprocessing_context='fork' if workers else None
+    )
+    with pytest.raises(ValueError, match='truncated') as error:
+        next(iter(loader))
+    assert str(error.value) == f'data: {path} was truncated while it was read: it had 10,240 bytes, and has 0'
 
 
 def test_without_pread_reading_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
