@@ -109,11 +109,12 @@ def folders_below(folder: Path) -> list[Path]:
     found: dict[str, Path] = {}
     folders, links = [folder], list[Path]()
     while folders or links:
-        path = folders.pop() if folders else links.pop()
+        path = folders.pop(0) if folders else links.pop(0)
         if found.setdefault(os.path.realpath(path), path) is path:
-            below = [entry for entry in path.iterdir() if not is_hidden(Path(entry.name)) and entry.is_dir()]
-            folders += (entry for entry in below if not entry.is_symlink())
-            links += sorted((entry for entry in below if entry.is_symlink()), reverse=True)
+            # in one order, so that every machine comes to a folder through the same link
+            below = sorted(entry for entry in path.iterdir() if not is_hidden(Path(entry.name)) and entry.is_dir())
+            folders += [entry for entry in below if not entry.is_symlink()]
+            links += [entry for entry in below if entry.is_symlink()]
     return list(found.values())
 
 
