@@ -480,15 +480,16 @@ def tidy(cache: Path) -> None:
     sizes, used = {}, {}
     for path in cache.iterdir():
         with contextlib.suppress(OSError):
-            if ENTRY.fullmatch(path.name):
+            if OLD_ENTRY.fullmatch(path.name):
+                path.unlink()
+            elif OLD_UNFINISHED.fullmatch(path.name):
+                # these were not locked, but written to all the time
+                if (path / 'bytes').stat().st_mtime < time.time() - DAY:
+                    remove_unused(path)
+            elif ENTRY.fullmatch(path.name) and is_whole(path):
                 stats = [(path / name).stat() for name in ('bytes', 'ends')]
                 sizes[path], used[path] = sum(stat.st_size for stat in stats), stats[0].st_mtime_ns
-            elif OLD_ENTRY.fullmatch(path.name):
-                path.unlink()
-            elif path.name.startswith(UNFINISHED) or (
-                # these were not locked, but written to all the time
-                OLD_UNFINISHED.fullmatch(path.name) and (path / 'bytes').stat().st_mtime < time.time() - DAY
-            ):
+            elif ENTRY.fullmatch(path.name) or path.name.startswith(UNFINISHED):
                 remove_unused(path)
     total = sum(sizes.values())
     for path in sorted(used, key=lambda path: used[path]):

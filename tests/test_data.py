@@ -334,6 +334,9 @@ def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not
         old = tree(cache, tmp12345678_bytes='x', tmp12345678_ends='x', tmpabcdefgh_bytes='x', tmpmine0000_mine='x')
         os.utime(old / 'tmp12345678' / 'bytes', (1, 1))
         (cache / f'{16 * "0"}.bytes').write_text('x')
+        # of one that was killed while it removed them
+        tree(cache / (16 * 'b'), ends='x')
+        (cache / (16 * 'c')).mkdir()
         load(unpacked(tmp_path, 'a'), cache=cache)
         names = {path.name for path in cache.iterdir()}
         assert len(names & {path.parent.name for path in started}) == 1
