@@ -6,20 +6,21 @@ import math
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import build, configs
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.training import checkpoints, cost, optim, report
-from simple_hierarchical_transformer.training.settings import PRESETS, new_settings, parse_args
+from simple_hierarchical_transformer.training.settings import PRESETS, new_settings, parse_args, share
 
 SMALL: dict[str, Any] = dict(num_tokens=11, dim=(8, 12), depth=2, seq_len=32, dim_head=4, heads=2, hierarchies=(1, 4))
 
@@ -140,6 +141,26 @@ def test_learning_rates_rise_then_never_rise_again(schedule: str, warmup: float)
     if schedule == 'wsd':
         assert rates[800] == pytest.approx(2.0)
         assert rates[900] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize('schedule', optim.SCHEDULES)
+@given(warmup=st.floats(0, 1, exclude_max=True), at=st.lists(st.floats(0, 1), max_size=20))
+@example(warmup=0.9, at=[])
+@example(warmup=0.8, at=[])
+def test_learning_rates_are_continuous_for_every_warmup(schedule: str, warmup: float, at: list[float]) -> None:
+    def rate(progress: float) -> float:
+        return optim.learning_rate(progress, highest=2.0, schedule=schedule, warmup=warmup)
+
+    share(str(warmup))  # the command line takes all of these
+    left = 1 - warmup
+    # each phase of a schedule is this steep at most
+    steepest = 2.0 * max(1 / warmup if warmup else 0, math.pi / left, 1 / min(left, 0.2))
+    places = sorted({0.0, *at, *(min(max(p + d, 0), 1) for p in (warmup, 0.8, 1) for d in (-1e-9, 0, 1e-9))})
+    for before, after in pairwise(places):
+        assert abs(rate(after) - rate(before)) <= steepest * (after - before) * 1.01 + 1e-6
+    assert all(0 <= rate(progress) <= 2.0 for progress in places)
+    # a clock may pass the end, where a rate below 0 would climb
+    assert 0 <= rate(1.5) == rate(1.0)
 
 
 def test_averages_follow_the_weights_and_stand_in_for_them() -> None:

@@ -204,8 +204,10 @@ def learning_rate(progress: float, *, highest: float, schedule: str, warmup: flo
     """The learning rate at `progress`, from 0 to 1 over the run: up over the share `warmup` of it, then on by schedule.
 
     'cosine' falls to a tenth, 'linear' to 0; 'constant' stays; 'wsd' (warm-up, stable, decay) stays until the last
-    fifth, over which it falls to 0.
+    fifth, over which it falls to 0. A warm-up that reaches into that fifth shortens the decay. After the end, the rate
+    stays what it was there.
     """
+    progress = min(progress, 1.0)
     if progress < warmup:
         return highest * max(progress / warmup, 0.01)
     after = (progress - warmup) / (1 - warmup)
@@ -213,7 +215,8 @@ def learning_rate(progress: float, *, highest: float, schedule: str, warmup: flo
         return highest * (0.55 + 0.45 * math.cos(math.pi * after))
     if schedule == 'linear':
         return highest * (1 - after)
-    return highest * (min(1.0, (1 - progress) / 0.2) if schedule == 'wsd' else 1.0)
+    decay = min(0.2, 1 - warmup)
+    return highest * (min(1.0, (1 - progress) / decay) if schedule == 'wsd' else 1.0)
 
 
 class WeightAverage:
