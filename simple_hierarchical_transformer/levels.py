@@ -48,6 +48,12 @@ class Level:
 
 
 COMPRESSORS = ('conv', 'attention', 'mean', 'linear')
+# no tensor has a longer dimension
+MOST = 10**12
+# of what is built or run one after the other
+MOST_IN_TURN = 1 << 16
+# of this float32 still has the products
+LARGEST = 1e30
 # what a module from outside counts as
 OWN = 'module'
 
@@ -56,15 +62,19 @@ def is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def check_int(name: str, value: Any, minimum: int = 1) -> int:
+def check_int(name: str, value: Any, minimum: int = 1, maximum: int = MOST) -> int:
     if not is_int(value) or value < minimum:
         raise ValueError(f'{name} must be an integer of at least {minimum}, got {value!r}')
+    if value > maximum:
+        raise ValueError(f'{name} must be at most {maximum:,}, got {value!r}')
     return value
 
 
-def check_number(name: str, value: Any, minimum: float = 0.0) -> float:
+def check_number(name: str, value: Any, minimum: float = 0.0, maximum: float = LARGEST) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not minimum <= value < float('inf'):
         raise ValueError(f'{name} must be a finite number of at least {minimum:g}, got {value!r}')
+    if value > maximum:
+        raise ValueError(f'{name} must be at most {maximum:g}, got {value!r}')
     return value
 
 
@@ -125,6 +135,7 @@ def build_levels(
     for c in compressions:
         if not is_int(c) or c < 1 or c & (c - 1):
             raise ValueError(f'hierarchies must be powers of two (1, 2, 4, ...), got {c!r} in {hierarchies!r}')
+        check_int('hierarchies', c, maximum=MOST_IN_TURN)
     if len(set(compressions)) != len(compressions):
         raise ValueError(f'hierarchies must all differ, got {hierarchies!r}')
 
@@ -155,9 +166,9 @@ def build_levels(
 
         # the token shift moves half of the channels, so there must be two of them
         check_int('dim', d, 2)
-        check_int('depth', layers)
+        check_int('depth', layers, maximum=MOST_IN_TURN)
         check_int('heads', h)
-        check_number('ff_mult', mult)
+        check_number('ff_mult', mult, maximum=MOST / d)
         check_number('next_latent_loss_weight', next_latent)
         check_number('prophet_loss_weight', prophet)
         check_number('quantized_loss_weight', quantize)

@@ -20,6 +20,8 @@ from .compress import Autoencoder, Compressor
 from .generate import Generative, check_ids
 from .halting import AdaptiveHalting
 from .levels import (
+    MOST,
+    MOST_IN_TURN,
     Level,
     build_levels,
     check_choice,
@@ -292,10 +294,10 @@ class HierarchicalTransformer(
 
         check_int('num_tokens', num_tokens)
         check_int('seq_len', seq_len)
-        check_int('num_rollouts', num_rollouts)
-        check_int('dynamics_num_layers', dynamics_num_layers)
-        check_int('merge_window', merge_window, 0)
-        check_int('ff_chunks', ff_chunks)
+        check_int('num_rollouts', num_rollouts, maximum=MOST_IN_TURN)
+        check_int('dynamics_num_layers', dynamics_num_layers, maximum=MOST_IN_TURN)
+        check_int('merge_window', merge_window, 0, MOST_IN_TURN)
+        check_int('ff_chunks', ff_chunks, maximum=MOST_IN_TURN)
         check_choice('ff_activation', ff_activation, tuple(ACTIVATIONS))
         contexts = dict(
             ngrams=(ngrams, 2), word_ngrams=(word_ngrams, 1), recall=(recall, 1), word_recall=(word_recall, 1)
@@ -303,7 +305,7 @@ class HierarchicalTransformer(
         for name, (orders, least) in contexts.items():
             check_sequence(name, orders)
             for order in orders:
-                check_int(name, order, least)
+                check_int(name, order, least, MOST_IN_TURN)
             if len(set(orders)) != len(orders):
                 raise ValueError(f'{name} must all differ, got {orders!r}')
             if orders and name.startswith('word') and num_tokens not in (256, 257):
@@ -312,7 +314,7 @@ class HierarchicalTransformer(
             raise ValueError(f'ngram_dropout must be at least 0 and below 1, got {ngram_dropout!r}')
         if check_int('ngram_rows', ngram_rows, 2) & (ngram_rows - 1):
             raise ValueError(f'ngram_rows must be a power of two, got {ngram_rows}')
-        check_int('quantizer_codebooks', quantizer_codebooks)
+        check_int('quantizer_codebooks', quantizer_codebooks, maximum=MOST_IN_TURN)
         check_int('quantizer_codebook_size', quantizer_codebook_size, 2)
         check_int('quantizer_dim', quantizer_dim)
         check_number('recon_loss_weight', recon_loss_weight)
@@ -348,6 +350,7 @@ class HierarchicalTransformer(
         for name, value in (('ignore_index', ignore_index), ('recon_ignore_index', recon_ignore_index)):
             if not is_int(value):
                 raise ValueError(f'{name} must be an integer, got {value!r}')
+            check_int(name, value, -MOST)
         for name, value in (
             ('hierarchy_merge_all', hierarchy_merge_all),
             ('predict_use_all_hierarchy', predict_use_all_hierarchy),

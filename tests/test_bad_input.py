@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import re
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 from simple_hierarchical_transformer import HierarchicalTransformer
+from simple_hierarchical_transformer.mixers import MIXERS
 
 GOOD: dict[str, Any] = dict(num_tokens=11, dim=8, depth=1, seq_len=16, dim_head=4, heads=2)
 
@@ -27,6 +30,16 @@ GOOD: dict[str, Any] = dict(num_tokens=11, dim=8, depth=1, seq_len=16, dim_head=
         (dict(recon_sample=1.5), 'recon_sample must be above 0 and at most 1, got 1.5'),
         (dict(gradient_checkpointing=1), 'gradient_checkpointing must be True or False, got 1'),
         (dict(depth=0), 'depth must be an integer of at least 1, got 0'),
+        (dict(depth=10**6), 'depth must be at most 65,536, got 1000000'),
+        (dict(num_rollouts=10**9), 'num_rollouts must be at most 65,536, got 1000000000'),
+        (dict(ngrams=(10**9,)), 'ngrams must be at most 65,536, got 1000000000'),
+        (dict(dim=10**30), f'dim must be at most 1,000,000,000,000, got {10**30}'),
+        (dict(ff_mult=1e308), 'ff_mult must be at most 1.25e+11, got 1e+308'),
+        (dict(ignore_index=10**30), f'ignore_index must be at most 1,000,000,000,000, got {10**30}'),
+        (
+            dict(num_rollouts=2, rollout_weights=(1e308, 1e308)),
+            'rollout_weights must be at most 1e+30, got 1e+308',
+        ),
         (dict(depth=True), 'depth must be an integer of at least 1, got True'),
         (dict(seq_len=0), 'seq_len must be an integer of at least 1, got 0'),
         (dict(dim=0), 'dim must be an integer of at least 2, got 0'),
@@ -180,6 +193,48 @@ GOOD: dict[str, Any] = dict(num_tokens=11, dim=8, depth=1, seq_len=16, dim_head=
 def test_constructor_refuses(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         HierarchicalTransformer(**{**GOOD, **arguments})
+
+
+HOSTILE: tuple[Any, ...] = (
+    math.nan, math.inf, -math.inf, -1, 0, 1e308, 10**30, -(10**30), 10**9, '', 'x', b'x', None, True, 1.5, 1j, [], {},
+    {'x': 1}, {1, 2}, [10**30], [1e308, 1], ['x', 1], ...,
+)  # fmt: skip
+
+
+def build_or_refuse(**arguments: Any) -> None:
+    """On 'meta', where memory is no matter: more elements than can be counted end with torch's own error."""
+    try:
+        with torch.device('meta'):
+            HierarchicalTransformer(**arguments)
+    except ValueError:
+        pass
+    except RuntimeError as error:
+        if 'overflowed' not in str(error):
+            raise
+
+
+@pytest.mark.filterwarnings('ignore::UserWarning')
+@pytest.mark.parametrize('name', inspect.signature(HierarchicalTransformer).parameters)
+def test_constructor_builds_or_refuses_whatever_comes(name: str) -> None:
+    good = dict(GOOD, dim=(8, 8), hierarchies=(1, 4), hierarchical_stride=(1, 4), merge='attention', merge_window=1)
+    for value in HOSTILE:
+        build_or_refuse(**{**good, 'quantized_loss_weight': 0.1, 'ngrams': (2,), name: value})
+
+
+@pytest.mark.filterwarnings('ignore::UserWarning')
+@pytest.mark.parametrize(
+    ('mixer', 'name'),
+    [
+        (mixer, name)
+        for mixer, kind in MIXERS.items()
+        for name in inspect.signature(kind).parameters
+        if name not in ('dim', 'dim_head', 'heads', 'window', 'length', 'layer', 'backend')
+    ],
+)
+def test_mixers_are_built_or_refuse_whatever_comes(mixer: str, name: str) -> None:
+    for value in HOSTILE:
+        for others in ({}, {'pattern': 'fixed'}) if mixer == 'attention' else ({},):
+            build_or_refuse(**GOOD, mixer=mixer, mixer_kwargs={**others, name: value})
 
 
 def test_constructor_refuses_unknown_arguments() -> None:

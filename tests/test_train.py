@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import csv
 import dataclasses
 import importlib
+import io
+import itertools
 import json
 import re
 import shlex
@@ -24,9 +28,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from simple_hierarchical_transformer import HierarchicalTransformer, data, sample
 from simple_hierarchical_transformer.batches import evaluation_batches, split_bytes
-from simple_hierarchical_transformer.training import sources
+from simple_hierarchical_transformer.training import report, sources
+from simple_hierarchical_transformer.training.optim import build_optimizer, learning_rate
 from simple_hierarchical_transformer.training.scores import bits_per_byte
-from simple_hierarchical_transformer.training.settings import BYTES, PRESETS
+from simple_hierarchical_transformer.training.settings import (
+    BYTES,
+    PRESETS,
+    Number,
+    build_parser,
+    folder,
+    named,
+    new_settings,
+    parse_args,
+)
 
 TRACKED = 'simple-hierarchical-transformer'
 MODEL: dict[str, Any] = dict(
@@ -256,10 +270,10 @@ def test_refuses_before_work_is_lost(
         (('--data', corpus, '--model', 'dim=-7', '--out', new), 'dim must be'),
         (('--data', corpus, '--model', 'dim', '--out', new), '--model takes NAME=VALUE, got dim'),
         (('--steps', 3, '--minutes', 1), '--steps and --minutes: give one of them'),
-        (('--steps', 0), 'argument --steps: must be above 0, got 0'),
+        (('--steps', 0), 'argument --steps: must be from 1 to 1e+12, got 0'),
         (('--ema', 1), 'argument --ema: must be at least 0 and below 1, got 1'),
         (('--data', corpus, '--valid-bytes', 10, '--out', new), '--valid-bytes must be at least 16, got 10'),
-        (('--workers', -1), 'argument --workers: must be at least 0, got -1'),
+        (('--workers', -1), 'argument --workers: must be from 0 to 1024, got -1'),
         (('--split', 'test'), '--split is for --eval, which was not given'),
         (('--eval', out / 'final', '--lr', 1), '--lr is for training, --eval does none'),
         (('--eval', out / 'final', '--resume', out), '--resume is for training, --eval does none'),
@@ -274,6 +288,69 @@ def test_refuses_before_work_is_lost(
         assert message in refuse(*args)
     assert (out / 'metrics.csv').read_bytes() == before
     assert not new.exists()
+
+
+HOSTILE = ('nan', 'inf', '-inf', '-1', '0', '1e308', str(10**30), '9' * 5000, '', 'x', '0x10', '1e-320', '{1, 2}', '\0')
+ZERO_IS_FINE = {'--seed', '--workers', '--warmup', '--weight-decay', '--ema'}
+
+
+def parsed(*args: str) -> tuple[dict[str, Any], str]:
+    """The settings of a run with these arguments, or none, and what the command says where it refuses them."""
+    said = io.StringIO()
+    with contextlib.suppress(SystemExit), contextlib.redirect_stderr(said):
+        return new_settings(parse_args(list(args), None)), ''
+    return {}, said.getvalue()
+
+
+@pytest.mark.parametrize(
+    'option', [each for each in build_parser(None)._actions if each.dest not in ('help', 'data', 'model')],
+    ids=lambda each: each.dest,
+)  # fmt: skip
+def test_no_option_takes_what_a_run_could_not_use(option: argparse.Action) -> None:
+    flag = option.option_strings[0]
+    for value in HOSTILE:
+        found, refusal = parsed(f'{flag}={value}')
+        if found:
+            # a path or a name, which may not exist
+            assert option.type in (folder, named, None) or (flag in ZERO_IS_FINE and float(value) < 1)
+            assert value or option.type is None
+        else:
+            assert f'argument {"/".join(option.option_strings)}: ' in refusal or f'{flag} is for ' in refusal
+
+
+def test_the_largest_and_smallest_numbers_overflow_nowhere() -> None:
+    numbers = [each for each in build_parser(None)._actions if isinstance(each.type, Number)]
+    assert len(numbers) >= 16
+    for chosen in itertools.product(('least', 'most'), repeat=2):
+        ends = dict(zip(('lr', 'table_lr'), chosen, strict=True))
+        given = [f'{each.option_strings[0]}={getattr(each.type, ends.get(each.dest, "most"))}' for each in numbers
+                 if each.dest != 'steps']  # fmt: skip
+        found, _ = parsed(*given)
+        model = torch.nn.ModuleDict(dict(token_emb=torch.nn.Embedding(3, 4), inner=torch.nn.Linear(4, 4)))
+        optimizer = build_optimizer(
+            model, 'muon', lr=found['lr'], table_lr=found['table_lr'], weight_decay=found['weight_decay']
+        )
+        for group in optimizer.param_groups:
+            rate = learning_rate(0.5, highest=found['lr'], schedule=found['schedule'], warmup=found['warmup'])
+            group['lr'] = rate * group['scale']
+        model['inner'](model['token_emb'](torch.tensor([0, 1]))).sum().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), found['clip'])
+        optimizer.step()
+        assert all(p.isfinite().all() for p in model.parameters())
+        assert report.duration(60 * found['minutes'])
+
+
+@pytest.mark.parametrize('value', ['{1, 2}', "b'x'", '1j', '...', '{(1, 2): 3}', '[{1}]'])
+def test_what_a_run_could_not_keep_is_no_argument_of_the_model(value: str) -> None:
+    assert (
+        f'--model dim: must be a number, a string, None, True, False, a tuple or a dict, got {value}'
+        in (parsed('--model', f'dim={value}')[1])
+    )
+
+
+@pytest.mark.parametrize('value', ['{[]: 1}', '(' * 5000 + ')' * 5000, '9' * 5000, '\0'])
+def test_what_python_cannot_read_is_a_string(value: str) -> None:
+    assert parsed('--model', f'dim={value}')[0]['model']['dim'] == value
 
 
 def test_a_tracker_that_is_not_there_is_named(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..levels import check_int
+from ..levels import MOST_IN_TURN, check_int
 from ..linear import autocast_dtype, chain
 from ..norm import RMSNorm
 from ..state import keep
@@ -97,7 +97,7 @@ class Hyena(nn.Module):
         fft: Literal['torch', 'monarch'] = 'torch',
     ) -> None:
         super().__init__()
-        self.order, self.length = check_int('order', order), length
+        self.order, self.length = check_int('order', order, maximum=MOST_IN_TURN), length
         self.fft = check_fft(fft)
         self.norm = RMSNorm(dim)
         self.to_in = nn.Linear(dim, (order + 1) * dim, bias=False)

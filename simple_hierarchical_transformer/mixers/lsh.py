@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..levels import check_int
+from ..levels import MOST_IN_TURN, check_int
 from ..linear import chain
 from ..norm import RMSNorm
 from ..state import keep
@@ -57,7 +57,7 @@ class LSHAttention(nn.Module):
         if dim_head % 2:
             raise ValueError(f'dim_head must be even (rotary embeddings turn pairs of channels), got {dim_head}')
         self.heads, self.dim_head = heads, dim_head
-        self.rounds, self.buckets = check_int('rounds', rounds), buckets
+        self.rounds, self.buckets = check_int('rounds', rounds, maximum=MOST_IN_TURN), buckets
         self.before = check_int('entries', entries) - 1
         self.norm = RMSNorm(dim)
         self.rotary_emb = Rotary(dim_head, pairs='interleaved')

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,12 @@ from .trackers import TRACKERS
 # every byte counts, so the ignored id is none; where texts end, one beyond the bytes fills up
 BYTES: dict[str, Any] = dict(num_tokens=256, ignore_index=IGNORED, recon_ignore_index=IGNORED)
 TEXTS: dict[str, Any] = dict(num_tokens=PAD + 1, ignore_index=PAD, recon_ignore_index=PAD)
+
+# beyond these no number is meant, and products of several would overflow
+LEAST, MOST = 1e-12, 10**12
+# what generators of random numbers take
+MOST_SEED = 2**32 - 1
+MOST_WORKERS = 1024
 
 DEFAULTS: dict[str, Any] = dict(
     data=None, documents=False, text_key='text', segment_length=None, steps=None, minutes=None,
@@ -110,12 +116,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def parse_args(argv: list[str] | None, description: str | None) -> argparse.Namespace:
+def build_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def option(group: Any, name: str, **settings: Any) -> None:
-        if settings.get('type') in (int, float):
-            settings['type'] = positive(settings['type'])
+        if settings.get('type') is int:
+            settings['type'] = Number(int, 1, MOST)
+        elif settings.get('type') is float:
+            settings['type'] = Number(float, LEAST, MOST)
         group.add_argument(f'--{name}', **settings)
 
     def switch(group: Any, name: str, text: str) -> None:
@@ -125,10 +133,10 @@ def parse_args(argv: list[str] | None, description: str | None) -> argparse.Name
     run.add_argument('--preset', choices=('auto', *PRESETS), help='settings to start from')
     option(run, 'steps', type=int, help='train for that many optimizer steps')
     option(run, 'minutes', type=float, help='train for that long')
-    run.add_argument('--seed', type=int)
-    run.add_argument('--out', type=Path, help='folder of the run (default: runs/<date>-<time>)')
+    run.add_argument('--seed', type=Number(int, 0, MOST_SEED))
+    run.add_argument('--out', type=folder, help='folder of the run (default: runs/<date>-<time>)')
     run.add_argument(
-        '--resume', nargs='?', const='latest', metavar='FOLDER',
+        '--resume', nargs='?', const='latest', metavar='FOLDER', type=named,
         help='go on from a run or one of its checkpoints; without a name from the run in --out, if there is one yet, '
         'or from the one that was at work last',
     )  # fmt: skip
@@ -145,7 +153,7 @@ def parse_args(argv: list[str] | None, description: str | None) -> argparse.Name
     option(data, 'segment-length', type=int, help='that many bytes a step, with the state of those before')
     option(data, 'batch-size', type=int, help='sequences in a batch, on each device')
     option(data, 'grad-accum', type=int, help='batches in an optimizer step')
-    data.add_argument('--workers', type=at_least_none, help='processes that read ahead')
+    data.add_argument('--workers', type=Number(int, 0, MOST_WORKERS), help='processes that read ahead')
 
     learning = parser.add_argument_group('learning')
     learning.add_argument('--model', nargs='+', metavar='NAME=VALUE', help='arguments of the model: dim=256 depth=2')
@@ -170,8 +178,13 @@ def parse_args(argv: list[str] | None, description: str | None) -> argparse.Name
     option(watching, 'valid-bytes', type=int, help='bytes of the validation split to score on the way')
 
     scoring = parser.add_argument_group('scoring')
-    scoring.add_argument('--eval', type=Path, metavar='CHECKPOINT', help='score a saved model instead of training')
+    scoring.add_argument('--eval', type=folder, metavar='CHECKPOINT', help='score a saved model instead of training')
     scoring.add_argument('--split', choices=('valid', 'test'), help='what --eval scores (default: valid)')
+    return parser
+
+
+def parse_args(argv: list[str] | None, description: str | None) -> argparse.Namespace:
+    parser = build_parser(description)
     args = parser.parse_args(argv)
 
     if args.steps and args.minutes:
@@ -188,22 +201,35 @@ def parse_args(argv: list[str] | None, description: str | None) -> argparse.Name
     return args
 
 
-def positive(kind: type) -> Any:
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f'must be above 0, got {text}')
+@dataclass(frozen=True)
+class Number:
+    """A number on the command line, from `least` to `most`."""
+
+    kind: type
+    least: float
+    most: float
+
+    @property
+    def __name__(self) -> str:
+        # what argparse calls it where the text is no number
+        return self.kind.__name__
+
+    def __call__(self, text: str) -> Any:
+        value = self.kind(text)
+        # nan is in no range
+        if not self.least <= value <= self.most:
+            raise argparse.ArgumentTypeError(f'must be from {self.least:g} to {self.most:g}, got {text}')
         return value
 
-    parse.__name__ = kind.__name__
-    return parse
+
+def named(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError('must name a folder, got an empty name')
+    return text
 
 
-def at_least_none(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f'must be at least 0, got {text}')
-    return value
+def folder(text: str) -> Path:
+    return Path(named(text))
 
 
 def share(text: str) -> float:
@@ -214,13 +240,19 @@ def share(text: str) -> float:
 
 
 def parse_setting(parser: argparse.ArgumentParser, text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition('=')
+    name, equals, written = text.partition('=')
     if not equals:
         parser.error(f'--model takes NAME=VALUE, got {text}')
     try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
+        value = ast.literal_eval(written)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        value = written
+    try:
+        # a run keeps its settings as JSON
+        as_json(value)
+    except (ValueError, TypeError, RecursionError):
+        parser.error(f'--model {name}: must be a number, a string, None, True, False, a tuple or a dict, got {written}')
+    return name, value
 
 
 def flag(name: str) -> str:
