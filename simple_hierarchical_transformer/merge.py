@@ -124,13 +124,22 @@ class HierarchicalMerge(nn.Module):
         position: int = 0,
         silent: Collection[int] = (),
         contributions: list[Contribution] | None = None,
+        wanted: Collection[int] | None = None,
     ) -> tuple[list[Tensor], MergeState | None]:
-        """`silent` levels, by their compression, are left out; what each gives is added to `contributions`."""
-        updates, state = self.found(tokens, state, position, silent, contributions)
+        """`silent` levels, by their compression, are left out; what each gives is added to `contributions`.
+
+        `wanted` are those levels, by their place, whose merged tokens are read; by default all. Others may come back
+        as they are.
+        """
+        updates, state = self.found(tokens, state, position, silent, contributions, wanted)
         merged = list(tokens)
-        for i, update in zip(self.into, updates, strict=True):
+        for i, update in zip(self.receiving(wanted), updates, strict=True):
             merged[i] = merged[i] + update
         return merged, state
+
+    def receiving(self, wanted: Collection[int] | None) -> Sequence[int]:
+        """The levels that are added to, where those in `wanted` are read."""
+        return self.into
 
     def found(
         self,
@@ -139,17 +148,18 @@ class HierarchicalMerge(nn.Module):
         position: int,
         silent: Collection[int],
         contributions: list[Contribution] | None,
+        wanted: Collection[int] | None = None,
     ) -> tuple[list[Tensor], MergeState | None]:
-        """What is added to each receiving level, and the state after it."""
+        """What is added to each level that receives, and the state after it."""
         out = [i for i, c in enumerate(self.compressions) if c in silent]
-        gathered, state = self.gather(tokens, state, position)
+        gathered, state = self.gather(tokens, state, position, self.receiving(wanted))
         updates = self.updates(gathered, out)
         if contributions is not None:
             contributions.append(self.contribution(gathered, updates, out))
         return updates, state
 
     def gather(
-        self, tokens: Sequence[Tensor], state: MergeState | None, position: int
+        self, tokens: Sequence[Tensor], state: MergeState | None, position: int, receiving: Sequence[int]
     ) -> tuple[Any, MergeState | None]:
         """What updates are made of, and the state after it."""
         joined, state = concat_levels(tokens, self.strides, state, position)
@@ -226,7 +236,7 @@ class LinearMerge(HierarchicalMerge):
             begin_at_zero(each)
 
     def gather(
-        self, tokens: Sequence[Tensor], state: MergeState | None, position: int
+        self, tokens: Sequence[Tensor], state: MergeState | None, position: int, receiving: Sequence[int]
     ) -> tuple[Any, MergeState | None]:
         parts = [
             (norm, to) if heard else () for to, norm, heard in zip(self.to_others, self.norms, self.heard, strict=True)
@@ -323,6 +333,10 @@ class AttentionMerge(HierarchicalMerge):
         for to in self.receivers.values():
             begin_at_zero(to.to_out)  # type: ignore[arg-type]
 
+    def receiving(self, wanted: Collection[int] | None) -> Sequence[int]:
+        # each receiver is a part of its own
+        return self.into if wanted is None else [i for i in self.into if i in wanted]
+
     def initial_state(self, batch_size: int, like: Tensor) -> MergeState:
         """For each receiver, each level's last keys and values that its next token may still reach back to."""
         held = []
@@ -334,12 +348,13 @@ class AttentionMerge(HierarchicalMerge):
         return tuple(held)
 
     def gather(
-        self, tokens: Sequence[Tensor], state: MergeState | None, position: int
+        self, tokens: Sequence[Tensor], state: MergeState | None, position: int, receiving: Sequence[int]
     ) -> tuple[Any, MergeState | None]:
         before = iter(state or (None,) * len(self.into) * len(tokens))
         kept: list[Tensor | None] = []
         gathered = []
-        for i in self.into:
+        # a state has the keys and values of every receiver, whoever is read now
+        for i in self.into if state is not None else receiving:
             to: Any = self.receivers[str(i)]
             first, heard = -(-position // self.strides[i]), []
             for j, (x, norm, stride) in enumerate(zip(tokens, self.norms, self.strides, strict=True)):
@@ -361,8 +376,9 @@ class AttentionMerge(HierarchicalMerge):
                 ahead = token - self.window - begin
                 kv = kv[:, ahead:] if ahead >= 0 else F.pad(kv, (0, 0, -ahead, 0))
                 heard.append(Heard(kv.unflatten(-1, (2, to.heads, -1)), apart, repeats, lead, token))
-            query = chain(tokens[i], self.norms[i], to.to_q).unflatten(-1, (to.heads, -1))
-            gathered.append((to, query, heard))
+            if i in receiving:
+                query = chain(tokens[i], self.norms[i], to.to_q).unflatten(-1, (to.heads, -1))
+                gathered.append((to, query, heard))
         return gathered, state and tuple(kept)
 
     def updates(self, gathered: Any, silent: Collection[int]) -> list[Tensor]:

@@ -91,6 +91,8 @@ class Pass(NamedTuple):
     silent: Collection[int]
     """Compressions of the levels that are not heard."""
     contributions: list[Contribution] | None
+    ends: Collection[int] | None
+    """Which levels' final tokens are read, by their index; None for all."""
     embeds: list[Tensor | None]
     """Of the next state, as all that follow: filled as levels are run."""
     blocks: list[list[BlockState | None]]
@@ -589,7 +591,8 @@ class HierarchicalTransformer(
         if self.autoencoder is not None and self.autoencoder.to_ids is not None:
             self.parts.append(Part('autoencoder', autoencoder_loss_weight))
         # a level whose last tokens are read by nothing is not trained at its end
-        ends = {*self.predict_from, *(part.level for part in self.parts if part.kind != 'ponder')}
+        trained = [part.level for part in self.parts if part.level is not None and part.kind != 'ponder']
+        self.ends = frozenset((*self.predict_from, *trained))
 
         def make_merge(
             members: Sequence[Level], into: Sequence[int], strides: Sequence[int] | None = None
@@ -645,7 +648,7 @@ class HierarchicalTransformer(
         last = self.hierarchical_merges[-1] if alone else None
         receivers: Any = last.receivers if isinstance(last, AttentionMerge) else {}
         for i, norm in enumerate(self.norms):
-            if i not in ends:
+            if i not in self.ends:
                 make_buffers(norm)
                 if str(i) in receivers:
                     make_buffers(receivers[str(i)])
@@ -744,7 +747,11 @@ class HierarchicalTransformer(
             # levels are compressed before anything else is done
             inputs = self.compress_all(self.embed(ids, None)[0], None, 0)[0]
             return self.quantize(inputs) if return_quantized_ids else inputs
-        read, state = self.read(ids, state, position, ablate_hierarchical_merge, contributions)
+        # the last merge has no need to add to tokens that nothing reads
+        ends: Collection[int] | None = self.ends if return_loss or return_quantized_ids else self.predict_from
+        if return_hierarchical_embeds or return_logits_and_embeds or return_contributions:
+            ends = None
+        read, state = self.read(ids, state, position, ablate_hierarchical_merge, contributions, ends)
 
         output: tuple[Any, ...]
         if return_hierarchical_token_embeds:
@@ -776,8 +783,12 @@ class HierarchicalTransformer(
         position: int,
         ablate_merge: bool,
         contributions: list[Contribution] | None,
+        ends: Collection[int] | None,
     ) -> tuple[Read, State | None]:
-        """All levels' tokens from ids `(batch, n)` that begin at `position`, and the state after them."""
+        """All levels' tokens from ids `(batch, n)` that begin at `position`, and the state after them.
+
+        Final tokens of levels that are not in `ends` lack what the last merge adds to them.
+        """
         merges: list[nn.Module | None] = list(self.hierarchical_merges)
         held: list[MergeState | None] = [None] * len(merges)
         if ablate_merge:
@@ -787,7 +798,8 @@ class HierarchicalTransformer(
         blocks = [
             [BlockState() if block is None and state is not None else None for block in layer] for layer in layers
         ]
-        now = Pass(state, position, merges, self.silent, contributions, [None] * len(self.levels), blocks, held, {})
+        nothing: list[Tensor | None] = [None] * len(self.levels)
+        now = Pass(state, position, merges, self.silent, contributions, ends, nothing, blocks, held, {})
         run = self.run_hourglass if self.arrangement == 'hourglass' else self.run_parallel
 
         embeds, seen, contexts = self.embed(ids, state)
@@ -880,7 +892,8 @@ class HierarchicalTransformer(
         merge = now.merges[i] if now.merges else None
         if merge is not None:
             before = now.state and now.state.merges[i]
-            tokens, held = merge(tokens, before, now.position, now.silent, now.contributions)
+            wanted = now.ends if i == len(self.layers) - 1 else None
+            tokens, held = merge(tokens, before, now.position, now.silent, now.contributions, wanted)
         return tokens, [after for _, after in mixed], held
 
     def run_reversible(self, inputs: list[Tensor], now: Pass) -> list[Tensor]:
@@ -904,10 +917,12 @@ class HierarchicalTransformer(
 
             return fn
 
-        def of_merge(i: int, merge: HierarchicalMerge) -> Callable[[list[Tensor]], list[Tensor]]:
+        def of_merge(
+            i: int, merge: HierarchicalMerge, wanted: Collection[int] | None
+        ) -> Callable[[list[Tensor]], list[Tensor]]:
             def fn(read: list[Tensor]) -> list[Tensor]:
                 before = None if now.state is None else now.state.merges[i]
-                updates, after = merge.found(read, before, now.position, now.silent, now.contributions)
+                updates, after = merge.found(read, before, now.position, now.silent, now.contributions, wanted)
                 if after is not None:
                     now.merge_states[i] = after
                 return updates
@@ -930,7 +945,9 @@ class HierarchicalTransformer(
                 couplings.append(Coupling(of_block(i, j, block.fed), [first[j]], [second[j]], weights_of(block.ff, j)))
             merge: Any = now.merges[i] if now.merges else None
             if merge is not None:
-                couplings.append(Coupling(of_merge(i, merge), second, merge.into, weights_of(merge)))
+                wanted = now.ends if i == len(self.layers) - 1 else None
+                fn = of_merge(i, merge, wanted)
+                couplings.append(Coupling(fn, second, merge.receiving(wanted), weights_of(merge)))
 
         for name, module in self.named_modules():
             if isinstance(module, (HierarchicalBlock, HierarchicalMerge)) and has_hooks(module):

@@ -638,6 +638,39 @@ def test_what_is_merged_hangs_on_no_loss(merge: str) -> None:
     assert all(name.startswith('to_prophet') for name in missing)
 
 
+@pytest.mark.parametrize('reversible', [False, True])
+def test_the_last_merge_adds_to_what_is_read(reversible: bool) -> None:
+    """What nothing reads is not computed, and there whenever it is asked for, in chunks too."""
+    silent = dict(recon_loss_weight=0.0, next_latent_loss_weight=0.0)
+    model = build(dict(BASE, merge='attention', merge_into='all', merge_window=2, reversible=reversible, **silent))
+    last: Any = model.hierarchical_merges[-1]
+    heard: list[str] = []
+    for i, receiver in last.receivers.items():
+        receiver.to_q.register_forward_hook(lambda *_, i=i: heard.append(i))
+
+    def receivers(**asked: bool) -> list[str]:
+        heard.clear()
+        model(ids, **asked)
+        return heard
+
+    ids = torch.randint(0, 11, (2, 21))
+    for asked in ({}, {'return_loss': True}, {'return_state': True}):
+        assert receivers(**asked) == ['0']
+    for name in ('return_hierarchical_embeds', 'return_logits_and_embeds', 'return_contributions'):
+        assert receivers(**{name: True}) == ['0', '1', '2']
+
+    logits, embeds = model(ids, return_logits_and_embeds=True)
+    torch.testing.assert_close(model(ids), logits, rtol=0, atol=1e-12)
+    # a chunk that nothing is asked of leaves the state that one leaves that all is asked of
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            _, state = model(ids[:, :9], return_state=True)
+            rest, more, _ = model(ids[:, 9:], return_logits_and_embeds=True, state=state, return_state=True)
+        torch.testing.assert_close(rest, logits[:, 9:], rtol=0, atol=1e-12)
+        for level, whole, part in zip(model.levels, embeds, more, strict=True):
+            torch.testing.assert_close(part, whole[:, level.length(9) :], rtol=0, atol=1e-12)
+
+
 def test_weights_that_differ_do_not_become_one() -> None:
     shared, apart = build(dict(BASE, share_feed_forward=True)), build(BASE)
     with pytest.raises(ValueError, match=r'layers\.0\.2\.ff.* and layers\.0\.0\.ff.* are one weight in this model'):

@@ -207,6 +207,9 @@ def test_levels_share_out_the_parameters(config: dict[str, Any]) -> None:
         dict(hierarchies=(1, 4), hierarchical_stride=(1, 4), dim=(16, 32)),
         dict(hierarchies=(1, 4), hierarchical_stride=(1, 4), dim=(16, 32), merge='attention', merge_into='all'),
         dict(hierarchies=(1, 4), hierarchical_stride=(1, 4), dim=(16, 32), merge='attention', merge_window=2),
+        # level 4 hears at the end what nothing reads
+        dict(hierarchies=(1, 4), dim=16, merge='attention', merge_into='all', recon_loss_weight=0.0),
+        dict(hierarchies=(1, 4), dim=16, merge='attention', merge_into='all', recon_loss_weight=0.0, reversible=True),
         dict(hierarchies=(1, 2, 4), hierarchical_stride=(1, 2, 4), dim=(16, 32, 8), merge_into='all'),
         dict(hierarchies=(1, 2, 8), hierarchical_stride=(1, 2, 8), dim=(16, 8, 32), arrangement='hourglass'),
         dict(hierarchies=(1, 2, 8), hierarchical_stride=(1, 2, 8), dim=16, arrangement='hourglass', merge='linear'),
