@@ -110,6 +110,13 @@ class Run:
         self.load_data()
         if found and found[1]['data'] != self.fingerprints:
             raise ValueError(f'{found[0]} was made with other data than {", ".join(self.names)} now holds')
+        self.plan()
+        if not self.fits:
+            if args.dry_run:
+                return
+            raise ValueError(self.shortage)
+        if self.shortage and not args.dry_run:
+            say(f'warning: {self.shortage}')
         self.build()
         self.progress = Progress(identity=uuid.uuid4().hex[:8])
         self.states: list[State] = []
@@ -148,28 +155,71 @@ class Run:
             part=self.part,
         )
 
-    def build(self) -> None:
+    def make_model(self, device: str) -> Any:
         s = self.s
-        set_seed(s.seed)
-        own = dict(seq_len=s.seq_len, gradient_checkpointing=s.gradient_checkpointing)
+        own: dict[str, Any] = dict(seq_len=s.seq_len, gradient_checkpointing=s.gradient_checkpointing)
+        if device == 'meta' and s.model.get('attn_backend') == 'flex':
+            # which trains on CUDA alone
+            own['attn_backend'] = 'auto'
         try:
-            model: Any = HierarchicalTransformer(**(TEXTS if s.documents else BYTES), **s.model, **own)
-        except TypeError as error:
+            with torch.device(device):
+                return HierarchicalTransformer(**(TEXTS if s.documents else BYTES), **{**s.model, **own})
+        except (TypeError, RuntimeError) as error:
+            # a name that there is not, or more numbers than can be counted
             raise ValueError(f'--model: {error}') from error
+
+    def make_optimizer(self, model: HierarchicalTransformer) -> Any:
+        s = self.s
+        return build_optimizer(
+            model, s.optimizer, lr=s.lr, table_lr=s.table_lr, weight_decay=s.weight_decay, device=self.device,
+            sparse=not (self.accelerator.is_fsdp2 or s.compile),
+        )  # fmt: skip
+
+    def plan(self) -> None:
+        """What the run costs, and whether it fits, from a model that takes no memory."""
+        s, model = self.s, self.make_model('meta')
+        self.compressions = [level.compression for level in model.levels]
         if self.length < (stride := max(level.stride for level in model.levels)):
             # a level without a token has no gradient, which processes would wait for
             raise ValueError(f'--segment-length must be at least the largest stride, {stride}, got {self.length}')
+        self.parameters = cost.parameters_by_level(model)
+        self.flops = cost.step_flops(model, self.length) / self.length
+        try:
+            self.memory = cost.step_memory(
+                model,
+                self.make_optimizer(model),
+                rows=s.batch_size,
+                length=self.length,
+                accum=s.grad_accum,
+                position=(self.batches.segments - 1) * self.length if s.segment_length else None,
+                averaged=bool(s.ema),
+                half=s.mixed_precision != 'no',
+            )
+        except RuntimeError as error:
+            raise ValueError(f'a step of this run takes more memory than can be counted: {error}') from error
+        *held, activations = self.memory.values()
+        parts, limit = self.world if self.accelerator.is_fsdp2 else 1, cost.device_memory(self.device)
+        need = sum(held) // parts + activations
+        self.shortage, self.fits = '', True
+        if limit is not None and need > limit:
+            self.shortage = (
+                f'the run needs about {need / 1e9:,.1f} GB and this machine has {limit / 1e9:,.1f} GB '
+                f'({self.device.type}). Less is taken by a smaller --batch-size with more --grad-accum, by '
+                '--gradient-checkpointing, by a shorter --seq-len and by a smaller --model'
+            )
+            # without memory the system ends a run without a word; a GPU says so, and its kernels may need less
+            self.fits = self.device.type != 'cpu' and sum(held) // parts <= limit
+
+    def build(self) -> None:
+        s = self.s
+        set_seed(s.seed)
+        model = self.make_model('cpu')
         if self.accelerator.is_fsdp2 and model.reversible:
             raise ValueError('reversible layers run parts of a block on their own, which cannot be sharded with it')
         if self.accelerator.is_fsdp2 and (shared := shared_names(model)):
             name, first = next(iter(shared.items()))
             raise ValueError(f'weights that blocks share, as {name} and {first}, cannot be sharded with their blocks')
-        self.parameters = cost.parameters_by_level(model)
-        self.flops = cost.step_flops(model, self.length) / self.length
-        optimizer: Any = build_optimizer(
-            model, s.optimizer, lr=s.lr, table_lr=s.table_lr, weight_decay=s.weight_decay, device=self.device,
-            sparse=not (self.accelerator.is_fsdp2 or s.compile),
-        )  # fmt: skip
+        optimizer = self.make_optimizer(model)
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.model = self.accelerator.unwrap_model(self.wrapped)
         # a table that moves by rows takes no notice of how long its gradient is
@@ -480,32 +530,30 @@ class Run:
         accelerator.end_training()
 
     def dry_run(self) -> None:
-        """What the run would cost, from a few steps of it that leave no trace."""
-        ids = self.batches[0].chunk(self.s.grad_accum)[0]
-        kept = cost.bytes_kept(self.model, ids.to(self.device), return_loss=True)
+        """What the run would cost, from a few steps of it that leave no trace, where they fit into memory."""
         seconds = []
-        for number in range(3):
+        for number in range(3 if self.fits else 0):
             cost.wait(self.device)
             start = time.monotonic()
             self.step(self.batches[number])
             cost.wait(self.device)
             seconds.append(time.monotonic() - start)
-        memory = cost.memory(self.model, self.optimizer, averaged=self.average is not None)
-        memory[f'activations of {len(ids)} x {self.length}'] = kept
         for line in report.estimate(
             parameters=self.parameters,
-            compressions=[level.compression for level in self.model.levels],
+            compressions=self.compressions,
             flops=self.flops,
-            memory=memory,
+            memory=self.memory,
             data=list(zip(self.sources, self.spans, strict=True)),
             # the first step sets up what later ones use
-            seconds=min(seconds[1:]),
+            seconds=min(seconds[1:], default=None),
             step_bytes=self.rows * self.length,
-            peak=self.measure_peak(),
+            peak=self.measure_peak() if self.fits else 0.0,
             steps=self.s.steps,
             minutes=self.s.minutes,
         ):
             say(line)
+        if self.shortage:
+            say(self.shortage)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -548,6 +596,8 @@ def main(argv: list[str] | None = None) -> None:
                 run.close()
     except (ValueError, OSError) as error:
         sys.exit(f'error: {error}')
+    except torch.OutOfMemoryError as error:
+        sys.exit(f'error: out of memory (try a smaller --batch-size or --gradient-checkpointing): {error}')
     except KeyboardInterrupt:
         sys.exit(130)
 

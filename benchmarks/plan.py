@@ -11,9 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.training import cost
@@ -35,25 +32,6 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-class Attention(torch.autograd.Function):
-    """What a fused kernel keeps: its arguments, what it returns, and a number for each query."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, sums = q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1])
-        ctx.save_for_backward(q, k, v, out, sums)
-        return out
-
-
-class Fused(TorchFunctionMode):
-    """Attention as an accelerator computes it: on 'meta' torch forms the whole matrix."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return Attention.apply(*args[:3])
-        return func(*args, **kwargs or {})
-
-
 def row(name: str, settings: dict[str, Any]) -> str:
     with torch.device('meta'):
         model = HierarchicalTransformer(**settings)
@@ -62,7 +40,7 @@ def row(name: str, settings: dict[str, Any]) -> str:
     tables = model.ngram_emb.weight.numel() if model.ngram_emb is not None else 0
     flops = cost.step_flops(model, model.seq_len) / model.seq_len
     # counted in float32, of which bfloat16 is half
-    with Fused():
+    with cost.FusedKernels():
         kept = cost.bytes_kept(model, ids, return_loss=True) / 2
     state = STATE * (total - tables) + TABLE_STATE * tables
     devices = 1

@@ -875,6 +875,8 @@ class HierarchicalTransformer(
             for j in pondered:
                 tokens[j], pondered[j] = halting[str(j)](before[j], tokens[j], pondered[j], i == len(self.layers) - 1)
             looked_on = now.state is not None or now.contributions is not None or torch.compiler.is_compiling()
+            # on 'meta' nothing is known of any token
+            looked_on = looked_on or embeds.is_meta
             if looked_on or len(pondered) < len(tokens):
                 continue
             if not any(each.running.any() for each in pondered.values()):
@@ -964,28 +966,30 @@ class HierarchicalTransformer(
     def run_hourglass(self, embeds: Tensor, now: Pass) -> tuple[list[Tensor], list[Tensor], None]:
         """Levels one inside the other: what their first blocks get, and what their last ones give."""
         inputs, tokens = [embeds] * len(self.levels), [embeds] * len(self.levels)
-
-        def run_level(k: int, finer: Tensor, start: int) -> Tensor:
-            """The k-th level in the order of compression and all inside it, from tokens of the one around it."""
-            j = self.order[k]
-            x, now.embeds[j] = self.compress(j, finer, now.state, start)
-            inputs[j] = x
-            start = self.levels[j].length(now.position)
-            depth = self.levels[j].depth
-            for i in range(depth):
-                if i == depth // 2 and k + 1 < len(self.order):
-                    inner, merge = run_level(k + 1, x, start), now.merges[k]
-                    if merge is not None:
-                        before = now.state and now.state.merges[k]
-                        (x, _), now.merge_states[k] = self.recomputed(
-                            merge, [x, inner], before, start, now.silent, now.contributions
-                        )
-                x, now.blocks[i][j] = self.recomputed(self.run_block, i, j, x, now)
-            tokens[j] = x
-            return x
-
-        run_level(0, embeds, now.position)
+        self.run_level(0, embeds, now.position, now, inputs, tokens)
         return inputs, tokens, None
+
+    # a method: a closure that calls itself would keep the tokens of each pass until garbage is collected
+    def run_level(
+        self, k: int, finer: Tensor, start: int, now: Pass, inputs: list[Tensor], tokens: list[Tensor]
+    ) -> Tensor:
+        """The k-th level in the order of compression and all inside it, from tokens of the one around it."""
+        j = self.order[k]
+        x, now.embeds[j] = self.compress(j, finer, now.state, start)
+        inputs[j] = x
+        start = self.levels[j].length(now.position)
+        depth = self.levels[j].depth
+        for i in range(depth):
+            if i == depth // 2 and k + 1 < len(self.order):
+                inner, merge = self.run_level(k + 1, x, start, now, inputs, tokens), now.merges[k]
+                if merge is not None:
+                    before = now.state and now.state.merges[k]
+                    (x, _), now.merge_states[k] = self.recomputed(
+                        merge, [x, inner], before, start, now.silent, now.contributions
+                    )
+            x, now.blocks[i][j] = self.recomputed(self.run_block, i, j, x, now)
+        tokens[j] = x
+        return x
 
     def recomputed(self, fn: Callable[..., Any], *args: Any) -> Any:
         """`fn(*args)`, computed again in the backward pass where `gradient_checkpointing` asks for that."""

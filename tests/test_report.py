@@ -161,7 +161,7 @@ def test_memory_on_paper_is_that_of_fused_attention(modules: tuple[Any, Any]) ->
     sizes = dict(seq_len=1024, dim=(32, 64), depth=(2, 3), heads=(1, 2), ngram_rows=256)
     kept = {}
     for device in ('cpu', 'meta'):
-        with torch.device(device), plan.Fused() if device == 'meta' else nullcontext():
+        with torch.device(device), cost.FusedKernels() if device == 'meta' else nullcontext():
             model = HierarchicalTransformer(**{**plan.COMMON, **sizes})
             kept[device] = cost.bytes_kept(model, torch.zeros(1, 1025, dtype=torch.long), return_loss=True)
     assert kept['meta'] == pytest.approx(kept['cpu'], rel=0.05)

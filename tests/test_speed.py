@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -11,9 +14,12 @@ from conftest import SEQ_LEN, build, configs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.mixers import attention
+from simple_hierarchical_transformer.mixers import MIXERS, attention
+from simple_hierarchical_transformer.training import cost
+from simple_hierarchical_transformer.training.optim import build_optimizer
 
 SMALL: dict[str, Any] = dict(
     num_tokens=11,
@@ -85,6 +91,161 @@ def test_checkpointing_keeps_less() -> None:
         return total
 
     assert kept(gradient_checkpointing=True) < 0.5 * kept()
+
+
+# what planned memory may be off by, as a share of what a real step takes
+TOLERANCE = 0.05
+PLANNED: dict[str, Any] = dict(
+    num_tokens=256, dim=(32, 48), depth=2, seq_len=256, dim_head=16, heads=2, hierarchies=(1, 4),
+    hierarchical_stride=(1, 4), window_sizes=(16, None), arrangement='hourglass', compressor='linear', merge='linear',
+    ff_activation='relu2', ngrams=(2, 3), ngram_rows=1024, ngram_dropout=0.5, recall=(3,), ignore_index=-1,
+    next_latent_loss_weight=0.0, recon_loss_weight=0.0,
+)  # fmt: skip
+PARALLEL = dict(arrangement='parallel', depth=3)
+STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    'plain': ({}, {}),
+    'deep': (dict(depth=6), {}),
+    'checkpointed': (dict(depth=6, gradient_checkpointing=True), {}),
+    'checkpointed-parallel': (dict(PARALLEL, gradient_checkpointing=True), {}),
+    'reversible': (dict(PARALLEL, reversible=True), {}),
+    'losses': (dict(PARALLEL, merge='concat', recon_loss_weight=0.1, next_latent_loss_weight=0.1), {}),
+    'attention': (dict(PARALLEL, merge='attention', merge_window=2, merge_into='all', residual='gru'), {}),
+    'halting': (dict(PARALLEL, share_layers=True, halting='act', predict_use_all_hierarchy=True), {}),
+    'chunks': (dict(ff_chunks=4), {}),
+    'full-attention': (dict(window_sizes=None), {}),
+    'no-tables': (dict(ngrams=(), recall=()), dict(optimizer='adamw')),
+    'dense-tables': (dict(ngram_rows=1 << 14), dict(sparse=False)),
+    'accumulated': ({}, dict(accum=3)),
+    'segments': ({}, dict(segments=True, accum=2)),
+    'half': ({}, dict(half=True)),
+    'half-checkpointed': (dict(depth=4, gradient_checkpointing=True), dict(half=True)),
+}
+
+
+def real_peak(step: Callable[[], None]) -> int:
+    """The most bytes that the allocator had given out at once during a step, beyond those before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == '[memory]']
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+@pytest.mark.parametrize('name', STEPS)
+def test_planned_memory_is_what_a_step_takes(name: str) -> None:
+    """Counted on 'meta', against what the allocator gives out during a real step."""
+    changes, run = STEPS[name]
+    config, rows = {**PLANNED, **changes}, 4
+    accum, half, segments = run.get('accum', 1), run.get('half', False), run.get('segments', False)
+    length = 64 if segments else config['seq_len']
+    position = config['seq_len'] if segments else None
+    with torch.device('meta'):
+        planned = HierarchicalTransformer(**config)
+    model = HierarchicalTransformer(**config)
+    planned_optimizer, optimizer = (
+        build_optimizer(
+            each, run.get('optimizer', 'muon'), lr=1e-3, weight_decay=0.1, device=torch.device('cpu'),
+            sparse=run.get('sparse', True),
+        )
+        for each in (planned, model)
+    )  # fmt: skip
+
+    states: list[Any] = [None] * accum
+    batches = torch.randint(0, 256, (accum, rows, length + (not segments)))
+
+    def step() -> None:
+        before, states[:] = list(states), []
+        for batch, state in zip(batches, before, strict=True):
+            extra = dict(state=state and state.detach(), return_state=True) if segments else {}
+            with torch.autocast('cpu', dtype=torch.bfloat16, enabled=half):
+                loss, _, *after = model(batch, return_loss=True, **extra)
+            states.extend(after or [None])
+            loss.backward()
+            del loss, _
+        optimizer.step()
+        optimizer.zero_grad()
+
+    # until the state holds all that it can, and the optimizer all that it has
+    for _ in range(5 if segments else 1):
+        step()
+    memory = cost.step_memory(
+        planned, planned_optimizer, rows=rows, length=length, accum=accum, position=position, half=half
+    )
+    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    moments = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
+    assert (memory['weights'], memory['optimizer']) == (held, moments)
+    # states of segments were there before the step, too
+    real = real_peak(step) + batches.nbytes + held + moments + sum(state.nbytes for state in states if state)
+    assert sum(memory.values()) == pytest.approx(real, rel=TOLERANCE)
+
+
+@given(config=configs(), position=st.sampled_from([None, 0, 40]), half=st.booleans())
+@settings(max_examples=4)
+def test_memory_of_any_model_can_be_planned(config: dict[str, Any], position: int | None, half: bool) -> None:
+    with torch.device('meta'):
+        model = HierarchicalTransformer(**config)
+    memory = cost.step_memory(
+        model, build_optimizer(model, 'muon', lr=1e-3, weight_decay=0.1), rows=2, length=20, accum=3, position=position,
+        half=half, averaged=True,
+    )  # fmt: skip
+    assert min(memory.values()) >= 0
+    assert memory['averaged weights'] == 4 * sum(p.numel() for p in model.parameters())
+    assert not model.token_emb.weight.grad
+
+
+@pytest.mark.parametrize('mixer', [*MIXERS])
+@pytest.mark.parametrize('half', [False, True])
+def test_memory_of_every_mixer_can_be_planned(mixer: str, half: bool) -> None:
+    with torch.device('meta'):
+        model = HierarchicalTransformer(**{**SMALL, 'mixer': mixer})
+    for position in (None, 30):
+        memory = cost.step_memory(
+            model, build_optimizer(model, 'adamw', lr=1e-3, weight_decay=0.1), rows=2, length=32, position=position,
+            half=half,
+        )  # fmt: skip
+        assert min(memory.values()) >= 0
+
+
+@pytest.mark.parametrize('name', STEPS)
+def test_a_step_leaves_nothing_to_the_garbage_collector(name: str) -> None:
+    """Tensors in a cycle of references stay for as long as the collector likes, a graph's worth of memory a step."""
+    model = HierarchicalTransformer(**{**PLANNED, 'seq_len': 32, **STEPS[name][0], 'ngram_rows': 64})
+    ids = torch.randint(0, 256, (2, 33))
+    model(ids, return_loss=True)[0].backward()
+    gc.collect()
+    gc.disable()
+    try:
+        model(ids, return_loss=True)[0].backward()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        left = [each for each in gc.garbage if isinstance(each, Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not left
+
+
+def test_memory_of_many_sequences_is_that_of_few_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
+    def planned(rows: int) -> int:
+        with torch.device('meta'):
+            model = HierarchicalTransformer(**PLANNED)
+        optimizer = build_optimizer(model, 'muon', lr=1e-3, weight_decay=0.1, device=torch.device('cpu'))
+        return sum(cost.step_memory(model, optimizer, rows=rows, length=256).values())
+
+    exact = planned(200)
+    monkeypatch.setattr(cost, 'FEW_TOKENS', 20 * 256)
+    assert planned(200) == pytest.approx(exact, rel=TOLERANCE)
+    # whatever is asked for is planned at once
+    assert planned(10**12) > 10**15
+
+
+def test_what_checkpoints_keep_is_counted() -> None:
+    """The inputs of their layers, which no hook of saved tensors is told of."""
+    model = HierarchicalTransformer(**{**PLANNED, 'hierarchies': 1, 'hierarchical_stride': 1, 'dim': 32,
+                                       'window_sizes': None, 'depth': 8, 'gradient_checkpointing': True})  # fmt: skip
+    ids = torch.randint(0, 256, (2, 257))
+    inputs = 8 * 2 * 256 * 32 * 4
+    assert inputs < cost.bytes_kept(model, ids, return_loss=True) < 3 * inputs
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])

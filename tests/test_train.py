@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -18,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +30,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from simple_hierarchical_transformer import HierarchicalTransformer, data, sample
 from simple_hierarchical_transformer.batches import evaluation_batches, split_bytes
-from simple_hierarchical_transformer.training import report, sources
+from simple_hierarchical_transformer.training import cost, report, sources
 from simple_hierarchical_transformer.training.optim import build_optimizer, learning_rate
 from simple_hierarchical_transformer.training.scores import bits_per_byte
 from simple_hierarchical_transformer.training.settings import (
@@ -58,6 +60,13 @@ FLAT: tuple[object, ...] = (
     # what is left out by chance is drawn otherwise in a compiled step
     'ngram_dropout=0', '--steps', 20, '--optimizer', 'muon', '--lr', 0.02,
 )  # fmt: skip
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """train.py, in this process."""
+    monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module('train')
 
 
 @pytest.fixture(scope='module')
@@ -204,6 +213,80 @@ def test_a_dry_run_tells_the_cost_and_leaves_no_trace(corpus: Path, tmp_path: Pa
     assert f'{corpus}: {corpus.stat().st_size:,} bytes in 1 texts' in said
     assert re.search(r'a step: [\d.]+ s for 64 bytes', said)
     assert re.search(r'the run: [\d,]+ steps', said)
+
+
+def test_a_run_that_does_not_fit_says_so_before_memory_is_taken(
+    corpus: Path, tmp_path: Path, refuse: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ('--data', corpus, '--out', tmp_path / 'run', *TINY)
+    monkeypatch.setattr(cost, 'device_memory', lambda device: 2 * 10**5)
+    assert re.search(r'error: the run needs about 0\.0 GB and this machine has 0\.0 GB \(cpu\)', refuse(*args))
+    assert not (tmp_path / 'run').exists()
+    # more than any machine has, whatever asks for it
+    monkeypatch.undo()
+    for more in (
+        ('--batch-size', 10**12),
+        ('--batch-size', 10**9, '--gradient-checkpointing'),
+        ('--grad-accum', 10**12),
+        ('--model', *TINY[9:], 'dim=1000000'),
+        ('--model', *TINY[9:], 'num_rollouts=1', 'ngram_rows=274877906944'),
+    ):
+        assert re.search(r'error: the run needs about [\d,.]+ GB and this machine has', refuse(*args, *more))
+    for more in ('dim=1000000000', 'heads=100000000000', 'dim_head=100000000000'):
+        assert re.search('error: (--model: |a step of this run |the run needs )', refuse(*args, '--model', *TINY[9:], more))
+
+
+def test_a_dry_run_that_does_not_fit_tells_the_cost_all_the_same(
+    corpus: Path, tmp_path: Path, train: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That of the gpu preset, on a machine that could not even build it."""
+    monkeypatch.setattr(cost, 'device_memory', lambda device: 10**9)
+    data_ = tmp_path / 'text.txt'
+    data_.write_bytes(corpus.read_bytes() * 2)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    train.main(['--dry-run', '--preset', 'gpu', '--mixed-precision', 'no', '--data', str(data_)])
+    said = capsys.readouterr().out
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 5 * 10**5
+    )  # in KB; its weights alone are 1.9 GB
+    found = re.search(r'the run needs about ([\d.]+) GB and this machine has 1\.0 GB', said)
+    assert found
+    assert float(found[1]) == pytest.approx(float(re.search(r'peak of a step: ([\d.]+) GB', said)[1]), abs=0.06)
+    assert re.search(r'parameters: 463,446,656', said)
+    assert 'the run: ' not in said
+
+
+def test_a_device_without_room_for_the_weights_is_refused_and_one_that_is_tight_is_warned_of(
+    corpus: Path, tmp_path: Path, train: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Accelerators say so where their memory ends, and their kernels may take less than was planned."""
+    run = train.Run.__new__(train.Run)
+    run.s = SimpleNamespace(**new_settings(parse_args(list(map(str, TINY)), None)))
+    run.length, run.world, run.rows = 32, 1, 2
+    run.accelerator = SimpleNamespace(is_fsdp2=False)
+    run.device = torch.device('cuda')
+    for limit, shortage, fits in ((None, False, True), (10**10, False, True), (10**5, True, False), (1, True, False)):
+        monkeypatch.setattr(cost, 'device_memory', lambda device, limit=limit: limit)
+        run.plan()
+        assert (bool(run.shortage), run.fits) == (shortage, fits)
+    held = sum(run.memory.values()) - run.memory['activations of 2 x 32']
+    monkeypatch.setattr(cost, 'device_memory', lambda device: held)
+    run.plan()
+    assert run.shortage
+    assert run.fits
+
+
+def test_limits_of_control_groups_are_found(tmp_path: Path) -> None:
+    own = tmp_path / 'own'
+    assert cost.control_group_limits(tmp_path, own) == [cost.MOST_BYTES]
+    own.write_text('0::/a/b\n')
+    (tmp_path / 'a' / 'b').mkdir(parents=True)
+    (tmp_path / 'memory.max').write_text('max\n')
+    (tmp_path / 'a' / 'memory.max').write_text('500\n')
+    assert min(cost.control_group_limits(tmp_path, own)) == 500
+    (tmp_path / 'a' / 'b' / 'memory.max').write_text('70\n')
+    assert min(cost.control_group_limits(tmp_path, own)) == 70
+    assert 10**8 < cost.device_memory(torch.device('cpu')) < 10**14
 
 
 def test_the_commands_it_names_score_and_sample(trained: tuple[Path, str]) -> None:

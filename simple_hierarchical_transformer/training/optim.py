@@ -196,7 +196,8 @@ def build_optimizer(
         if isinstance(module, NGramEmbedding):
             # on a GPU a dense gradient costs little
             module.sparse = sparse and (device or module.weight.device).type == 'cpu'
-    fused = all((device or p.device).type in FUSED for _, p in named)
+    # on 'meta' there is no such kernel, whatever it stands for
+    fused = all((device or p.device).type in FUSED and not p.is_meta for _, p in named)
     return MixedOptimizer(groups, lr=lr, betas=betas, fused=fused)
 
 

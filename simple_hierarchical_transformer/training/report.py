@@ -161,25 +161,27 @@ def estimate(
     flops: float,
     memory: dict[str, int],
     data: Sequence[tuple[Corpus, dict[str, range]]],
-    seconds: float,
+    seconds: float | None,
     step_bytes: int,
     peak: float,
     steps: int | None,
     minutes: float | None,
 ) -> Iterator[str]:
-    """What a run would cost, line by line: `flops` for a byte, `memory` in bytes, `seconds` for a step."""
+    """What a run would cost, line by line: `flops` for a byte, `memory` in bytes, `seconds` for a step, where known."""
     yield f'parameters: {sum(parameters.values()):,}'
     for i, count in parameters.items():
         of = 'embeddings, merges, logits' if i is None else f'level {compressions[i]}x'
         yield f'  {of:30}{count:>14,}'
     yield f'operations for a byte, forward and backward: {flops:,.0f}'
-    yield f'memory of one device with all of it, without what the allocator adds: {sum(memory.values()) / 1e9:.3f} GB'
+    yield f'memory of one device with all of it at the peak of a step: {sum(memory.values()) / 1e9:.3f} GB'
     for name, size in memory.items():
         yield f'  {name:30}{size / 1e9:>14.3f} GB'
     yield 'data:'
     for corpus, spans in data:
         yield f'  {corpus.name}: {len(corpus):,} bytes in {len(corpus.ends):,} texts'
         yield f'    {", ".join(f"{name} {len(span):,}" for name, span in spans.items())}'
+    if seconds is None:
+        return
     yield f'a step: {seconds:.3f} s for {step_bytes:,} bytes, {step_bytes / seconds:,.0f} bytes a second'
     share = step_bytes * flops / seconds / peak
     yield f'  {share:.0%} of the {peak / 1e9:,.0f} GFLOP/s that a large product reaches'
