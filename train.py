@@ -184,6 +184,7 @@ class Run:
             raise ValueError(f'--segment-length must be at least the largest stride, {stride}, got {self.length}')
         self.parameters = cost.parameters_by_level(model)
         self.flops = cost.step_flops(model, self.length) / self.length
+        self.memory, self.shortage, self.fits = {}, '', True
         try:
             self.memory = cost.step_memory(
                 model,
@@ -195,12 +196,15 @@ class Run:
                 averaged=bool(s.ema),
                 half=s.mixed_precision != 'no',
             )
-        except RuntimeError as error:
-            raise ValueError(f'a step of this run takes more memory than can be counted: {error}') from error
+        except (RuntimeError, TypeError, OverflowError) as error:
+            if 'overflow' in str(error).lower():
+                raise ValueError(f'a step of this run takes more memory than can be counted: {error}') from error
+            # an operation that PyTorch has no form of for 'meta'
+            say(f'warning: how much memory the run needs could not be planned: {error}')
+            return
         *held, activations = self.memory.values()
         parts, limit = self.world if self.accelerator.is_fsdp2 else 1, cost.device_memory(self.device)
         need = sum(held) // parts + activations
-        self.shortage, self.fits = '', True
         if limit is not None and need > limit:
             self.shortage = (
                 f'the run needs about {need / 1e9:,.1f} GB and this machine has {limit / 1e9:,.1f} GB '

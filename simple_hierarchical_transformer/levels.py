@@ -52,6 +52,8 @@ COMPRESSORS = ('conv', 'attention', 'mean', 'linear')
 MOST = 10**12
 # of what is built or run one after the other
 MOST_IN_TURN = 1 << 16
+# of a level's layers
+MOST_LAYERS = 1 << 12
 # of this float32 still has the products
 LARGEST = 1e30
 # what a module from outside counts as
@@ -166,7 +168,7 @@ def build_levels(
 
         # the token shift moves half of the channels, so there must be two of them
         check_int('dim', d, 2)
-        check_int('depth', layers, maximum=MOST_IN_TURN)
+        check_int('depth', layers, maximum=MOST_LAYERS)
         check_int('heads', h)
         check_number('ff_mult', mult, maximum=MOST / d)
         check_number('next_latent_loss_weight', next_latent)

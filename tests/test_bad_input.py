@@ -30,7 +30,7 @@ GOOD: dict[str, Any] = dict(num_tokens=11, dim=8, depth=1, seq_len=16, dim_head=
         (dict(recon_sample=1.5), 'recon_sample must be above 0 and at most 1, got 1.5'),
         (dict(gradient_checkpointing=1), 'gradient_checkpointing must be True or False, got 1'),
         (dict(depth=0), 'depth must be an integer of at least 1, got 0'),
-        (dict(depth=10**6), 'depth must be at most 65,536, got 1000000'),
+        (dict(depth=10**6), 'depth must be at most 4,096, got 1000000'),
         (dict(num_rollouts=10**9), 'num_rollouts must be at most 65,536, got 1000000000'),
         (dict(ngrams=(10**9,)), 'ngrams must be at most 65,536, got 1000000000'),
         (dict(dim=10**30), f'dim must be at most 1,000,000,000,000, got {10**30}'),

@@ -213,6 +213,7 @@ def test_a_dry_run_tells_the_cost_and_leaves_no_trace(corpus: Path, tmp_path: Pa
     assert f'{corpus}: {corpus.stat().st_size:,} bytes in 1 texts' in said
     assert re.search(r'a step: [\d.]+ s for 64 bytes', said)
     assert re.search(r'the run: [\d,]+ steps', said)
+    assert 'warning' not in said
 
 
 def test_a_run_that_does_not_fit_says_so_before_memory_is_taken(
@@ -233,7 +234,9 @@ def test_a_run_that_does_not_fit_says_so_before_memory_is_taken(
     ):
         assert re.search(r'error: the run needs about [\d,.]+ GB and this machine has', refuse(*args, *more))
     for more in ('dim=1000000000', 'heads=100000000000', 'dim_head=100000000000'):
-        assert re.search('error: (--model: |a step of this run |the run needs )', refuse(*args, '--model', *TINY[9:], more))
+        assert re.search(
+            'error: (--model: |a step of this run |the run needs )', refuse(*args, '--model', *TINY[9:], more)
+        )
 
 
 def test_a_dry_run_that_does_not_fit_tells_the_cost_all_the_same(
@@ -274,6 +277,20 @@ def test_a_device_without_room_for_the_weights_is_refused_and_one_that_is_tight_
     run.plan()
     assert run.shortage
     assert run.fits
+
+
+def test_a_run_whose_memory_cannot_be_planned_begins_all_the_same(
+    corpus: Path, train: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise NotImplementedError('no such kernel on meta')
+
+    monkeypatch.setattr(cost, 'step_memory', fail)
+    train.main(['--dry-run', '--data', str(corpus), *map(str, TINY)])
+    said = capsys.readouterr().out
+    assert 'warning: how much memory the run needs could not be planned: no such kernel on meta' in said
+    assert 'memory of one device' not in said
+    assert re.search(r'the run: [\d,]+ steps', said)
 
 
 def test_limits_of_control_groups_are_found(tmp_path: Path) -> None:

@@ -173,7 +173,8 @@ def estimate(
         of = 'embeddings, merges, logits' if i is None else f'level {compressions[i]}x'
         yield f'  {of:30}{count:>14,}'
     yield f'operations for a byte, forward and backward: {flops:,.0f}'
-    yield f'memory of one device with all of it at the peak of a step: {sum(memory.values()) / 1e9:.3f} GB'
+    if memory:
+        yield f'memory of one device with all of it at the peak of a step: {sum(memory.values()) / 1e9:.3f} GB'
     for name, size in memory.items():
         yield f'  {name:30}{size / 1e9:>14.3f} GB'
     yield 'data:'
