@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as dispatch_modes
 
 # the mean of squares is only kept off zero, so that padding stays finite: |x| of 1e-12, squared
 EPS = 1e-24
@@ -23,15 +25,20 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.gamma)
 
 
+def measures_routes(mode: TorchDispatchMode) -> bool:
+    return getattr(mode, 'measures_routes', False)
+
+
 def is_traced() -> bool:
     """Whether plain operations are wanted: under the compiler, a transform of torch.func, or a dispatch mode.
 
-    Dispatch modes (a FLOP counter, fake tensors, selective checkpoints) see operations of PyTorch alone.
+    Dispatch modes (a FLOP counter, fake tensors, selective checkpoints) see operations of PyTorch alone. A mode that
+    measures what the fused routes take has `measures_routes = True`, and leaves them as they are.
     """
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
+        or (torch._C._len_torch_dispatch_stack() > 0 and not all(map(measures_routes, dispatch_modes())))
     )
 
 

@@ -196,6 +196,8 @@ class Alive(TorchDispatchMode):
     What a kernel takes for itself and gives back before it ends is not seen.
     """
 
+    measures_routes = True
+
     def __init__(self, existing: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.bytes = self.peak = self.gradients = self.gradients_at_peak = 0
