@@ -701,12 +701,13 @@ class HierarchicalTransformer(
             counts: with `return_loss`, what the parts of the loss are divided by, as `count_targets` counts it. With
                 the sum over several batches, each batch's loss is its share of the loss of all of them as one.
             state: what was read before, as `return_state` gave it. Without gradients it is consumed: written in
-                place and handed back. Auxiliary losses see the chunk alone.
+                place and handed back, and refused if it is given again, also after a chunk that failed halfway.
+                Auxiliary losses see the chunk alone.
             return_state: return the state after these ids, too. A state is not read without being returned.
 
         Raises:
             ValueError: ids or labels of the wrong rank, dtype, length or range; more than one thing to return; a
-                state of another model, batch size, dtype or device.
+                state that is consumed, or of another model, batch size, dtype or device.
         """
         wanted = {
             'return_loss': return_loss,
@@ -733,9 +734,7 @@ class HierarchicalTransformer(
             self.check_state(state, ids)
             if not return_state:
                 raise ValueError('state is consumed: return_state = True hands it back, and was not given')
-            if not torch.is_grad_enabled() and not state.written and state.requires_grad:
-                # what is written over must not be taken for what a graph computed
-                state = state.clone().detach()
+            state = state.writable()
         elif return_state:
             state = self.initial_state(ids.shape[0])
         elif ids.shape[1] > self.seq_len:
@@ -801,6 +800,8 @@ class HierarchicalTransformer(
         nothing: list[Tensor | None] = [None] * len(self.levels)
         now = Pass(state, position, merges, self.silent, contributions, ends, nothing, blocks, held, {})
         run = self.run_hourglass if self.arrangement == 'hourglass' else self.run_parallel
+        if state is not None and not torch.is_grad_enabled():
+            state.consume()
 
         embeds, seen, contexts = self.embed(ids, state)
         inputs, tokens, codes = run(embeds, now)
@@ -817,19 +818,16 @@ class HierarchicalTransformer(
         predict_from = without(predict_from, [level.dim for level in members], unheard)
 
         if state is not None:
-            in_place = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
             state = replace(
                 state,
                 position=position + ids.shape[1],
                 ids=seen,
                 contexts=contexts,
-                written=state.written if in_place else [],
+                overwritten=[False],
                 embeds=tuple(now.embeds),
                 blocks=tuple(map(tuple, now.blocks)),  # type: ignore[arg-type]
                 merges=(*now.merge_states, last),  # type: ignore[arg-type]
             )
-            if in_place:
-                state.written[:] = [state.position]
         return Read(embeds, codes, inputs, tokens, now.pondered, predict_from), state
 
     def embed(self, ids: Tensor, state: State | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -1250,11 +1248,7 @@ class HierarchicalTransformer(
                 'state is of another model: its n-grams, recall, levels, depth, seq_len, arrangement, merges or '
                 'predicting levels differ'
             )
-        if not torch.compiler.is_compiling() and state.consumed:
-            raise ValueError(
-                f'state at position {state.position} was consumed by a chunk that came after it: '
-                'state.clone() keeps one'
-            )
+        state.check_valid()
         like = self.token_emb.weight
         for name, got, expected in (
             ('batch size', state.batch_size, ids.shape[0]),

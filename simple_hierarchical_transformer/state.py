@@ -82,7 +82,8 @@ class State:
     """What a model keeps of everything it has read, in bounded memory: pass it back with the next chunk.
 
     With gradients enabled a state is never changed, and gradients flow through it. Without, the one passed in is
-    consumed: its tensors are written in place and handed back. `clone` keeps one.
+    consumed: its tensors are written in place and handed back. `clone` keeps one. A consumed state is refused, also
+    by `clone`, `select`, `to` and `detach`, and a state whose chunk failed halfway counts as consumed.
     """
 
     position: int
@@ -102,13 +103,39 @@ class State:
     """For each merge and for the logits, what stands for the positions up to each level's next token: of a strided
     level the last token `(batch, 1, dim)`; where a merge attends, for each receiver and level the last keys and values
     `(batch, kept, 2 * heads * dim_head)`."""
-    written: list[int] = field(default_factory=list, compare=False, repr=False)
-    """The position that its tensors were written for last, shared by all states that share them; empty at first."""
+    overwritten: list[bool] = field(default_factory=lambda: [False], compare=False, repr=False)
+    """One flag, shared by all states that share these tensors: see `consumed`."""
 
     @property
     def consumed(self) -> bool:
-        """Whether its tensors have been overwritten by a chunk that came after."""
-        return bool(self.written) and self.written[0] != self.position
+        """Whether a chunk that came after has written over its tensors, or has begun to."""
+        return self.overwritten[0]
+
+    def consume(self) -> None:
+        """Marks it as consumed. Call it before the first write: a write that fails leaves tensors half written."""
+        self.overwritten[0] = True
+
+    def check_valid(self) -> None:
+        """Raises ValueError where the state is consumed."""
+        if self.consumed:
+            raise ValueError(
+                f'state at position {self.position} was consumed by a chunk that came after it, or that failed '
+                'halfway: state.clone() keeps one'
+            )
+
+    def writable(self) -> State:
+        """This state, or a copy where its tensors may not be used as they are.
+
+        Without gradients, what a graph has computed may not be written over. Outside of inference mode, tensors made
+        in it may neither be written over nor be kept for a gradient.
+        """
+        # torch.compile cannot trace questions about inference mode
+        asks = not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
+        if asks and any(tensor.is_inference() for tensor in self.tensors()):
+            return self.clone()
+        if not torch.is_grad_enabled() and self.requires_grad:
+            return self.clone().detach()
+        return self
 
     @property
     def _any(self) -> Tensor:
@@ -150,7 +177,11 @@ class State:
         )
 
     def map(self, fn: Callable[[Tensor], Tensor], by_phase: Callable[[Tensor], Tensor]) -> State:
-        """`fn` of every tensor that the batch leads, `by_phase` of every tensor that phases lead."""
+        """`fn` of every tensor that the batch leads, `by_phase` of every tensor that phases lead.
+
+        Raises ValueError where the state is consumed.
+        """
+        self.check_valid()
 
         def of(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
             return tuple(None if tensor is None else fn(tensor) for tensor in tensors)
@@ -158,7 +189,7 @@ class State:
         ids, contexts = of((self.ids, self.contexts))
         return replace(
             self,
-            written=[],
+            overwritten=[False],
             ids=ids,
             contexts=contexts,
             embeds=of(self.embeds),
@@ -167,30 +198,38 @@ class State:
         )
 
     def to(self, *args: Any, **kwargs: Any) -> State:
-        """On another device, or of another dtype: takes what `Module.to` takes, and copies only where it would.
+        """On another device, or of another dtype: takes what `Module.to` takes. Integers stay integers.
 
-        What counts stays whole numbers.
+        Returns this state where nothing changes, else one that shares no memory with it.
+
+        Raises ValueError where the state is consumed.
         """
         device, dtype, blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, dtype if tensor.is_floating_point() else None, blocking)
+        def move(tensor: Tensor, copy: bool = True) -> Tensor:
+            return tensor.to(device, dtype if tensor.is_floating_point() else None, blocking, copy=copy)
 
-        moved = self.map(move, move)
-        return self if moved._any is self._any else moved
+        self.check_valid()
+        return self if move(self._any, copy=False) is self._any else self.map(move, move)
 
     def detach(self) -> State:
-        """Without the graph that made it: gradients stop here, context does not. The memory stays the same."""
-        return replace(self.map(Tensor.detach, Tensor.detach), written=self.written)
+        """Without the graph that made it: gradients stop here, context does not. The memory stays the same.
+
+        Raises ValueError where the state is consumed.
+        """
+        return replace(self.map(Tensor.detach, Tensor.detach), overwritten=self.overwritten)
 
     def clone(self) -> State:
-        """A copy to branch from."""
+        """A copy to branch from.
+
+        Raises ValueError where the state is consumed.
+        """
         return self.map(Tensor.clone, Tensor.clone)
 
     def select(self, rows: Sequence[int] | Tensor) -> State:
         """A copy with these rows of the batch, in this order; a row may come more than once, as in a beam search.
 
-        Raises ValueError where a row is none of the batch.
+        Raises ValueError where a row is none of the batch, or the state is consumed.
         """
         index = torch.as_tensor(rows, device=self.device)
         if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64) or not index.numel():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -323,7 +325,7 @@ def test_any_state_can_be_cloned_selected_and_refuses_to_be_read_twice(
         assert chosen.nbytes * 3 == state.nbytes * len(rows)
         _, after = model(ids[:, first:], state=state, return_state=True)
         assert after.nbytes == state.nbytes
-        for consumed in (state, alias, state.to(torch.float64)):
+        for consumed in (state, alias):
             with pytest.raises(ValueError, match=f'state at position {first} was consumed'):
                 model(ids[:, first:], state=consumed, return_state=True)
         for other, order in ((kept, [0, 1, 2]), (chosen, rows)):
@@ -341,6 +343,116 @@ def test_a_state_of_a_graph_is_not_written_over() -> None:
     torch.testing.assert_close(torch.cat((first, second), dim=1), model(ids), rtol=0, atol=1e-10)
     loss, _, _ = model(ids[:, 20:], state=after, return_loss=True, return_state=True)
     loss.backward()
+
+
+# what reads a state may not be read again, whatever came in between
+
+DERIVED: dict[str, Callable[[State], State]] = {
+    'itself': lambda state: state,
+    'clone': State.clone,
+    'detach': State.detach,
+    'select': lambda state: state.select([1, 0]),
+    'to another dtype': lambda state: state.to(torch.float32).to(torch.float64),
+    'to where it is': lambda state: state.to(torch.float64),
+    'deepcopy': deepcopy,
+}
+
+
+@pytest.mark.parametrize('derive', DERIVED.values(), ids=DERIVED)
+@pytest.mark.parametrize('recall', [(), (2,)])
+def test_nothing_derived_from_a_consumed_state_is_accepted(
+    derive: Callable[[State], State], recall: tuple[int, ...]
+) -> None:
+    model, ids = build(dict(THREE, recall=recall)), torch.randint(0, 11, (2, 20))
+    with torch.no_grad():
+        _, state = model(ids[:, :9], return_state=True)
+        model(ids[:, 9:], state=state, return_state=True)
+        assert state.consumed
+        with pytest.raises(ValueError, match='state at position 9 was consumed'):
+            model(ids[:, 9:], state=derive(state), return_state=True)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize('derive', DERIVED.values(), ids=DERIVED)
+def test_a_state_that_a_failed_step_may_have_written_is_refused(derive: Callable[[State], State]) -> None:
+    model, ids = build(THREE), torch.randint(0, 11, (2, 20))
+
+    def interrupt(*_: Any) -> None:
+        raise Interrupted
+
+    def fail(state: State) -> None:
+        hook = model.hierarchical_merges[1].register_forward_hook(interrupt)
+        with pytest.raises(Interrupted):
+            model(ids[:, 9:], state=state, return_state=True)
+        hook.remove()
+
+    with torch.no_grad():
+        _, state = model(ids[:, :9], return_state=True)
+        fail(state)
+        with pytest.raises(ValueError, match='state at position 9 was consumed'):
+            model(ids[:, 9:], state=derive(state), return_state=True)
+
+    # with gradients nothing is written
+    _, state = model(ids[:, :9], return_state=True)
+    fail(state)
+    out, _ = model(ids[:, 9:], state=state, return_state=True)
+    torch.testing.assert_close(out, model(ids)[:, 9:], rtol=0, atol=1e-10)
+
+
+def test_a_state_of_another_dtype_shares_no_memory() -> None:
+    """Ids are whole numbers in every dtype, so a conversion leaves them as they are."""
+    model, ids = build(dict(THREE, recall=(2,), ngrams=(2,))), torch.randint(0, 11, (2, 20))
+    with torch.no_grad():
+        _, state = model(ids[:, :9], return_state=True)
+        half = state.to(torch.float32)
+        held = half.ids.clone()
+        model(ids[:, 9:], state=state, return_state=True)
+        assert torch.equal(half.ids, held)
+
+
+def test_compiled_steps_consume_their_state() -> None:
+    model, ids = build(dict(THREE, depth=1)), torch.randint(0, 11, (2, 20))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    with torch.no_grad():
+        _, state = model(ids[:, :9], return_state=True)
+        _, after = compiled(ids[:, 9:10], state=state, return_state=True)
+        assert state.consumed
+        assert not after.consumed
+        with pytest.raises(ValueError, match='state at position 9 was consumed'):
+            model(ids[:, 9:], state=state, return_state=True)
+
+
+@pytest.mark.parametrize('grad', [False, True])
+@pytest.mark.parametrize(
+    'config',
+    [THREE, STRIDED, dict(THREE, mixer=('attention', 'hyena', 's4d'), window_sizes=4, recall=(2,), ngrams=(2,))],
+    ids=['three', 'strided', 'mixers'],
+)
+def test_a_state_of_inference_mode_is_read_outside_of_it(config: dict[str, Any], grad: bool) -> None:
+    model, ids = build(config), torch.randint(0, 11, (2, 20))
+    whole = model(ids)
+    with torch.inference_mode():
+        _, state = model(ids[:, :9], return_state=True)
+        _, state = model(ids[:, 9:10], state=state, return_state=True)
+    with torch.set_grad_enabled(grad):
+        outs = []
+        for chunk in ids[:, 10:].split([1, 1, 8], dim=1):
+            out, state = model(chunk, state=state, return_state=True)
+            outs.append(out)
+    torch.testing.assert_close(torch.cat(outs, dim=1), whole[:, 10:], rtol=0, atol=1e-8)
+    if grad:
+        outs[-1].sum().backward()
+
+    # and the other way round
+    with torch.no_grad():
+        _, state = model(ids[:, :9], return_state=True)
+    with torch.inference_mode():
+        out, _ = model(ids[:, 9:], state=state, return_state=True)
+    torch.testing.assert_close(out, whole[:, 9:], rtol=0, atol=1e-8)
 
 
 class Last(torch.nn.Module):
