@@ -201,6 +201,9 @@ class HierarchicalBlock(nn.Module):
         p = self.phases
         outs: list[Tensor] = []
         parts: list[tuple[int, BlockState]] = []
+        if state is not None and (with_room := getattr(self.attn, 'with_room', None)) is not None:
+            # all phases at once, before views of some are taken
+            state = replace(state, mixer=with_room(state.mixer, -(-(start + n) // p)))
 
         for group in phase_groups(start, n, p):
             # phases go first, as in the state; (batch, rounds, dim, phases) is a view

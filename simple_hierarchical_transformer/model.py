@@ -53,7 +53,7 @@ from .mixers.attention import BACKENDS
 from .ngrams import Contexts, NGramEmbedding, RecallEmbedding
 from .pretrained import Pretrained, shared_names
 from .reversible import Coupling, run_couplings, run_plainly
-from .state import BlockState, State, keep
+from .state import BlockState, State, keep, room_for
 
 # what the published package's windowed attention calls its rotary frequencies
 WINDOWED_FREQS = re.compile(r'(layers\.\d+\.\d+\.attn\.)attn_fn\.rel_pos\.inv_freq')
@@ -840,6 +840,7 @@ class HierarchicalTransformer(
         if state is None:
             history = F.pad(history, (padding, 0))
         else:
+            state = self.with_room(state, n)
             assert state.ids is not None
             history = torch.cat((state.ids, history), dim=1)
         hashes = self.contexts.hashes(history[:, -n - padding :])
@@ -856,6 +857,24 @@ class HierarchicalTransformer(
             return embeds, None, None
         kept = None if recalled is None else keep(state.contexts, recalled[:, n:])
         return embeds, keep(state.ids, history[:, n:]), kept
+
+    def with_room(self, state: State, n: int) -> State:
+        """`state` with room for `n` more ids, where there is recall. Blocks make room in their own part of it."""
+        if self.recall_emb is None:
+            return state
+        assert state.ids is not None
+        assert state.contexts is not None
+        room = room_for(state.position + n, self.recall_emb.reach)
+        more_ids = max(room, self.contexts.padding) - state.ids.shape[1]
+        more_contexts = room - state.contexts.shape[1]
+        if more_ids <= 0 and more_contexts <= 0:
+            return state
+        # the newest stand last
+        return replace(
+            state,
+            ids=F.pad(state.ids, (max(more_ids, 0), 0)),
+            contexts=F.pad(state.contexts, (0, 0, max(more_contexts, 0), 0)),
+        )
 
     def run_parallel(self, embeds: Tensor, now: Pass) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
         """Levels side by side: what their first blocks get, what their last ones give, and the coarsest map."""
@@ -1190,7 +1209,8 @@ class HierarchicalTransformer(
 
         Attention with a window of w keeps w tokens and the one at hand in each phase, full attention `ceil(seq_len /
         c)` and the one at hand; other mixers what their docstrings say. `recall` keeps the last `seq_len` ids besides,
-        and a number for each context that ended there.
+        and a number for each context that ended there. Where that is more than `state.ROOM` tokens, what is held grows
+        with what was read.
         """
         like = self.token_emb.weight
 
@@ -1206,12 +1226,13 @@ class HierarchicalTransformer(
         predicting = [self.levels[i] for i in self.predict_from]
         layers: Any = self.layers
         recall = self.recall_emb
-        before = max(self.contexts.padding, 0 if recall is None else recall.reach)
+        recalled = 0 if recall is None else room_for(0, recall.reach)
+        before = max(self.contexts.padding, recalled)
         return State(
             position=0,
             spec=self._state_spec,
             ids=zeros(batch_size, before).long() if before else None,
-            contexts=None if recall is None else zeros(batch_size, recall.reach, len(recall.contexts)).long(),
+            contexts=None if recall is None else zeros(batch_size, recalled, len(recall.contexts)).long(),
             embeds=tuple(zeros(batch_size, *reached(i)) if reached(i)[0] else None for i in range(len(self.levels))),
             blocks=tuple(
                 tuple(BlockState() if block is None else block.initial_state(batch_size, like) for block in layer)

@@ -14,6 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# tokens that a cache has room for before it grows: few enough to be cheap, and as many as many models ever hold
+ROOM = 1024
+
+
+def room_for(tokens: int, limit: int) -> int:
+    """How many tokens a cache holds that was given `tokens`, and never needs more than `limit`.
+
+    That is `limit`, halved as often as it still leaves room for `tokens` and for `ROOM`. So caches grow geometrically,
+    hold at most twice what they need, and their size depends on the position alone.
+    """
+    room = limit
+    while room > (half := -(-room // 2)) >= ROOM and half >= tokens:
+        room = half
+    return room
+
+
+def grow(cache: Tensor, tokens: int, limit: int) -> Tensor:
+    """`cache` `(..., slots, dim)` with room for `tokens`, where that is below `limit`: new slots hold zeros."""
+    slots = cache.shape[-2]
+    if slots == limit or tokens <= slots:
+        return cache
+    more = cache.new_zeros(*cache.shape[:-2], room_for(tokens, limit) - slots, cache.shape[-1])
+    return torch.cat((cache, more), dim=-2)
+
 
 def keep(old: Tensor | None, new: Tensor) -> Tensor | None:
     """`new` as the state from now on: written over `old` where no gradient can need that, else a tensor of its own.

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SEQ_LEN, Golden, build, configs
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor
 
 from simple_hierarchical_transformer import HierarchicalTransformer
+from simple_hierarchical_transformer import state as state_module
 from simple_hierarchical_transformer.block import phase_groups
 from simple_hierarchical_transformer.mixers import Attention
 from simple_hierarchical_transformer.mixers.rotary import BLOCK, Rotary
-from simple_hierarchical_transformer.state import State
+from simple_hierarchical_transformer.state import State, room_for
 
 SMALL: dict[str, Any] = dict(num_tokens=11, dim=8, depth=2, seq_len=SEQ_LEN, dim_head=4, heads=2)
 THREE: dict[str, Any] = dict(SMALL, hierarchies=(1, 2, 8), hierarchical_stride=(1, 1, 4), window_sizes=(4, None, 3))
@@ -345,6 +347,104 @@ def test_a_state_of_a_graph_is_not_written_over() -> None:
     loss.backward()
 
 
+# how much a state holds
+
+
+GROWS: dict[str, dict[str, Any]] = {
+    'three': THREE,
+    'strided': STRIDED,
+    'recall': dict(STRIDED, recall=(2, 3), word_recall=(1,), num_tokens=256),
+    'hyena': dict(THREE, mixer=('attention', 'hyena', 'hyena'), window_sizes=(30, None, None)),
+    'reversible': dict(THREE, reversible=True),
+    'patterns': dict(STRIDED, window_sizes=None, mixer_kwargs=dict(pattern='fixed', pattern_mode='union', stride=4)),
+    'hourglass': dict(STRIDED, arrangement='hourglass'),
+}
+
+
+@pytest.mark.parametrize('grad', [False, True])
+@pytest.mark.parametrize('splits', [[1], [3, 1, 1, 9, 1], [40, 1, 1]])
+@pytest.mark.parametrize('config', GROWS.values(), ids=GROWS)
+def test_a_state_that_grows_gives_what_one_pass_gives(
+    monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], splits: list[int], grad: bool
+) -> None:
+    model, ids = build(dict(config, depth=1)), torch.randint(0, 11, (2, 3 * SEQ_LEN))
+    with torch.set_grad_enabled(grad):
+        whole, full = model(ids, return_state=True)
+        monkeypatch.setattr(state_module, 'ROOM', 2)
+        begun = model.initial_state(2)
+        assert begun.nbytes < full.nbytes
+        chunked, state = in_chunks(model, ids, splits)
+    torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-8)
+    assert state.nbytes == full.nbytes
+
+
+@given(config=configs(), n=st.integers(1, 3 * SEQ_LEN), splits=SPLITS, room=st.integers(1, 20))
+@settings(max_examples=20)
+def test_any_state_may_grow(config: dict[str, Any], n: int, splits: list[int], room: int) -> None:
+    model, ids = build(config), torch.randint(0, 11, (1, n))
+    with torch.no_grad():
+        whole, _ = model(ids, return_state=True)
+        with mock.patch.object(state_module, 'ROOM', room):
+            chunked, state = in_chunks(model, ids, splits)
+            assert state.nbytes == model(ids, return_state=True)[1].nbytes
+    torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    'config',
+    [
+        {},
+        dict(hierarchies=(1, 4), window_sizes=('auto', None)),
+        dict(recall=(2, 3), window_sizes=0),
+        dict(mixer_kwargs=dict(pattern='strided', stride=8)),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_what_is_held_follows_what_was_read(config: dict[str, Any]) -> None:
+    model = HierarchicalTransformer(**{**SMALL, 'depth': 1, 'seq_len': 10**9, **config})
+    ids = torch.randint(0, 11, (1, 3000))
+    _, state = model(ids[:, :1], return_state=True)
+    first = state.nbytes
+    assert first < 1_000_000
+    for at in range(1, 3000, 500):
+        _, state = model(ids[:, at : at + 500], state=state, return_state=True)
+    # no more than twice what was read, beyond what there is room for at first
+    assert first < state.nbytes <= 8 * first
+    assert model.generate(ids[:, :5], 3).shape == (1, 3)
+
+
+@pytest.mark.parametrize(('tokens', 'limit'), [(0, 5), (0, 10**9), (1024, 2049), (1026, 2049), (10**9, 10**9)])
+def test_room_is_at_most_twice_what_is_needed(tokens: int, limit: int) -> None:
+    room = room_for(tokens, limit)
+    assert min(tokens, limit) <= room <= limit
+    assert room < 2 * max(tokens, state_module.ROOM) + 1
+
+
+@torch.no_grad()
+@torch._dynamo.config.patch(recompile_limit=64)
+def test_a_compiled_step_may_grow_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_module, 'ROOM', 4)
+    model, graphs = build(dict(SMALL, depth=1, window_sizes=None, seq_len=64)), 0
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    ids = torch.randint(0, 11, (2, 90))
+    _, state = model(ids[:, :3], return_state=True)
+    outs = []
+    for at in range(3, 90):
+        out, state = compiled(ids[:, at : at + 1], state=state, return_state=True)
+        outs.append(out)
+    whole, _ = model(ids, return_state=True)
+    torch.testing.assert_close(torch.cat(outs, dim=1), whole[:, 3:], rtol=0, atol=1e-10)
+    assert graphs <= 8
+
+
 # what reads a state may not be read again, whatever came in between
 
 DERIVED: dict[str, Callable[[State], State]] = {
@@ -541,7 +641,7 @@ def test_a_foreign_state_is_refused() -> None:
 
 def test_score_refuses() -> None:
     model = HierarchicalTransformer(**THREE)
-    for ids, settings, message in (
+    for ids, arguments, message in (
         (b'', {}, 'ids must hold at least one token'),
         (torch.zeros(1, dtype=torch.long), {}, 'ids must have at least 2 tokens'),
         (torch.zeros(5, dtype=torch.long), {}, 'ids must hold more than ignore_index = 0'),
@@ -549,7 +649,7 @@ def test_score_refuses() -> None:
         (torch.ones(5, dtype=torch.long), dict(chunk_size=0), 'chunk_size must be an integer of at least 1, got 0'),
     ):
         with pytest.raises(ValueError, match=message):
-            model.score(ids, **settings)
+            model.score(ids, **arguments)
 
 
 @torch.no_grad()

@@ -35,7 +35,9 @@ class Mixer(Protocol):
     settings; `length`, how many tokens a phase has in a pass of `seq_len` ids; `layer`, the number of the block from 0;
     `backend`, the model's `attn_backend`; and with the level's `mixer_kwargs`. It may have a method `products(n)` that
     tells the operations of a pass over n tokens, products with weights aside, for a run's account of its cost. If it
-    has a part `to_out`, that is what begins at zero by `zero_init`.
+    has a part `to_out`, that is what begins at zero by `zero_init`. A mixer whose state grows has a method
+    `with_room(state, tokens)`, which returns the state with room for so many tokens: a block calls it first, with
+    tensors that phases lead, `(phases, batch, ...)`.
     """
 
     def __call__(

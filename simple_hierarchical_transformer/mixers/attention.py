@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ..levels import check_choice, check_int
 from ..linear import chain
 from ..norm import RMSNorm
+from ..state import grow, room_for
 from .patterns import MODES, PARTS, PATTERNS, attend_pattern, attended, keys_of_pattern
 from .rotary import Rotary
 
@@ -140,8 +141,9 @@ class Attention(nn.Module):
 
     Time `O(seq * min(seq, window))`, memory `O(seq)` or `O(seq * window)`.
 
-    Its state are the keys and values of the last tokens, each `(batch, kv_heads, reach + 1, dim_head)`, a ring in which
-    token `r` stands in slot `r % (reach + 1)`. With a state, full attention too reaches back `reach` tokens.
+    Its state is the keys and values of the last tokens, each `(batch, kv_heads, slots, dim_head)`. It grows with what
+    was read, up to `reach + 1` slots (see `state.room_for`), and is a ring then: token `r` stands in slot `r % (reach +
+    1)`. With a state, full attention too reaches back `reach` tokens.
 
     Args:
         dim: width of the tokens.
@@ -248,8 +250,13 @@ class Attention(nn.Module):
         return 4 * n * keys * self.groups * self.kv_heads * self.dim_head
 
     def initial_state(self, batch: int, like: Tensor) -> Cache:
-        shape = (batch, self.kv_heads, self.reach + 1, self.dim_head)
+        shape = (batch, self.kv_heads, room_for(0, self.reach + 1), self.dim_head)
         return like.new_zeros(shape), like.new_zeros(shape)
+
+    def with_room(self, cache: Cache, tokens: int) -> Cache:
+        """`cache`, `(..., kv_heads, slots, dim_head)` each, with room for that many tokens or the last of them."""
+        keys, values = cache
+        return grow(keys, tokens, self.reach + 1), grow(values, tokens, self.reach + 1)
 
     def forward(self, x: Tensor, cache: Cache | None = None, start: int = 0) -> tuple[Tensor, Cache | None]:
         """x: `(batch, seq, dim)`, tokens `start` to `start + seq` of the sequence."""
@@ -263,7 +270,7 @@ class Attention(nn.Module):
             qk = self.qk_norm(qk).to(v.dtype)
 
         if cache is not None:
-            out, cache = self.attend_with_cache(qk, v, cache, start)
+            out, cache = self.attend_with_cache(qk, v, self.with_room(cache, start + x.shape[1]), start)
         elif self.window is None and x.shape[1] > self.rotary_emb.reach(v.dtype):
             out = self.attend_far(self.as_rows(qk[:-1]), self.widened(qk[-1]), self.widened(v))
         else:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..levels import MOST_IN_TURN, check_int
 from ..linear import autocast_dtype, chain
 from ..norm import RMSNorm
-from ..state import keep
+from ..state import grow, keep, room_for
 from .convolution import causal_conv, check_fft, conv_products
 from .ssm import ShortConv
 
@@ -75,7 +75,8 @@ class Hyena(nn.Module):
 
     A filter has `length` taps, so that is how far back a token is heard, with a state too. Time `O(order * seq *
     log(seq) * dim)`, of a step `O(order * length * dim)`. Its state are the inputs of all convolutions, which have no
-    shorter summary: `(batch, short - 1, (order + 1) * dim)`, and `order` times `(batch, length - 1, dim)`, rings.
+    shorter summary: `(batch, short - 1, (order + 1) * dim)`, and `order` times `(batch, slots, dim)`. These grow with
+    what was read, up to `length - 1` slots (see `state.room_for`), and are rings then.
 
     Args:
         dim: width of the tokens.
@@ -113,13 +114,20 @@ class Hyena(nn.Module):
 
     def initial_state(self, batch: int, like: Tensor) -> tuple[Tensor, ...]:
         dim = self.skip_bias.shape[1]
-        long = (like.new_zeros(batch, self.length - 1, dim) for _ in range(self.order))
+        slots = room_for(0, self.length - 1)
+        long = (like.new_zeros(batch, slots, dim) for _ in range(self.order))
         return self.short_conv.initial_state(batch, like), *long
+
+    def with_room(self, state: tuple[Tensor, ...], tokens: int) -> tuple[Tensor, ...]:
+        """`state` with room for that many tokens or the last of them; phases may lead its tensors."""
+        return state[0], *(grow(ring, tokens, self.length - 1) for ring in state[1:])
 
     def forward(
         self, x: Tensor, state: tuple[Tensor, ...] | None = None, start: int = 0
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        held: list[Tensor | None] = [None] * (1 + self.order) if state is None else list(state)
+        held: list[Tensor | None] = [None] * (1 + self.order)
+        if state is not None:
+            held = list(self.with_room(state, start + x.shape[1]))
         joined, held[0] = self.short_conv(chain(x, self.norm, self.to_in), held[0])
         v, *gates = joined.chunk(self.order + 1, dim=-1)
         filters = self.filters().chunk(self.order, dim=-1)
@@ -130,7 +138,7 @@ class Hyena(nn.Module):
 
     def long_conv(self, v: Tensor, taps: Tensor, ring: Tensor | None, start: int) -> tuple[Tensor, Tensor | None]:
         """The convolution of a chunk, and the last inputs that the chunks to come still hear of, the oldest to be
-        overwritten next: token `t` in slot `t % (length - 1)`.
+        overwritten next: token `t` in slot `t % slots`. A ring that has yet to grow holds all tokens so far.
         """
         if ring is None:
             return causal_conv(v, taps, self.fft), None
@@ -140,7 +148,7 @@ class Hyena(nn.Module):
         oldest = start % slots
         if n == 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # the oldest comes first, and meets the last tap
-            of_old, of_new = taps[1:].flip(0).to(v.dtype).split((slots - oldest, oldest))
+            of_old, of_new = taps[1 : slots + 1].flip(0).to(v.dtype).split((slots - oldest, oldest))
             mixed = (ring[:, oldest:] * of_old).sum(dim=1) + (ring[:, :oldest] * of_new).sum(dim=1)
             mixed = mixed + v[:, 0] * taps[0].to(v.dtype)
             ring[:, oldest] = v[:, 0]
