@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -60,24 +61,64 @@ LARGEST = 1e30
 OWN = 'module'
 
 
+def plain(value: Any) -> Any:
+    """The value as Python's own numbers, lists, tuples and dicts, which JSON can hold.
+
+    Numbers may come from NumPy or other libraries. Tensors and arrays become numbers or lists, other sequences tuples,
+    other mappings dicts. Modules, classes, callables and strings stay as they are.
+    """
+    if value is None or isinstance(value, (str, bytes, bytearray, bool, type, nn.Module)):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    if isinstance(value, Mapping):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, Sequence):
+        return (list if isinstance(value, list) else tuple)(plain(each) for each in value)
+    # tensors, arrays and NumPy's booleans
+    if hasattr(value, 'tolist') and not getattr(value, 'is_meta', False):
+        return value.tolist()
+    return value
+
+
 def is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_int(name: str, value: Any, minimum: int = 1, maximum: int = MOST) -> int:
-    if not is_int(value) or value < minimum:
+    """The value as an int. Raises ValueError where it is none, or out of bounds."""
+    number = plain(value)
+    if not is_int(number) or number < minimum:
         raise ValueError(f'{name} must be an integer of at least {minimum}, got {value!r}')
-    if value > maximum:
+    if number > maximum:
         raise ValueError(f'{name} must be at most {maximum:,}, got {value!r}')
-    return value
+    return number
 
 
 def check_number(name: str, value: Any, minimum: float = 0.0, maximum: float = LARGEST) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not minimum <= value < float('inf'):
+    """The value as an int or a float. Raises ValueError where it is none, below the minimum or not finite."""
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not minimum <= number < float('inf'):
         raise ValueError(f'{name} must be a finite number of at least {minimum:g}, got {value!r}')
-    if value > maximum:
+    if number > maximum:
         raise ValueError(f'{name} must be at most {maximum:g}, got {value!r}')
-    return value
+    return number
+
+
+def check_int_list(name: str, value: Any, stop: int) -> list[int]:
+    """The integers in `[0, stop)` of an int, or of an iterable, array or tensor of ints."""
+    found = plain(value)
+    if is_int(found):
+        found = [found]
+    if not isinstance(found, Iterable) or isinstance(found, (str, bytes, bytearray, Mapping)):
+        raise ValueError(f'{name} must be integers in [0, {stop}), got {value!r}')
+    found = [plain(each) for each in found]
+    for each in found:
+        if not is_int(each) or not 0 <= each < stop:
+            raise ValueError(f'{name} must be in [0, {stop}), got {each!r}')
+    return found
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:

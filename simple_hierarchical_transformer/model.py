@@ -1211,7 +1211,10 @@ class HierarchicalTransformer(
         c)` and the one at hand; other mixers what their docstrings say. `recall` keeps the last `seq_len` ids besides,
         and a number for each context that ended there. Where that is more than `state.ROOM` tokens, what is held grows
         with what was read.
+
+        Raises ValueError where `batch_size` is no integer of at least 1.
         """
+        batch_size = check_int('batch_size', batch_size)
         like = self.token_emb.weight
 
         def zeros(*shape: int) -> Tensor:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .levels import is_int, plain
+
 # tokens that a cache has room for before it grows: few enough to be cheap, and as many as many models ever hold
 ROOM = 1024
 
@@ -250,14 +252,18 @@ class State:
         """
         return self.map(Tensor.clone, Tensor.clone)
 
-    def select(self, rows: Sequence[int] | Tensor) -> State:
+    def select(self, rows: int | Sequence[int] | Tensor) -> State:
         """A copy with these rows of the batch, in this order; a row may come more than once, as in a beam search.
+
+        `rows` are ints, an array or a tensor.
 
         Raises ValueError where a row is none of the batch, or the state is consumed.
         """
-        index = torch.as_tensor(rows, device=self.device)
-        if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64) or not index.numel():
+        chosen = plain(rows)
+        chosen = [chosen] if is_int(chosen) else chosen
+        if not isinstance(chosen, (list, tuple)) or not chosen or not all(map(is_int, chosen)):
             raise ValueError(f'rows must be a list of at least one row number, got {rows!r}')
-        if index.min() < 0 or index.max() >= self.batch_size:
-            raise ValueError(f'rows must be in [0, {self.batch_size}), got {index.tolist()}')
+        if min(chosen) < 0 or max(chosen) >= self.batch_size:
+            raise ValueError(f'rows must be in [0, {self.batch_size}), got {list(chosen)}')
+        index = torch.tensor(chosen, device=self.device)
         return self.map(lambda tensor: tensor.index_select(0, index), lambda tensor: tensor.index_select(1, index))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections import UserList
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.generate import Sampler
@@ -198,3 +203,332 @@ def test_stream_refuses_unknown_settings() -> None:
     for name in ('return_state', 'top_q'):
         with pytest.raises(ValueError, match=f'stream takes the settings of generate but return_state, got {name}'):
             model().stream(torch.ones(1, 3, dtype=torch.long), 4, **{name: True})
+
+
+# what may be given
+
+
+INTS: dict[str, Callable[[list[int]], Any]] = {
+    'list': list,
+    'tuple': tuple,
+    'set': set,
+    'generator': iter,
+    'tensor': torch.tensor,
+    'short tensor': lambda ids: torch.tensor(ids, dtype=torch.int16),
+    'array': np.array,
+    'bytes of an array': lambda ids: np.array(ids, dtype=np.uint8),
+    'array backwards': lambda ids: np.array(ids)[::-1],
+    'list of numpy integers': lambda ids: [np.int64(i) for i in ids],
+    'list of tensors': lambda ids: [torch.tensor(i) for i in ids],
+    'sequence of another kind': UserList,
+}
+
+
+@pytest.mark.parametrize('kind', INTS.values(), ids=INTS)
+@pytest.mark.parametrize('count', [0, 1, 2])
+def test_stop_ids_are_ints_of_any_kind(kind: Callable[[list[int]], Any], count: int) -> None:
+    net, prompt = model(), torch.ones(1, 3, dtype=torch.long)
+    settings: dict[str, Any] = dict(filter_thres=0.0, seq_len=60)
+
+    def draw(**stops: Any) -> list[int]:
+        return net.generate(prompt, **settings, **stops, generator=torch.Generator().manual_seed(0))[0].tolist()
+
+    free = draw()
+    late = sorted(set(free), key=free.index)[-count:] if count else []
+    end = min(map(free.index, late), default=59)
+    assert draw(stop_ids=kind(late)) == free[: end + 1]
+    pieces = net.stream(prompt, **settings, stop_ids=kind(late), generator=torch.Generator().manual_seed(0))
+    assert torch.cat(list(pieces)).tolist() == free[: end + 1]
+
+
+@pytest.mark.parametrize('kind', [int, np.int64, np.uint8, torch.tensor, np.array], ids=str)
+def test_one_int_may_be_of_any_kind(kind: Callable[[int], Any]) -> None:
+    net, prompt = model(), torch.ones(2, 3, dtype=torch.long)
+    free = net.generate(prompt, 20, temperature=0)
+    last = free[0, -1].item()
+    stopped = net.generate(prompt, kind(20), temperature=0, stop_ids=kind(last))
+    assert stopped[0].tolist() == free[0, : free[0].tolist().index(last) + 1].tolist()
+    assert net.generate(prompt, max_new_tokens=kind(5), top_k=kind(1)).shape == (2, 5)
+    assert net.score(prompt, chunk_size=kind(1)) == pytest.approx(net.score(prompt))
+    _, state = net(prompt, return_state=True)
+    assert state.select(kind(1)).batch_size == 1
+    assert net.initial_state(kind(3)).batch_size == 3
+
+
+def test_prompts_rows_and_ids_are_sequences_of_any_kind() -> None:
+    net, ids = model(), torch.randint(0, 11, (2, 5))
+    expected, score = net.generate(ids, 6, temperature=0), net.score(ids)
+    _, state = net(ids, return_state=True)
+    for each in (
+        ids.tolist(),
+        ids.numpy(),
+        ids.numpy().astype(np.uint16),
+        list(ids),
+        list(ids.numpy()),
+        [*map(UserList, ids.tolist())],
+    ):
+        assert torch.equal(net.generate(each, 6, temperature=0), expected)
+    for each in (ids.tolist(), ids.numpy(), UserList(ids.tolist())):
+        assert net.score(each) == score
+    assert net.score(ids[0].tolist()) == net.score(ids[0])
+    unequal = [ids[0, :2].tolist(), ids[1].numpy()]
+    assert torch.equal(net.generate(unequal, 6, temperature=0)[1], expected[1])
+    for rows in (
+        [1, 0],
+        (1, 0),
+        np.array([0, 1])[::-1],
+        np.array([1, 0], dtype=np.int16),
+        torch.tensor([1, 0]).to(torch.uint8),
+    ):
+        assert torch.equal(state.select(rows).blocks[0][0].ff_shift, state.select([1, 0]).blocks[0][0].ff_shift)
+
+
+# text
+
+
+class Written(HierarchicalTransformer):
+    """A model of bytes that goes on with a text, whatever it reads."""
+
+    def __init__(self, text: bytes | list[int], num_tokens: int = 256) -> None:
+        super().__init__(num_tokens=num_tokens, dim=8, depth=1, seq_len=24, dim_head=4, heads=1, window_sizes=2)
+        self.text = list(text)
+
+    def forward(self, ids: torch.Tensor, state: Any = None, return_state: bool = False, **_: Any) -> Any:
+        logits, after = super().forward(ids, state=state, return_state=True)
+        at = [min(max(i - 2, 0), len(self.text) - 1) for i in range(after.position - ids.shape[1], after.position)]
+        logits = F.one_hot(torch.tensor([[self.text[i] for i in at]] * len(ids)), self.num_tokens).float()
+        return logits, after
+
+
+STORY = 'Ein Bär — fand\n\nden Weg. Ende. Und weiter'
+
+
+@pytest.mark.parametrize('prompt', ['abc', b'abc', bytearray(b'abc'), ['abc', 'xyz'], (b'abc', b'xyz')], ids=repr)
+def test_text_in_text_out(prompt: Any) -> None:
+    net, count = Written(STORY.encode()), len(STORY.encode())
+    many = isinstance(prompt, (list, tuple))
+    is_str = isinstance(prompt[0] if many else prompt, str)
+    expected = STORY if is_str else STORY.encode()
+    new, state = net.generate(prompt, count, temperature=0, return_state=True)
+    assert new == ([expected] * 2 if many else expected)
+    assert state.position == 3 + count
+    pieces = list(net.stream(prompt, count, temperature=0))
+    if many:
+        assert [expected[:0].join(row) for row in zip(*pieces, strict=True)] == new
+        assert all(any(piece) for piece in pieces)
+    else:
+        assert expected[:0].join(pieces) == new
+        assert all(pieces)
+    ids = torch.tensor([list(b'abc')])
+    assert bytes(net.generate(ids, count, temperature=0)[0].tolist()) == STORY.encode()
+
+
+def test_a_character_comes_whole_or_is_said_to_be_cut() -> None:
+    net = Written('añ€'.encode())
+    assert list(net.stream('abc', 6, temperature=0)) == ['a', 'ñ', '€']
+    assert list(net.stream('abc', 5, temperature=0)) == ['a', 'ñ', '\ufffd']
+    assert net.generate('abc', 5, temperature=0) == 'añ\ufffd'
+    assert list(net.stream(b'abc', 3, temperature=0)) == [b'a', b'\xc3', b'\xb1']
+    assert list(net.stream('abc', 0)) == []
+    assert net.generate('abc', 0) == ''
+
+
+@pytest.mark.parametrize(
+    ('stop', 'end'),
+    [
+        ('\n\n', '\n\n'),
+        (['nothing', b'Weg'], 'Weg'),
+        (('Ende.', 'd'), 'd'),
+        ('—', '—'),
+        (['Ende', 'Ende. U'], 'Ende'),
+        ('nothing', STORY),
+        # what the prompt ends with does not count
+        ('abcE', STORY),
+        ([], STORY),
+    ],
+)
+def test_stop_strings_end_a_text(stop: Any, end: str) -> None:
+    net, count = Written(STORY.encode()), len(STORY.encode())
+    expected = STORY[: STORY.index(end) + len(end)]
+    assert net.generate('abc', count, temperature=0, stop=stop) == expected
+    assert ''.join(net.stream('abc', count, temperature=0, stop=stop)) == expected
+    ids = net.generate(torch.tensor([list(b'abc')]), count, temperature=0, stop=stop)
+    assert bytes(ids[0].tolist()).decode() == expected
+
+
+def test_stop_strings_end_each_row_by_itself() -> None:
+    net = HierarchicalTransformer(num_tokens=256, dim=8, depth=1, seq_len=24, dim_head=4, heads=1, window_sizes=2)
+    prompts = [b'abc', b'xyzxyz', b'1']
+
+    def draw(**settings: Any) -> Any:
+        return net.generate(prompts, 30, generator=torch.Generator().manual_seed(0), **settings)
+
+    free = draw()
+    stops = [free[0][4:6], free[1][9:10]]
+    ends = [min([text.index(stop) + len(stop) for stop in stops if stop in text], default=30) for text in free]
+    assert len(set(ends)) > 1
+    assert draw(stop=stops) == [text[:end] for text, end in zip(free, ends, strict=True)]
+    ids = net.generate(
+        [torch.tensor(list(text)) for text in prompts], 30, generator=torch.Generator().manual_seed(0), stop=stops
+    )
+    for row, text, end in zip(ids.tolist(), free, ends, strict=True):
+        assert bytes(row) == text[:end] + text[end - 1 : end] * (max(ends) - end)
+
+
+def test_a_text_ends_where_no_byte_follows() -> None:
+    for num_tokens in (257, 258):
+        net = Written([*b'The end', 256, *b'and on'], num_tokens)
+        assert net.generate('abc', 14, temperature=0) == 'The end'
+        assert ''.join(net.stream('abc', 14, temperature=0)) == 'The end'
+        ids = torch.tensor([list(b'abc')])
+        assert net.generate(ids, 14, temperature=0)[0].tolist() == [*b'The end', 256, *b'and on']
+        assert net.generate(ids, 14, temperature=0, stop_ids=256)[0].tolist() == [*b'The end', 256]
+
+
+# penalties
+
+
+def test_repetition_penalty_is_that_of_ctrl() -> None:
+    logits = torch.tensor([[2.0, -1.0, 1.5, 0.5], [2.0, -1.0, 1.5, 0.5]])
+    seen = torch.tensor([[True, True, False, False], [False, False, False, True]])
+    sampler = Sampler(repetition_penalty=2.0, filter_thres=0.0)
+    drawn = torch.stack([sampler(logits, seen) for _ in range(20_000)])
+    for row, expected in enumerate(([1.0, -2.0, 1.5, 0.5], [2.0, -1.0, 1.5, 0.25])):
+        shares = torch.bincount(drawn[:, row], minlength=4) / len(drawn)
+        torch.testing.assert_close(shares, torch.tensor(expected).softmax(-1), rtol=0, atol=0.02)
+    assert Sampler(repetition_penalty=2.0, temperature=0)(logits, seen).tolist() == [2, 0]
+
+
+@torch.no_grad()
+def test_repetition_penalty_counts_the_prompt_and_what_came() -> None:
+    net, prompts = model().double(), [torch.randint(0, 11, (n,)) for n in (3, 5)]
+    new = net.generate(prompts, 9, temperature=0, repetition_penalty=1.5)
+    plain = net.generate(prompts, 9, temperature=0)
+    assert not torch.equal(new, plain)
+    assert torch.equal(net.generate(prompts, 9, temperature=0, repetition_penalty=1), plain)
+    for prompt, row in zip(prompts, new, strict=True):
+        ids = prompt
+        for _ in range(9):
+            logits = net(ids[None])[0, -1]
+            for seen in ids.unique():
+                logits[seen] = logits[seen] / 1.5 if logits[seen] > 0 else logits[seen] * 1.5
+            ids = torch.cat((ids, logits.argmax()[None]))
+        assert torch.equal(row, ids[len(prompt) :])
+
+
+# what goes wrong
+
+
+@pytest.mark.parametrize('settings', [dict(temperature=0), {}, dict(top_k=2), dict(top_p=0.5), dict(temperature=1e-40)])
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+def test_logits_that_are_not_finite_are_one_clear_error(settings: dict[str, Any], bad: float) -> None:
+    logits = torch.zeros(3, 11)
+    logits[1, 4] = bad
+    message = f'logits must be finite to draw an id from, and the largest of row 1 is {bad}'
+    with pytest.raises(ValueError, match=message):
+        Sampler(**settings)(logits)
+
+    net, prompt = model(), torch.ones(1, 3, dtype=torch.long)
+    with torch.no_grad():
+        net.to_logits.weight[4] = bad
+    for draw in (net.generate, lambda *args, **kwargs: list(net.stream(*args, **kwargs))):
+        with pytest.raises(ValueError, match='logits must be finite to draw an id from'):
+            draw(prompt, 3, **settings)
+
+
+def test_ids_that_are_ruled_out_may_have_no_logit() -> None:
+    logits = torch.full((2, 5), -torch.inf)
+    logits[:, 3] = 0.0
+    for settings in (dict(temperature=0), {}, dict(top_p=0.9)):
+        assert Sampler(**settings)(logits).tolist() == [3, 3]
+    with pytest.raises(ValueError, match='the largest of row 0 is -inf'):
+        Sampler()(torch.full((2, 5), -torch.inf))
+
+
+@pytest.mark.parametrize('where', ['model', 'sampler'])
+@pytest.mark.parametrize('count', [0, 3])
+def test_a_stream_that_was_interrupted_has_no_wrong_state(
+    monkeypatch: pytest.MonkeyPatch, where: str, count: int
+) -> None:
+    net, prompt = model().double(), torch.randint(0, 11, (2, 7))
+    whole = net.generate(prompt, 9, temperature=0)
+    stream = net.stream(prompt, 9, temperature=0)
+    for _ in range(count):
+        next(stream)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = net.norms[0].register_forward_hook(interrupt) if where == 'model' else None
+    if where == 'sampler':
+        monkeypatch.setattr(Sampler, '__call__', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    monkeypatch.undo()
+    if hook is not None:
+        hook.remove()
+    if where == 'model' and count:
+        with pytest.raises(ValueError, match='was consumed by a chunk that came after it, or that failed halfway'):
+            _ = stream.state
+        return
+    # a prompt that failed to be read is read again; an id whose successor was not drawn has been read
+    state = stream.state
+    assert state.position == 7 + count
+    goes_on = net.generate(whole[:, count : count + 1], 8 - count, temperature=0, state=state)
+    assert torch.equal(goes_on, whole[:, count + 1 :])
+
+
+def test_a_stream_may_begin_and_go_on_in_different_modes() -> None:
+    net, prompt = model(), torch.randint(0, 11, (2, 3))
+    settings: dict[str, Any] = dict(temperature=0, stop_ids=[99 % 11], repetition_penalty=1.1)
+    whole = net.generate(prompt, 9, **settings)
+    for first, second in ((torch.inference_mode, torch.enable_grad), (torch.no_grad, torch.inference_mode)):
+        with first():
+            stream = net.stream(prompt, 9, **settings)
+            new = [next(stream)]
+        with second():
+            new += list(stream)
+            state = stream.state
+    assert torch.equal(torch.stack(new, dim=1), whole)
+    assert state.position == 3 + whole.shape[1]
+
+
+@pytest.mark.parametrize(
+    ('prompt', 'settings', 'message'),
+    [
+        ('', {}, 'prompt must hold at least one token'),
+        (['a', b'a'], {}, 'prompt must hold rows of one kind, got bytes and str'),
+        (['a', [1]], {}, 'prompt must hold rows of one kind, got list and str'),
+        ('\ud900', {}, 'prompt must be text that UTF-8 can encode'),
+        ([1, 2], {}, 'prompt must have shape (batch, seq), got (2,)'),
+        ([[1, 2], [1, 2.5]], {}, 'prompt must be a tensor of integers, got torch.float32'),
+        ([[1, 2], [1, 999]], {}, 'prompt must be in [0, 256), got values from 1 to 999'),
+        (3, {}, 'prompt must be a tensor of integers, got int'),
+        ('a', dict(stop=''), "stop must be strings or bytes that are not empty, got ''"),
+        ('a', dict(stop=[b'a', 3]), 'stop must be strings or bytes that are not empty, got 3'),
+        ('a', dict(stop=3), 'stop must be a str, bytes, or several of them, got 3'),
+        ('a', dict(stop_ids='a'), "stop_ids must be integers in [0, 256), got 'a'"),
+        ('a', dict(stop_ids=[True]), 'stop_ids must be in [0, 256), got True'),
+        ('a', dict(stop_ids=torch.tensor([1.0])), 'stop_ids must be in [0, 256), got 1.0'),
+        ('a', dict(stop_ids=[[1]]), 'stop_ids must be in [0, 256), got [1]'),
+        ('a', dict(stop_ids=256), 'stop_ids must be in [0, 256), got 256'),
+        ('a', dict(repetition_penalty=0), 'repetition_penalty must be above 0, got 0'),
+        ('a', dict(repetition_penalty=-1.0), 'repetition_penalty must be a finite number of at least 0, got -1.0'),
+        ('a', dict(seq_len=None), 'seq_len or max_new_tokens must be given, and not both, got None and None'),
+        ('a', dict(max_new_tokens=3), 'seq_len or max_new_tokens must be given, and not both, got 2 and 3'),
+        ('a', dict(seq_len=None, max_new_tokens=-3), 'max_new_tokens must be an integer of at least 0, got -3'),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_refuses_what_it_cannot_take(prompt: Any, settings: dict[str, Any], message: str) -> None:
+    net = HierarchicalTransformer(num_tokens=256, dim=8, depth=1, dim_head=4, heads=1, window_sizes=2)
+    for draw in (net.generate, net.stream):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            draw(prompt, **{'seq_len': 2, **settings})
+
+
+def test_text_is_for_models_of_bytes() -> None:
+    for prompt, settings, name in (('a', {}, 'prompt'), (torch.ones(1, 2).long(), dict(stop='a'), 'stop')):
+        message = f'{name} can be text only where num_tokens is 256, 257 or 258, and it is 11'
+        with pytest.raises(ValueError, match=message):
+            model().generate(prompt, 2, **settings)
