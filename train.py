@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.batches import PAD, Batches, evaluation_batches, seed_of, split_bytes
+from simple_hierarchical_transformer.batches import END, Batches, evaluation_batches, seed_of, split_bytes
 from simple_hierarchical_transformer.pretrained import CONFIG_FILE, shared_names
 from simple_hierarchical_transformer.state import State
 from simple_hierarchical_transformer.training import checkpoints, cost, report
@@ -576,7 +576,7 @@ def evaluate(args: argparse.Namespace) -> None:
         raise ValueError(f'--seq-len must be at most the {model.seq_len} of the model, got {seq_len}')
 
     # a model of texts that end was not taught to read on from one into the next
-    documents = model.num_tokens > PAD
+    documents = model.num_tokens > END
     for corpus in load_sources(args.data, DATA_DIR, text_key=args.text_key or 'text', say=say)[0]:
         span = split_bytes(len(corpus), seq_len=seq_len)[split]
         batches = evaluation_batches(corpus, span, seq_len=seq_len, batch_size=batch_size, documents=documents)

@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 from .data import Corpus
 
 SPLITS = ('train', 'valid', 'test')
-PAD = 256  # stands where a text has ended: no byte
+# what no byte is: where a text has ended, which is learnt, and what fills up after it, which is not
+END, PAD = 256, 257
 IGNORED = -1
 LEAST_SHARE = 1e-6
 GOLDEN = (math.sqrt(5) - 1) / 2
@@ -75,8 +76,8 @@ class Batches(Dataset):
         rows: how many sequences a step has, over all processes.
         seq_len: how many bytes of each are predicted.
         segments: how many steps a stretch lasts. Made fewer where the shortest span has no room for them.
-        documents: no sequence crosses from one text into the next: `PAD` follows the end. Longer texts are read more
-            often, in proportion: each where a pass without this would begin a stretch in it.
+        documents: no sequence crosses from one text into the next: `END` follows its last byte, then `PAD`. Longer
+            texts are read more often, in proportion: each where a pass without this would begin a stretch in it.
         seed: another seed, other sequences in another order.
         part: `(i, n)`, the i-th of n equal parts of the rows, that of one process.
 
@@ -150,9 +151,13 @@ class Batches(Dataset):
         for i, turn in {*zip(which.tolist(), passed.tolist(), strict=True)}:
             rows = (which == i) & (passed == turn)
             start, stop = self.find(i, turn, number[rows])
-            ids[rows] = self.corpora[i].read(
-                start + step % self.segments * self.seq_len, stop, self.seq_len + 1, pad=PAD
-            )
+            start = start + step % self.segments * self.seq_len
+            read = self.corpora[i].read(start, stop, self.seq_len + 1, pad=PAD)
+            if self.documents:
+                # a text that the span cuts off has not ended
+                ended = find_ends(self.corpora[i], stop)[1] == stop
+                read[ended[:, None] & (torch.arange(self.seq_len + 1) == (stop - start)[:, None])] = END
+            ids[rows] = read
         return ids
 
     def find(self, which: int, turn: int, number: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,10 +172,17 @@ class Batches(Dataset):
         if not self.documents:
             start = position.clamp(max=span.stop - length - 1)
             return start, start + length + 1
-        text = torch.searchsorted(corpus.ends, position, right=True)
-        begin = torch.where(text > 0, corpus.ends[text - 1], 0).clamp(min=span.start)
-        end = corpus.ends[text].clamp(max=span.stop)
-        return torch.maximum(torch.minimum(position, end - length - 1), begin), end
+        begin, end = find_ends(corpus, position + 1)
+        begin, stop = begin.clamp(min=span.start), end.clamp(max=span.stop)
+        # the end of a text is one id more
+        last = stop - length - (end > span.stop).long()
+        return torch.maximum(torch.minimum(position, last), begin), stop
+
+
+def find_ends(corpus: Corpus, position: Tensor) -> tuple[Tensor, Tensor]:
+    """Of positions `(rows,)` above 0, the last end of a text before each, or 0, and the first at it or after."""
+    text = torch.searchsorted(corpus.ends, position)
+    return torch.where(text > 0, corpus.ends[text - 1], 0), corpus.ends[text]
 
 
 def find_windows(corpus: Corpus, span: range, seq_len: int, documents: bool) -> tuple[Tensor, Tensor]:

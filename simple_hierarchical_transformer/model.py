@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .block import ACTIVATIONS, HierarchicalBlock
 from .compress import Autoencoder, Compressor
-from .generate import Generative, check_ids
+from .generate import BYTE_VOCABULARIES, Generative, check_ids
 from .halting import AdaptiveHalting
 from .levels import (
     MOST,
@@ -133,7 +133,7 @@ class HierarchicalTransformer(
         ngrams: n of the n-grams of ids that are embedded beside each id, as `(2, 3, 4)`: what ends there is known
             before any layer has looked back (`NGramEmbedding`).
         word_ngrams: n of the n-grams of words that are embedded likewise, as `(1, 2)`: the word that is being read,
-            and with the one before it. Where ids are bytes: `num_tokens` must be 256 or 257.
+            and with the one before it. Where ids are bytes: `num_tokens` must be 256 to 258.
         ngram_rows: of the table that each of `ngrams` and `word_ngrams` has, a power of two.
         ngram_dropout: share of the n-grams that training leaves out: a text that is read more than once wants it, and
             train.py leaves out so many of what it reads for the second time, and more from then on.
@@ -310,8 +310,8 @@ class HierarchicalTransformer(
                 check_int(name, order, least, MOST_IN_TURN)
             if len(set(orders)) != len(orders):
                 raise ValueError(f'{name} must all differ, got {orders!r}')
-            if orders and name.startswith('word') and num_tokens not in (256, 257):
-                raise ValueError(f'{name} reads ids as bytes: num_tokens must be 256 or 257, got {num_tokens}')
+            if orders and name.startswith('word') and num_tokens not in BYTE_VOCABULARIES:
+                raise ValueError(f'{name} reads ids as bytes: num_tokens must be 256, 257 or 258, got {num_tokens}')
         if check_number('ngram_dropout', ngram_dropout) >= 1:
             raise ValueError(f'ngram_dropout must be at least 0 and below 1, got {ngram_dropout!r}')
         if check_int('ngram_rows', ngram_rows, 2) & (ngram_rows - 1):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .batches import PAD
+from .generate import BYTE_VOCABULARIES
 from .model import HierarchicalTransformer
 from .pretrained import CONFIG_FILE
 
@@ -27,12 +27,16 @@ def main(argv: list[str] | None = None) -> None:
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument('--prompt', help='text to go on from (default: a new line)')
     prompt.add_argument('--prompt-file', type=Path, help='a file to go on from')
-    parser.add_argument('--length', type=int, default=256, help='how many bytes to write')
+    parser.add_argument('--length', type=int, default=256, help='how many bytes to write, unless the text ends before')
+    parser.add_argument('--stop', action='append', metavar='TEXT', help='text to end with; may be given several times')
     parser.add_argument('--temperature', type=float, default=1.0, help='0 takes the likeliest byte each time')
     parser.add_argument('--filter-thres', type=float, default=0.9, help='share of the bytes that is never drawn')
     parser.add_argument('--top-k', type=int, help='draw from that many of the likeliest bytes')
     parser.add_argument('--top-p', type=float, help='draw from the likeliest bytes that reach this probability')
     parser.add_argument('--min-p', type=float, help="draw from bytes of at least this share of the likeliest one's")
+    parser.add_argument(
+        '--repetition-penalty', type=float, default=1.0, help='above 1, bytes that were there become less likely'
+    )
     parser.add_argument('--seed', type=int, help='for the same text again')
     args = parser.parse_args(argv)
 
@@ -41,24 +45,24 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f'{args.checkpoint} is no saved model: there is no {CONFIG_FILE} in it')
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device('cpu')
         model = HierarchicalTransformer.from_pretrained(args.checkpoint, map_location=str(device))
-        # one more where it learnt of texts that end
-        if model.num_tokens > PAD + 1:
-            raise ValueError(f'{args.checkpoint} has {model.num_tokens} tokens: more than there are bytes')
+        if model.num_tokens not in BYTE_VOCABULARIES:
+            raise ValueError(f'{args.checkpoint} has {model.num_tokens} tokens: it is no model of bytes')
 
         text = (
             args.prompt_file.read_bytes()
             if args.prompt_file
             else os.fsencode('\n' if args.prompt is None else args.prompt)
         )
-        ids = torch.tensor([list(text)], dtype=torch.long, device=device)
         stream = model.stream(
-            ids,
+            text,
             args.length,
             temperature=args.temperature,
             filter_thres=args.filter_thres,
             top_k=args.top_k,
             top_p=args.top_p,
             min_p=args.min_p,
+            stop=[os.fsencode(each) for each in args.stop or ()],
+            repetition_penalty=args.repetition_penalty,
             generator=None if args.seed is None else torch.Generator(device).manual_seed(args.seed),
         )
 
@@ -68,9 +72,9 @@ def main(argv: list[str] | None = None) -> None:
         start, count, first = time.perf_counter(), 0, 0.0
         try:
             for new in stream:
-                sys.stdout.write(decoder.decode(bytes(i for i in new.tolist() if i < PAD)))
+                sys.stdout.write(decoder.decode(new))
                 sys.stdout.flush()
-                count += 1
+                count += len(new)
                 first = first or time.perf_counter() - start
         except KeyboardInterrupt:
             pass

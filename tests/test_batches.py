@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.batches import (
+    END,
     IGNORED,
     PAD,
     Batches,
@@ -25,6 +27,7 @@ from simple_hierarchical_transformer.batches import (
     streaming_rows,
 )
 from simple_hierarchical_transformer.data import Corpus
+from simple_hierarchical_transformer.training.settings import TEXTS
 
 Make = Callable[..., Corpus]
 
@@ -212,9 +215,11 @@ def test_no_sequence_crosses_from_one_text_into_the_next(
         # overlap by one, so put back together
         stretch = torch.cat([batches[first + i][:, i > 0 :] for i in range(batches.segments)], dim=1)
         for row in stretch.tolist():
-            ids = [i for i in row if i != PAD]
+            ids = [i for i in row if i < END]
             assert ids
-            assert row == ids + [PAD] * (len(row) - len(ids))
+            # a text that the span cuts off has no end
+            end = [END] if len(ids) < len(row) and ids[-1] + 1 in edges else []
+            assert row == ids + end + [PAD] * (len(row) - len(ids) - len(end))
             assert ids == list(range(ids[0], ids[0] + len(ids)))
             assert len({text_of[i] for i in ids}) == 1
             assert span.start <= ids[0] <= ids[-1] < span.stop
@@ -223,6 +228,36 @@ def test_no_sequence_crosses_from_one_text_into_the_next(
             seen.add(text_of[ids[0]])
     longest = max(range(len(lengths)), key=lambda i: min(edges[i + 1], span.stop) - max(edges[i], span.start))
     assert longest in seen
+
+
+def test_the_end_of_each_text_is_learnt(make: Make) -> None:
+    """Of texts that are shorter than a sequence, as long, and longer; but not of one that the span cuts off."""
+    corpus = make(3, 8, 9, 60, 30)
+    for span, ends in ((range(110), {3, 11, 20, 80, 110}), (range(100), {3, 11, 20, 80})):
+        ids = all_rows(Batches([corpus], [span], rows=200, seq_len=8, documents=True), 5)
+        row, at = (ids == END).nonzero().unbind(1)
+        assert {*(ids[row, at - 1] + 1).tolist()} == ends
+        # each has it once, among what is predicted, and nothing but filling after it
+        assert len(row) == len(row.unique())
+        assert at.min() > 0
+        assert all((ids[i, j + 1 :] == PAD).all() for i, j in zip(row, at, strict=True))
+
+
+def test_a_model_of_texts_stops_by_itself(tmp_path: Path) -> None:
+    (tmp_path / 'bytes').write_bytes(b'01234' * 20)
+    (tmp_path / 'ends').write_bytes(torch.arange(5, 101, 5).numpy().tobytes())
+    corpus = Corpus('corpus', tmp_path / 'bytes', tmp_path / 'ends')
+    batches = Batches([corpus], [range(100)], rows=8, seq_len=8, documents=True)
+    model = HierarchicalTransformer(
+        **TEXTS, dim=16, depth=1, seq_len=8, dim_head=8, heads=1, hierarchies=(1, 2), window_sizes=2
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(40):
+        model(batches[step], return_loss=True)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model.generate('01', 50, temperature=0) == '234'
+    assert model.generate(torch.tensor([[*b'01']]), 3 + 1, temperature=0).tolist() == [[*b'234', END]]
 
 
 def test_what_cannot_be_drawn_is_refused(make: Make) -> None:

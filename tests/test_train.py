@@ -169,10 +169,15 @@ def test_texts_stay_apart_and_sources_have_weights(corpus: Path, tmp_path: Path)
     # a stream would read on from one text into the next
     assert rows[-1]['valid_streaming_bits_per_byte'] == ''
     assert '--text-key body' in result.stdout
-    assert json.loads((out / 'final' / 'config.json').read_text())['num_tokens'] == 257
+    assert json.loads((out / 'final' / 'config.json').read_text())['num_tokens'] == 258
 
-    sampled = run(out / 'final', '--length', 20, '--seed', 1, module='simple_hierarchical_transformer.sample')
+    sampled = run(
+        out / 'final', '--length', 2000, '--temperature', 0, '--stop', '###', '--repetition-penalty', 1.01,
+        module='simple_hierarchical_transformer.sample',
+    )  # fmt: skip
     assert sampled.returncode == 0, sampled.stderr
+    # a sentence, and no more
+    assert len(sampled.stdout) < 1000
     scored = run('--eval', out / 'final', '--data', corpus)
     assert scored.returncode == 0, scored.stderr
 
@@ -322,6 +327,36 @@ def test_the_commands_it_names_score_and_sample(trained: tuple[Path, str]) -> No
     assert len(sampled[0].stdout) >= len('The ') + 20 + 1
     assert sampled[0].stdout == sampled[1].stdout
     assert re.search(r'20 bytes, \d+ a second', sampled[0].stderr)
+
+
+def test_a_sample_ends_where_it_is_told_to(trained: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    args = map(str, (trained[0] / 'final', '--prompt', 'The ', '--length', 200, '--seed', 1))
+    sample.main([*args])
+    whole = capsys.readouterr().out
+    stops = [whole[20:22], whole[30:33]]
+    sample.main(
+        [
+            str(trained[0] / 'final'),
+            '--prompt',
+            'The ',
+            '--length',
+            '200',
+            '--seed',
+            '1',
+            '--stop',
+            stops[0],
+            '--stop',
+            stops[1],
+        ]
+    )
+    ended = capsys.readouterr().out
+    end = min(whole.index(stop, 4) + len(stop) for stop in stops)
+    assert ended == whole[:end] + '\n'
+
+    sample.main(
+        [str(trained[0] / 'final'), '--prompt', 'The ', '--length', '200', '--seed', '1', '--repetition-penalty', '3']
+    )
+    assert len(set(capsys.readouterr().out)) > len(set(whole))
 
 
 def test_samples_from_a_file_and_shows_broken_bytes(trained: tuple[Path, str], tmp_path: Path) -> None:

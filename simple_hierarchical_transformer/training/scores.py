@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..batches import IGNORED, PAD, evaluation_batches, streaming_rows
+from ..batches import IGNORED, evaluation_batches, streaming_rows
 from ..data import Corpus
 from ..model import HierarchicalTransformer
 
@@ -91,8 +91,6 @@ def mean_bits(nats: float, count: int, device: torch.device, all_reduce: AllRedu
 def sample_text(model: HierarchicalTransformer, corpus: Corpus, span: range, seed: int) -> str:
     """The first bytes of a split, and after >>> how the model goes on from them."""
     device = model.token_emb.weight.device
-    prompt = corpus[span.start : span.start + SAMPLE_PROMPT].long()
-    generator = torch.Generator(device).manual_seed(seed)
-    new = model.generate(prompt[None].to(device), SAMPLE_LENGTH, generator=generator)[0].cpu()
-    texts = [bytes(i for i in ids.tolist() if i < PAD).decode('utf-8', errors='replace') for ids in (prompt, new)]
-    return '>>>'.join(texts)
+    prompt = bytes(corpus[span.start : span.start + SAMPLE_PROMPT].tolist())
+    new = model.generate(prompt, SAMPLE_LENGTH, generator=torch.Generator(device).manual_seed(seed))
+    return '>>>'.join(text.decode('utf-8', errors='replace') for text in (prompt, new))

@@ -17,7 +17,7 @@ from .optim import OPTIMIZERS, SCHEDULES
 from .sources import NAMED
 from .trackers import TRACKERS
 
-# every byte counts, so the ignored id is none; where texts end, one beyond the bytes fills up
+# every byte counts, so the ignored id is none; where texts end, one beyond the bytes says so, and one fills up
 BYTES: dict[str, Any] = dict(num_tokens=256, ignore_index=IGNORED, recon_ignore_index=IGNORED)
 TEXTS: dict[str, Any] = dict(num_tokens=PAD + 1, ignore_index=PAD, recon_ignore_index=PAD)
 
