@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ParamSpec
 
 from torch import Tensor, nn
+
+P = ParamSpec('P')
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,12 @@ COMPRESSORS = ('conv', 'attention', 'mean', 'linear')
 MOST = 10**12
 # of what is built or run one after the other
 MOST_IN_TURN = 1 << 16
-# of a level's layers
-MOST_LAYERS = 1 << 12
 # of this float32 still has the products
 LARGEST = 1e30
 # what a module from outside counts as
 OWN = 'module'
+# the most layers, rollout steps or codebooks of a model: more would take minutes to build, and are a mistake
+MOST_PARTS = 4096
 
 
 def plain(value: Any) -> Any:
@@ -81,6 +84,16 @@ def plain(value: Any) -> Any:
     if hasattr(value, 'tolist') and not getattr(value, 'is_meta', False):
         return value.tolist()
     return value
+
+
+def plain_arguments(function: Callable[P, None]) -> Callable[P, None]:
+    """Decorates a constructor so that it gets `plain` keyword arguments."""
+
+    @wraps(function)
+    def with_plain_arguments(*args: P.args, **kwargs: P.kwargs) -> None:
+        function(*args, **{name: plain(value) for name, value in kwargs.items()})
+
+    return with_plain_arguments
 
 
 def is_int(value: Any) -> bool:
@@ -209,7 +222,7 @@ def build_levels(
 
         # the token shift moves half of the channels, so there must be two of them
         check_int('dim', d, 2)
-        check_int('depth', layers, maximum=MOST_LAYERS)
+        check_int('depth', layers, maximum=MOST_PARTS)
         check_int('heads', h)
         check_number('ff_mult', mult, maximum=MOST / d)
         check_number('next_latent_loss_weight', next_latent)

@@ -22,6 +22,7 @@ from .halting import AdaptiveHalting
 from .levels import (
     MOST,
     MOST_IN_TURN,
+    MOST_PARTS,
     Level,
     build_levels,
     check_choice,
@@ -31,6 +32,7 @@ from .levels import (
     check_sequence,
     is_int,
     per_level,
+    plain_arguments,
 )
 from .linear import begin_at_zero, chain, has_hooks
 from .losses import (
@@ -226,6 +228,7 @@ class HierarchicalTransformer(
         ValueError: a value is not allowed, or two contradict each other. The message names them.
     """
 
+    @plain_arguments
     def __init__(
         self,
         *,
@@ -296,8 +299,8 @@ class HierarchicalTransformer(
 
         check_int('num_tokens', num_tokens)
         check_int('seq_len', seq_len)
-        check_int('num_rollouts', num_rollouts, maximum=MOST_IN_TURN)
-        check_int('dynamics_num_layers', dynamics_num_layers, maximum=MOST_IN_TURN)
+        check_int('num_rollouts', num_rollouts, maximum=MOST_PARTS)
+        check_int('dynamics_num_layers', dynamics_num_layers, maximum=MOST_PARTS)
         check_int('merge_window', merge_window, 0, MOST_IN_TURN)
         check_int('ff_chunks', ff_chunks, maximum=MOST_IN_TURN)
         check_choice('ff_activation', ff_activation, tuple(ACTIVATIONS))
@@ -316,7 +319,7 @@ class HierarchicalTransformer(
             raise ValueError(f'ngram_dropout must be at least 0 and below 1, got {ngram_dropout!r}')
         if check_int('ngram_rows', ngram_rows, 2) & (ngram_rows - 1):
             raise ValueError(f'ngram_rows must be a power of two, got {ngram_rows}')
-        check_int('quantizer_codebooks', quantizer_codebooks, maximum=MOST_IN_TURN)
+        check_int('quantizer_codebooks', quantizer_codebooks, maximum=MOST_PARTS)
         check_int('quantizer_codebook_size', quantizer_codebook_size, 2)
         check_int('quantizer_dim', quantizer_dim)
         check_number('recon_loss_weight', recon_loss_weight)

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import warnings
+from collections import Counter
 from collections.abc import Mapping
+from inspect import signature
 from itertools import chain
 from pathlib import Path
+from stat import S_ISREG
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+import torch
 from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from .levels import plain
 from .version import __version__
 
 CONFIG_FILE = 'config.json'
@@ -52,6 +61,12 @@ model = HierarchicalTransformer.from_pretrained('this folder, or its name on the
 {{ training }}
 {% endif %}"""
 
+# how many of PyTorch's functions a constructor may call: some, and as many for each name in the weights
+CALLS, CALLS_PER_NAME = 10_000, 100
+# what constructors raise, given settings that they were not written for
+BUILD_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+
+Device = str | int | torch.device
 Model = TypeVar('Model', bound='Pretrained')
 
 
@@ -65,8 +80,15 @@ class Pretrained(ModelHubMixin):
     _not_in_config: list[str]
 
     def __new__(cls: type[Model], *args: Any, **kwargs: Any) -> Model:
-        model = super().__new__(cls, *args, **kwargs)
-        model._not_in_config = sorted(name for name, value in kwargs.items() if not is_json(value))
+        """Keeps what the constructor is given, defaults included, as `save_pretrained` writes it."""
+        model = super().__new__(cls)
+        names = [p.name for p in cls._hub_mixin_init_parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+        # arguments without a name cannot be given again
+        given = {'*args': object()} if len(args) > len(names) else dict(zip(names, args, strict=False))
+        given = {name: plain(value) for name, value in {**given, **kwargs}.items()}
+        model._not_in_config = sorted(name for name, value in given.items() if name in HEADER or not is_json(value))
+        kept = {name: value for name, value in given.items() if name not in model._not_in_config}
+        model._hub_mixin_config = {**cls._hub_mixin_jsonable_default_values, **kept}
         return model
 
     def save_pretrained(  # type: ignore[override]
@@ -113,10 +135,12 @@ class Pretrained(ModelHubMixin):
         settings = dict(zip(HEADER, (FORMAT, __version__), strict=True), **(self._hub_mixin_config or {}))  # type: ignore[arg-type]
         with TemporaryDirectory(dir=folder, prefix='.partial-') as name:
             partial = Path(name)
-            (partial / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + '\n')
+            (partial / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + '\n', encoding='utf-8')
             save_weights(self, partial / WEIGHTS_FILE, state_dict)  # type: ignore[arg-type]
             if not (folder / CARD_FILE).exists():
-                self.generate_model_card(**(model_card_kwargs or {})).save(partial / CARD_FILE)
+                card = str(self.generate_model_card(**(model_card_kwargs or {})))
+                # names of files may hold bytes that are no UTF-8
+                (partial / CARD_FILE).write_text(card, encoding='utf-8', errors='backslashreplace', newline='')
             for file in partial.iterdir():
                 os.replace(file, folder / file.name)
 
@@ -137,35 +161,106 @@ class Pretrained(ModelHubMixin):
         )
 
     @classmethod
-    def _from_pretrained(
+    def from_pretrained(
         cls: type[Model],
+        pretrained_model_name_or_path: str | Path,
         *,
-        model_id: str,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
         force_download: bool = False,
-        local_files_only: bool = False,
         token: str | bool | None = None,
-        map_location: str = 'cpu',
-        config: Mapping[str, Any] | None = None,
-        **model_kwargs: Any,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        map_location: Device | None = None,
+        device_map: Device | Mapping[str, Device] | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        strict: bool = True,
+        **settings: Any,
     ) -> Model:
-        check_config(config, model_id, known={*cls._hub_mixin_init_parameters, *HEADER})
-        if os.path.isdir(model_id):
-            weights = os.path.join(model_id, WEIGHTS_FILE)
-        else:
-            weights = hf_hub_download(
-                repo_id=model_id,
-                filename=WEIGHTS_FILE,
+        """Loads what `save_pretrained` wrote, in evaluation mode.
+
+        The model is built without memory first and compared with the weights, so that a folder from a stranger cannot
+        take more memory than its weights do.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or the name of a repository on the hub.
+            force_download: download files again that are in the hub's cache.
+            token: of the hub.
+            cache_dir: the folder of the hub's cache.
+            local_files_only: read the hub's cache alone.
+            revision: a branch, tag or commit on the hub.
+            map_location: the device to load onto, the CPU by default.
+            device_map: the same, under the name that other libraries have for it. One device for the whole model.
+            dtype: a floating point dtype, or its name, that the model is converted to. By default, and with 'auto', it
+                keeps the dtype of the file.
+            torch_dtype: the older name of `dtype`.
+            strict: False takes weights that lack some tensors or have others besides, with a warning that names them.
+                What is missing is as the constructor made it. The weights do not bound the memory then.
+            settings: arguments of the constructor that replace those in config.json.
+
+        Raises:
+            ValueError: config.json or the weights are damaged, do not fit each other, or are of a newer version; an
+                argument is not allowed.
+            OSError: a file cannot be read, or not be downloaded.
+        """
+        source = str(pretrained_model_name_or_path)
+        device, wanted = check_device(map_location, device_map), check_dtype(dtype, torch_dtype)
+
+        def find(name: str) -> str:
+            if os.path.isdir(source):
+                return os.path.join(source, name)
+            return hf_hub_download(
+                repo_id=source,
+                filename=name,
                 revision=revision,
                 cache_dir=cache_dir,
                 force_download=force_download,
                 token=token,
                 local_files_only=local_files_only,
             )
-        model: Any = cls(**model_kwargs)
-        load_weights(model, weights, map_location)
-        return model.to(map_location).eval()
+
+        names = argument_names(cls)
+        if unknown := sorted(set(settings) - names):
+            raise TypeError(f'{cls.__name__}.from_pretrained() got unexpected arguments: {", ".join(unknown)}')
+        try:
+            config = read_config(find(CONFIG_FILE))
+        except LocalEntryNotFoundError:
+            # no connection, and nothing in the cache
+            raise
+        except (FileNotFoundError, EntryNotFoundError) as error:
+            raise ValueError(f'{source} is no saved model: there is no {CONFIG_FILE} in it') from error
+        check_config(config, source, known={*names, *HEADER})
+        settings = {name: value for name, value in config.items() if name not in HEADER} | settings
+
+        path = find(WEIGHTS_FILE)
+        weights, metadata = read_tensors(path)
+        aliases = read_aliases(metadata, path)
+
+        # every tensor that is built has a name in the weights, so their number bounds how much there is to build
+        limit = CALLS + CALLS_PER_NAME * (len(weights) + len(aliases)) if strict else math.inf
+
+        def build(on: torch.device) -> Any:
+            try:
+                with CallLimit(limit), on:
+                    return cls(**settings)
+            except BUILD_ERRORS as error:
+                if on.type == 'meta' and 'meta' in str(error):
+                    # a subclass computes with values, which tensors on 'meta' do not have
+                    return None
+                raise ValueError(f'{CONFIG_FILE} of {source} does not make a model: {shorten(str(error))}') from error
+
+        model = build(torch.device('meta')) if strict else None
+        if model is not None:
+            load_weights(model, weights, aliases, path)
+        if model is None or holds_meta(model):
+            # what is not among the weights is as the constructor makes it
+            model = build(device).to(device=device, dtype=main_dtype(weights))
+            load_weights(model, weights, aliases, path, strict)
+        if device.type == 'cpu':
+            # views of the file would change, or end the process, with the file
+            for tensor in chain(model.parameters(), model.buffers()):
+                tensor.data = tensor.data.clone()
+        return model.to(device=device, dtype=wanted).eval()
 
 
 def is_json(value: Any) -> bool:
@@ -180,10 +275,70 @@ def is_json(value: Any) -> bool:
         return False
 
 
-def check_config(config: Mapping[str, Any] | None, source: str, known: set[str]) -> None:
-    """Refuses, with a ValueError, settings that are not there, that a newer version wrote, or that are not ours."""
-    if config is None:
-        raise ValueError(f'{source} is no saved model: there is no {CONFIG_FILE} in it')
+def argument_names(cls: type) -> set[str]:
+    """The names of a constructor's arguments, and of those that it passes on as `**kwargs` to what it extends."""
+    names: set[str] = set()
+    for base in cls.__mro__:
+        if '__init__' in vars(base):
+            parameters = list(signature(vars(base)['__init__']).parameters.values())[1:]
+            names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+            if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+                break
+    return names
+
+
+def check_device(map_location: Any, device_map: Any) -> torch.device:
+    """The device that both name, the CPU where none does. Raises ValueError where it is not one, or not there."""
+    devices = set()
+    for name, value in (('map_location', map_location), ('device_map', device_map)):
+        # the empty name is that of the whole model
+        given = value[''] if isinstance(value, Mapping) and list(value) == [''] else value
+        if given is None:
+            continue
+        try:
+            devices.add(torch.empty(0, device=torch.device(given)).device)
+        except (AssertionError, RuntimeError, TypeError) as error:
+            raise ValueError(f"{name} must be one device, as 'cpu' or 'cuda:0', got {value!r}: {error}") from error
+    if len(devices) > 1:
+        raise ValueError(f'map_location and device_map must be the same, got {map_location!r} and {device_map!r}')
+    return devices.pop() if devices else torch.device('cpu')
+
+
+def check_dtype(dtype: Any, torch_dtype: Any) -> torch.dtype | None:
+    """The dtype that both name, None where it is that of the file. Raises ValueError where it is no floating point."""
+    dtypes = set()
+    for name, value in (('dtype', dtype), ('torch_dtype', torch_dtype)):
+        if value is None or value == 'auto':
+            continue
+        named = getattr(torch, value.removeprefix('torch.'), None) if isinstance(value, str) else value
+        if not isinstance(named, torch.dtype) or not named.is_floating_point:
+            raise ValueError(f"{name} must be a floating point dtype, its name or 'auto', got {value!r}")
+        dtypes.add(named)
+    if len(dtypes) > 1:
+        raise ValueError(f'dtype and torch_dtype must be the same, got {dtype!r} and {torch_dtype!r}')
+    return dtypes.pop() if dtypes else None
+
+
+def check_file(path: str | Path) -> None:
+    """Refuses what is no regular file: a pipe or a device would block, or never end."""
+    if not S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f'{path} is no regular file')
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The settings in a JSON file. Raises ValueError where it holds something else."""
+    check_file(path)
+    try:
+        config = json.loads(Path(path).read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{path} is no JSON: {error}') from error
+    if not isinstance(config, dict):
+        raise ValueError(f'{path} must hold a JSON object of settings, got {type(config).__name__}')
+    return config
+
+
+def check_config(config: Mapping[str, Any], source: str, known: set[str]) -> None:
+    """Refuses, with a ValueError, settings that a newer version wrote, or that are not ours."""
     written = config.get('format', FORMAT)
     if not isinstance(written, int) or written > FORMAT:
         raise ValueError(
@@ -191,14 +346,26 @@ def check_config(config: Mapping[str, Any] | None, source: str, known: set[str])
             f'of the library; this is version {__version__}, which reads formats up to {FORMAT}'
         )
     if unknown := set(config) - known:
-        raise ValueError(f'{CONFIG_FILE} of {source} has settings unknown here: {", ".join(sorted(unknown))}')
+        raise ValueError(f'{CONFIG_FILE} of {source} has settings unknown here: {shorten(", ".join(sorted(unknown)))}')
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a model, by each of their names."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
 
 
 def shared_names(model: nn.Module) -> dict[str, str]:
     """The further names of parameters and buffers that have several, and the first name of each."""
+    return further_names(named_tensors(model))
+
+
+def further_names(named: Mapping[str, Tensor]) -> dict[str, str]:
+    """The names of tensors that stand in a mapping under an earlier name, too, and that name."""
     first: dict[int, str] = {}
-    named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-    return {name: kept for name, tensor in named if (kept := first.setdefault(id(tensor), name)) != name}
+    return {name: kept for name, tensor in named.items() if (kept := first.setdefault(id(tensor), name)) != name}
 
 
 def save_weights(model: nn.Module, path: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
@@ -224,7 +391,11 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
 
 
 def read_tensors(path: str | Path, device: str = 'cpu') -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, and its metadata. Raises ValueError where it is torn."""
+    """The tensors of a safetensors file, and its metadata. On the CPU they may be views of the file.
+
+    Raises ValueError where it is torn.
+    """
+    check_file(path)
     try:
         with safe_open(path, 'pt', device=device) as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -232,30 +403,97 @@ def read_tensors(path: str | Path, device: str = 'cpu') -> tuple[dict[str, Tenso
         raise ValueError(f'{path} is torn, or no safetensors file: {error}') from error
 
 
-def load_weights(model: nn.Module, path: str | Path, device: str = 'cpu') -> None:
-    """Loads what `save_weights` wrote; what shared a tensor there shares it here.
-
-    Raises ValueError where the file is torn, RuntimeError where it does not fit the model.
-    """
-    weights, metadata = read_tensors(path, device)
-    for name, kept in json.loads(metadata.get(SHARED, '{}')).items():
-        if kept in weights:
-            tie(model, name, kept)
-            weights[name] = weights[kept]
-    model.load_state_dict(weights)
-
-
-def tie(model: nn.Module, name: str, to: str) -> None:
-    """Gives the parameter `to` another name."""
-
-    def owner(path: str) -> tuple[nn.Module, str]:
-        module, _, leaf = path.rpartition('.')
-        return model.get_submodule(module), leaf
-
+def read_aliases(metadata: Mapping[str, str], path: str | Path) -> dict[str, str]:
+    """The further names of tensors in a file's metadata, and the first name of each."""
     try:
-        (module, leaf), (source, source_leaf) = owner(name), owner(to)
-        old, new = getattr(module, leaf), getattr(source, source_leaf)
-    except AttributeError as error:
-        raise ValueError(f'weights share {to} as {name}, which the model does not have') from error
-    if old is not new:
-        setattr(module, leaf, new)
+        aliases = json.loads(metadata.get(SHARED, '{}'))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{path} has metadata that are no JSON: {error}') from error
+    if not isinstance(aliases, dict) or not all(isinstance(first, str) for first in aliases.values()):
+        raise ValueError(f'{path} has metadata {SHARED!r} that do not map names to names')
+    return aliases
+
+
+def load_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], aliases: Mapping[str, str], path: str | Path, strict: bool = True
+) -> None:
+    """Gives a model these tensors, of their dtype. What shares a tensor by `aliases` shares it here.
+
+    Raises ValueError where they do not fit the model.
+    """
+    own = named_tensors(model)
+    weights = dict(weights)
+    for name, first in aliases.items():
+        if first in weights:
+            tie(model, own, name, first)
+            weights[name] = weights[first]
+    for name, tensor in own.items():
+        if name in weights and weights[name].is_floating_point() != tensor.is_floating_point():
+            raise ValueError(f'{path} has {name} of {weights[name].dtype}, which must be {tensor.dtype}')
+    shared = further_names(own)
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=strict, assign=True)
+    except (RuntimeError, ValueError) as error:
+        found = ' '.join(line.strip() for line in str(error).splitlines())
+        raise ValueError(f'{path} does not fit its {CONFIG_FILE}: {shorten(found)}') from error
+    if missing or unexpected:
+        found = f'missing {", ".join(missing) or "none"}; unknown here {", ".join(unexpected) or "none"}'
+        warnings.warn(f'{path} does not fit its {CONFIG_FILE}: {shorten(found)}', stacklevel=3)
+    if shared:
+        # each name was given a tensor of its own
+        own = named_tensors(model)
+        for name, first in shared.items():
+            tie(model, own, name, first)
+
+
+def tie(model: nn.Module, own: dict[str, Tensor], name: str, to: str) -> None:
+    """Gives the parameter or buffer `to` another name. `own` are the model's `named_tensors`, kept up to date.
+
+    Raises ValueError where one is neither, or they are not of the same kind and shape.
+    """
+    old, new = own.get(name), own.get(to)
+    if old is None or new is None:
+        raise ValueError(f'weights share {to} as {name}, which the model does not have')
+    if old is new:
+        return
+    if old.shape != new.shape or isinstance(old, nn.Parameter) != isinstance(new, nn.Parameter):
+        raise ValueError(
+            f'weights share {to} {tuple(new.shape)} as {name} {tuple(old.shape)}, which differ in shape or kind'
+        )
+    module, _, leaf = name.rpartition('.')
+    setattr(model.get_submodule(module), leaf, new)
+    own[name] = new
+
+
+def holds_meta(model: nn.Module) -> bool:
+    """Whether some tensor of a model has no values: a parameter, a buffer, or an attribute of a module."""
+    attributes = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    return any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers(), attributes))
+
+
+def main_dtype(weights: Mapping[str, Tensor]) -> torch.dtype | None:
+    """The floating point dtype that most numbers are of."""
+    numbers: Counter[torch.dtype] = Counter()
+    for tensor in weights.values():
+        if tensor.is_floating_point():
+            numbers[tensor.dtype] += tensor.numel()
+    return numbers.most_common(1)[0][0] if numbers else None
+
+
+class CallLimit(TorchFunctionMode):
+    """Raises ValueError, in this thread, once more than `limit` of PyTorch's functions have been called."""
+
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.left = limit
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError(f'it has more parts than {WEIGHTS_FILE} has tensors')
+        return func(*args, **(kwargs or {}))
+
+
+def shorten(text: str, most: int = 2000) -> str:
+    """The beginning of a text that may be long."""
+    return text if len(text) <= most else f'{text[:most]} ...'
