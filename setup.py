@@ -15,6 +15,8 @@ setup(
     license='MIT',
     license_files=['LICENSE'],
     keywords=['artificial intelligence', 'deep learning', 'transformers', 'attention', 'hierarchical', 'byte-level'],
+    # an editable install is then a line of a .pth file, which type checkers follow
+    package_dir={'': '.'},
     packages=find_packages(include=['simple_hierarchical_transformer*']),
     package_data={'simple_hierarchical_transformer': ['py.typed']},
     python_requires='>=3.10',

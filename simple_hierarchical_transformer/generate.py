@@ -7,7 +7,7 @@ import math
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,36 @@ NUM_BYTES = 256
 # of the vocabularies whose ids are bytes: with none besides, or also with an end of text, and with what fills up
 BYTE_VOCABULARIES = range(NUM_BYTES, NUM_BYTES + 3)
 TEXT = (str, bytes, bytearray)
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Text = TypeVar('Text', str, bytes)
+Self = TypeVar('Self', bound='Stream')
+Ids = Tensor | list[Tensor] | tuple[Tensor, ...] | list[int] | list[list[int]]
+
+
+class Sampling(TypedDict, total=False):
+    """Further settings of `generate`, for type checkers."""
+
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    stop_ids: int | Iterable[int] | Tensor | None
+    generator: torch.Generator | None
+    use_cache: bool
+    state: State | None
+    stop: str | bytes | Iterable[str | bytes] | None
+    repetition_penalty: float
+    max_new_tokens: int | None
+
+
+class Settings(Sampling, total=False):
+    """The settings of `stream`, likewise."""
+
+    temperature: float
+    filter_thres: float
 
 
 def check_ids(name: str, ids: Any, num_tokens: int, also: int | None = None) -> Tensor:
@@ -308,18 +338,18 @@ class Stream:
         self.reader = reader
         self.steps = draw(reader, prompt.rows, seq_len, **settings)
 
-    def __iter__(self) -> Any:
+    def __iter__(self: Self) -> Self:
         return self
 
     @torch.no_grad()
     def step(self) -> tuple[Tensor, Tensor | None]:
         return next(self.steps)
 
-    def __next__(self) -> Any:
+    def __next__(self) -> Tensor:
         return self.step()[0]
 
     @property
-    def state(self) -> Any:
+    def state(self) -> State:
         """The state after the prompt and all ids that came. It ends the stream: what reads on from it is another.
 
         Raises ValueError where a step failed halfway and left none.
@@ -389,6 +419,72 @@ class Generative:
     It has `num_tokens`, `seq_len`, `ignore_index`, `check_state(state, ids)` and `token_emb`.
     """
 
+    @overload
+    def generate(
+        self,
+        prompt: Text,
+        seq_len: int | None = None,
+        temperature: float = 1.0,
+        filter_thres: float = 0.9,
+        *,
+        return_state: Literal[False] = False,
+        **settings: Unpack[Sampling],
+    ) -> Text: ...
+    @overload
+    def generate(
+        self,
+        prompt: Text,
+        seq_len: int | None = None,
+        temperature: float = 1.0,
+        filter_thres: float = 0.9,
+        *,
+        return_state: Literal[True],
+        **settings: Unpack[Sampling],
+    ) -> tuple[Text, State]: ...
+    @overload
+    def generate(
+        self,
+        prompt: list[Text],
+        seq_len: int | None = None,
+        temperature: float = 1.0,
+        filter_thres: float = 0.9,
+        *,
+        return_state: Literal[False] = False,
+        **settings: Unpack[Sampling],
+    ) -> list[Text]: ...
+    @overload
+    def generate(
+        self,
+        prompt: list[Text],
+        seq_len: int | None = None,
+        temperature: float = 1.0,
+        filter_thres: float = 0.9,
+        *,
+        return_state: Literal[True],
+        **settings: Unpack[Sampling],
+    ) -> tuple[list[Text], State]: ...
+    @overload
+    def generate(
+        self,
+        prompt: Ids,
+        seq_len: int | None = None,
+        temperature: float = 1.0,
+        filter_thres: float = 0.9,
+        *,
+        return_state: Literal[False] = False,
+        **settings: Unpack[Sampling],
+    ) -> Tensor: ...
+    @overload
+    def generate(
+        self,
+        prompt: Ids,
+        seq_len: int | None = None,
+        temperature: float = 1.0,
+        filter_thres: float = 0.9,
+        *,
+        return_state: Literal[True],
+        **settings: Unpack[Sampling],
+    ) -> tuple[Tensor, State]: ...
     @torch.no_grad()
     def generate(
         self: Any,
@@ -478,6 +574,12 @@ class Generative:
             new = torch.stack([torch.cat((row, row[-1:].expand(longest - len(row)))) for row in rows])
         return (new, reader.finish()) if return_state else new
 
+    @overload
+    def stream(self, prompt: Ids, seq_len: int | None = None, **settings: Unpack[Settings]) -> Stream: ...
+    @overload
+    def stream(
+        self, prompt: str | bytes | list[str] | list[bytes], seq_len: int | None = None, **settings: Unpack[Settings]
+    ) -> TextStream: ...
     def stream(
         self: Any, prompt: Tensor | Sequence[Any] | str | bytes, seq_len: int | None = None, **settings: Any
     ) -> Stream:
@@ -533,6 +635,14 @@ class Generative:
         reader = Reader(self, first, state, use_cache=use_cache)
         return Generation(reader, prompts, length, dict(sampler=Sampler(**sampling), stops=stops))
 
+    @overload
+    def score(
+        self, ids: Tensor | bytes, *, chunk_size: int | None = None, return_log_probs: Literal[False] = False
+    ) -> float: ...
+    @overload
+    def score(
+        self, ids: Tensor | bytes, *, chunk_size: int | None = None, return_log_probs: Literal[True]
+    ) -> tuple[float, Tensor]: ...
     @torch.no_grad()
     def score(
         self: Any,

@@ -37,6 +37,17 @@ class Level:
     mixer_kwargs: Mapping[str, Any] = field(default_factory=dict)
     depth: int = 1
 
+    def __str__(self) -> str:
+        """One line, for people."""
+        mixer = self.mixer if isinstance(self.mixer, str) else self.mixer.__name__
+        if mixer == 'attention':
+            reach = 'full' if self.window is None else f'window {self.window}'
+            mixer = f'attention of {self.heads} x {self.dim_head}, {reach}' if self.mixes else 'no attention'
+        return (
+            f'level {self.compression}x: stride {self.stride}, dim {self.dim}, depth {self.depth}, '
+            f'{mixer}, feed-forward of {int(self.dim * self.ff_mult)}'
+        )
+
     @property
     def phases(self) -> int:
         return self.compression // self.stride

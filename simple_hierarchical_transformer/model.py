@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .block import ACTIVATIONS, HierarchicalBlock
+from .calls import TypedModule
 from .compress import Autoencoder, Compressor
 from .generate import BYTE_VOCABULARIES, Generative, check_ids
 from .halting import AdaptiveHalting
@@ -104,7 +105,7 @@ class Pass(NamedTuple):
 
 
 class HierarchicalTransformer(
-    nn.Module,
+    TypedModule,
     Generative,
     Pretrained,
     library_name='simple-hierarchical-transformer',
@@ -663,6 +664,21 @@ class HierarchicalTransformer(
             begin_at_zero(self.to_logits)
 
         self.register_load_state_dict_pre_hook(adapt_published_keys)
+
+    def __repr__(self) -> str:
+        """A line for each level and for each part. `nn.Module.__repr__(model)` shows all modules."""
+        like = self.token_emb.weight
+        lines = [
+            f'num_tokens={self.num_tokens}, seq_len={self.seq_len}, arrangement={self.arrangement!r}, '
+            f'{count_parameters(self)}, {like.dtype}, {like.device}',
+            *map(str, self.levels),
+            *(
+                f'({name}): {describe(part)}, {count_parameters(part)}'
+                for name, part in self.named_children()
+                if not isinstance(part, (nn.ModuleList, nn.ModuleDict, nn.ParameterList)) or len(part)
+            ),
+        ]
+        return '\n  '.join((f'{type(self).__name__}(', *lines)) + '\n)'
 
     def forward(
         self,
@@ -1372,6 +1388,23 @@ def find_alike(name: str, what: str, kinds: Sequence[Any], takes_part: Sequence[
     if not pairs:
         raise ValueError(f'{name} needs levels of equal {what}, got {list(kinds)}')
     return pairs
+
+
+def count_parameters(module: nn.Module) -> str:
+    return f'{sum(parameter.numel() for parameter in module.parameters()):,} parameters'
+
+
+def describe(module: nn.Module) -> str:
+    """A module in one line: of a container how many parts it has and of which classes, of others without parts all."""
+
+    def kind(part: nn.Module) -> str:
+        if not isinstance(part, (nn.ModuleList, nn.ModuleDict)):
+            return type(part).__name__
+        parts = part.values() if isinstance(part, nn.ModuleDict) else part
+        kinds = dict.fromkeys(kind(each) for each in parts if each is not None)
+        return f'{len(part)} x {" | ".join(kinds)}'
+
+    return kind(module) if list(module.children()) else str(module).replace('\n', ' ')
 
 
 def make_buffers(module: nn.Module) -> None:
