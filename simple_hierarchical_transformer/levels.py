@@ -267,7 +267,7 @@ def build_levels(
             warnings.warn(
                 f'window_sizes: {w} exceeds the {seq_len // c} tokens that hierarchy {c} has of seq_len {seq_len}, '
                 'so that level attends in full',
-                stacklevel=3,
+                stacklevel=4,
             )
             w = None
 

@@ -590,7 +590,7 @@ class HierarchicalTransformer(
         ):
             warnings.warn(
                 'prophet_loss_weight builds nothing: that of level 1x, which predicts, is the cross entropy',
-                stacklevel=2,
+                stacklevel=3,
             )
         if self.autoencoder is not None and self.autoencoder.to_ids is not None:
             self.parts.append(Part('autoencoder', autoencoder_loss_weight))

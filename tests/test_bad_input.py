@@ -455,3 +455,10 @@ def test_summarizer_of_the_wrong_shape_is_named() -> None:
     model = HierarchicalTransformer(**GOOD, hierarchies=(1, 2), chunk_summarizers=(None, nn.Linear(8, 5)))
     with pytest.raises(ValueError, match=re.escape('chunk_summarizers of hierarchy 2 must return shape (2, 7, 8)')):
         model(IDS, return_loss=True)
+
+
+@pytest.mark.parametrize('arguments', [dict(window_sizes=99), dict(prophet_loss_weight=0.1)], ids=str)
+def test_warnings_of_the_constructor_name_its_call(arguments: dict[str, Any]) -> None:
+    with pytest.warns(UserWarning, match=next(iter(arguments))) as warned:
+        HierarchicalTransformer(**GOOD, **arguments)
+    assert warned[0].filename == __file__
