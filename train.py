@@ -5,6 +5,7 @@ python train.py --data notes.txt --minutes 30         any file, folder or glob, 
 python train.py --data a.txt=0.7 b.jsonl=0.3          several, with weights
 python train.py --segment-length 128                  short segments that remember the ones before
 python train.py --resume                              go on with the run that stopped last
+python train.py --resume runs/x --minutes 20          train a finished run longer: 20 minutes in all
 python train.py --dry-run                             what a run would cost
 python train.py --eval runs/x/final --split test      score a saved model
 """
@@ -19,7 +20,8 @@ import signal
 import sys
 import time
 import uuid
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,18 +32,21 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.batches import END, Batches, evaluation_batches, seed_of, split_bytes
+from simple_hierarchical_transformer.batches import END, Batches, evaluation_batches, find_windows, seed_of, split_bytes
+from simple_hierarchical_transformer.data import Corpus
 from simple_hierarchical_transformer.pretrained import CONFIG_FILE, shared_names
 from simple_hierarchical_transformer.state import State
+from simple_hierarchical_transformer.terminal import UNREAD, abandon, prepare, printable
 from simple_hierarchical_transformer.training import checkpoints, cost, report
 from simple_hierarchical_transformer.training.optim import WeightAverage, build_optimizer, learning_rate
 from simple_hierarchical_transformer.training.processes import Stop, check_processes, from_main, meet, say
+from simple_hierarchical_transformer.training.record import check_record
 from simple_hierarchical_transformer.training.scores import STREAMS, bits_per_byte, sample_text, validation_scores
 from simple_hierarchical_transformer.training.settings import (
     BYTES,
+    DEFAULTS,
     TEXTS,
     new_settings,
     old_settings,
@@ -51,12 +56,13 @@ from simple_hierarchical_transformer.training.settings import (
 from simple_hierarchical_transformer.training.sharded import full
 from simple_hierarchical_transformer.training.sources import load_sources
 from simple_hierarchical_transformer.training.trackers import check_trackers, start_trackers
-from simple_hierarchical_transformer.training.watch import Bar
+from simple_hierarchical_transformer.training.watch import Bar, counted
 
 ROOT = Path(__file__).resolve().parent
 DATA_DIR, RUNS = ROOT / 'data', ROOT / 'runs'
 MAX_SKIPPED = 5  # steps in a row without a finite loss and gradient
 MAX_SKIPPED_SCALED = 30  # likewise in float16, whose scale is found by trying
+VALIDATIONS = 10  # of a run, where --every does not say how often
 
 
 @dataclass
@@ -83,17 +89,31 @@ class Progress:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
+@contextmanager
+def said_of(folder: Path | None) -> Iterator[None]:
+    """Around what fails where a checkpoint's record, if there is one, asks for a model that cannot be: its name is said."""
+    try:
+        yield
+    except (ValueError, ArithmeticError, RuntimeError) as error:
+        if folder is None or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(f'{folder}: {error}') from error
+
+
 class Run:
     """A run from its settings, or from where it stopped. Nothing is written before it trains."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         meet()
-        found = from_main(lambda: checkpoints.find(args.resume, args.out, RUNS, say)) if args.resume else None
+        found = from_main(lambda: self.find(args)) if args.resume else None
         settings = old_settings(args, found[1], found[0]) if found else new_settings(args)
         check_trackers(settings['log_with'])
         self.out = args.out or (found[0].parent if found else RUNS / time.strftime('%Y%m%d-%H%M%S'))
         # beginning anew where a run was ended before its first checkpoint, and going on, need no empty folder
-        self.joins = args.resume == 'latest' or (found is not None and self.out.resolve() == found[0].parent.resolve())
+        self.found_here = (
+            found is not None and 'progress' in found[1] and self.out.resolve() == found[0].parent.resolve()
+        )
+        self.joins = args.resume == 'latest' or self.found_here
 
         self.accelerator = accelerator = Accelerator(
             mixed_precision=settings['mixed_precision'], log_with=settings['log_with'], project_dir=self.out
@@ -110,19 +130,33 @@ class Run:
         self.load_data()
         if found and found[1]['data'] != self.fingerprints:
             raise ValueError(f'{found[0]} was made with other data than {", ".join(self.names)} now holds')
-        self.plan()
+        with said_of(found and found[0]):
+            self.plan()
         if not self.fits:
             if args.dry_run:
                 return
             raise ValueError(self.shortage)
         if self.shortage and not args.dry_run:
             say(f'warning: {self.shortage}')
-        self.build()
-        self.progress = Progress(identity=uuid.uuid4().hex[:8])
         self.states: list[State] = []
         self.sample = ''
-        if found:
+        with said_of(found and found[0]):
+            self.build()
+        if found and 'progress' in found[1]:
             self.restore(*found)
+        else:
+            self.progress = Progress(identity=found[1]['identity'] if found else uuid.uuid4().hex[:8])
+        # what nobody else has in the folder
+        self.scratch = self.out / f'.{self.progress.identity}.partial'
+
+    @staticmethod
+    def find(args: argparse.Namespace) -> tuple[Path, dict[str, Any]] | None:
+        found = checkpoints.find(args.resume, args.out, RUNS, say)
+        if found:
+            folder, record = found
+            file = folder / checkpoints.RECORD_FILE
+            check_record(record, file if file.is_file() else folder / checkpoints.RUN_FILE)
+        return found
 
     def load_data(self) -> None:
         s = self.s
@@ -132,6 +166,9 @@ class Run:
                 self.sources, self.weights = load_sources(s.data, DATA_DIR, text_key=s.text_key, say=say)
             self.accelerator.wait_for_everyone()
         self.names = [corpus.name for corpus in self.sources]
+        if s.data is None:
+            # which of them it was, since another may be there when the run goes on
+            s.data = self.settings['data'] = self.names
         self.spans = []
         for corpus in self.sources:
             try:
@@ -253,7 +290,8 @@ class Run:
                 self.states = checkpoints.restore_segments(
                     self.model, tensors, self.progress.position, count=self.s.grad_accum, part=self.part
                 )
-        except (KeyError, TypeError) as error:
+        except (KeyError, IndexError, TypeError, RuntimeError) as error:
+            # weights, too, whose shapes do not fit
             raise ValueError(f'{folder} is not what this version writes: {error!r}') from error
         say(f'going on from {folder}, step {self.progress.step:,}, after {report.duration(self.progress.elapsed)}')
 
@@ -340,8 +378,21 @@ class Run:
 
     # what is seen and kept of it
 
+    def row(self) -> dict[str, Any]:
+        """Where the run stands, and the score of what it learnt from since the last row."""
+        progress = self.progress
+        row: dict[str, Any] = dict(
+            step=progress.step,
+            minutes=round(progress.elapsed / 60, 3),
+            bytes=progress.step * self.rows * self.length,
+            skipped=progress.skipped,
+            train_bits_per_byte=progress.nats / progress.scored / math.log(2) if progress.scored else None,
+        )
+        progress.nats, progress.scored = 0.0, 0
+        return row
+
     def validate(self) -> None:
-        """A row of metrics, and a sample."""
+        """A row of metrics with the scores of the validation split."""
         progress = self.progress
         with self.averaged():
             windowed, streamed = validation_scores(
@@ -354,32 +405,41 @@ class Run:
         def mean(scores: list[float]) -> float:
             return sum(share * score for share, score in zip(shares, scores, strict=True))
 
-        row: dict[str, Any] = dict(
-            step=progress.step,
-            minutes=round(progress.elapsed / 60, 3),
-            bytes=progress.step * self.rows * self.length,
-            skipped=progress.skipped,
-            train_bits_per_byte=progress.nats / progress.scored / math.log(2) if progress.scored else None,
-            valid_bits_per_byte=mean(windowed),
-            valid_streaming_bits_per_byte=mean(streamed) if streamed else None,
+        row = self.row() | dict(
+            valid_bits_per_byte=mean(windowed), valid_streaming_bits_per_byte=mean(streamed) if streamed else None
         )
         if len(windowed) > 1:
-            row |= {f'valid_{name}_bits_per_byte': x for name, x in zip(self.names, windowed, strict=True)}
-        progress.nats, progress.scored = 0.0, 0
+            names = map(printable, self.names)
+            row |= {f'valid_{name}_bits_per_byte': x for name, x in zip(names, windowed, strict=True)}
         progress.rows.append(row)
-        self.accelerator.log({k: v for k, v in row.items() if v is not None}, step=progress.step)
-        streaming = f', {mean(streamed):.3f} streaming' if streamed else ''
-        say(f'step {progress.step}: validation {mean(windowed):.3f} bits per byte{streaming}')
-        if progress.step:
+
+    def show(self) -> None:
+        """The last validation, and a sample, after what it is of was saved: terminals and trackers may fail."""
+        row = self.progress.rows[-1]
+        streaming = row['valid_streaming_bits_per_byte']
+        streaming = '' if streaming is None else f', {streaming:.3f} streaming'
+        from_main(self.write_scores)
+        say(f'step {row["step"]}: validation {row["valid_bits_per_byte"]:.3f} bits per byte{streaming}')
+        if row['step']:
             self.write_sample()
             say('\n'.join(f'    {line}' for line in self.sample.splitlines()))
-        from_main(self.write_scores)
+        self.accelerator.log({k: v for k, v in row.items() if v is not None}, step=row['step'])
+
+    def due(self) -> bool:
+        """Whether a validation is, by --every, or since another tenth of the run is behind."""
+        if self.s.every:
+            return self.progress.step % self.s.every == 0
+        return int(VALIDATIONS * self.done()) > self.tenth and self.progress.elapsed >= self.rested
 
     def write_sample(self) -> None:
         # where weights are sharded, all processes have to take part
         if self.main or self.accelerator.is_fsdp2:
-            with self.averaged():
-                self.sample = sample_text(self.model, self.sources[0], self.spans[0]['valid'], self.s.seed)
+            try:
+                with self.averaged():
+                    self.sample = sample_text(self.model, self.sources[0], self.spans[0]['valid'], self.s.seed)
+            except (ValueError, ArithmeticError, RuntimeError) as error:
+                # of a model that came to nothing, say; the run does not end for it
+                self.sample = f'(no sample: {error})'
 
     def write_scores(self) -> None:
         report.write_metrics(self.progress.rows, self.out / 'metrics.csv')
@@ -398,11 +458,14 @@ class Run:
         record = dict(settings=self.settings, rows=self.rows, data=self.fingerprints, progress=asdict(progress))
 
         def write() -> None:
-            checkpoints.save(self.out, progress.step, lambda folder: self.save_model(folder, weights), tensors, record)
-            scores = {row['step']: row['valid_bits_per_byte'] for row in progress.rows}
+            checkpoints.save(
+                self.out, progress.step, lambda folder: self.save_model(folder, weights), tensors, record,
+                scratch=self.scratch,
+            )  # fmt: skip
+            scores = {row['step']: row['valid_bits_per_byte'] for row in report.validations(progress.rows)}
             scored = [step for step in checkpoints.steps_of(self.out) if math.isfinite(scores.get(step, math.nan))]
             best = min(scored, key=lambda step: scores[step], default=None)
-            checkpoints.prune(self.out, progress.step, self.s.keep, best)
+            checkpoints.prune(self.out, progress.step, self.s.keep, best, scratch=self.scratch)
 
         from_main(write)
 
@@ -422,7 +485,8 @@ class Run:
 
     def train(self) -> None:
         s, progress, stop = self.s, self.progress, Stop()
-        from_main(self.make_folder)
+        trains = self.done() < 1
+        from_main(lambda: self.make_folder(trains))
         self.draws = importlib.util.find_spec('matplotlib') is not None
         if not self.draws:
             say("no loss curve will be drawn: matplotlib is missing (pip install '.[train]')")
@@ -434,8 +498,13 @@ class Run:
         start_trackers(self.accelerator, self.settings, self.out, step=progress.step, identity=progress.identity)
         peak = self.measure_peak()
 
-        if not progress.rows:
+        if progress.rows:
+            # rows of steps that are taken once more go
+            from_main(self.write_scores)
+        else:
             self.validate()
+            self.show()
+        self.tenth, self.rested, validated_at = int(VALIDATIONS * self.done()), 0.0, None
         steps = iter(
             DataLoader(
                 self.batches,
@@ -452,39 +521,50 @@ class Run:
             start = time.monotonic()
             learnt, stops, logged = self.step(next(steps), at_first + start - began, stop.number > 0)
             bar.add(self.rows * self.length, time.monotonic() - start)
+            if validated_at is not None:
+                # of a run in minutes, validations take no more than half
+                self.rested = 0.0 if s.steps else 2 * progress.elapsed - validated_at
+                validated_at = None
+            due = self.due()
+            # on the way, never what a step may have spoilt
+            saves = self.done() >= 1 or (learnt and progress.step % s.checkpoint_every == 0)
             if progress.step % s.log_every == 0:
                 logged |= bar.show(self.done(), progress.step, logged['bits_per_byte'], progress.skipped)
                 self.accelerator.log({f'train/{name}': value for name, value in logged.items()}, step=progress.step)
+                if not (saves or due):
+                    progress.rows.append(self.row())
 
             limit = MAX_SKIPPED if self.accelerator.scaler is None else MAX_SKIPPED_SCALED
             if progress.in_a_row >= limit:
+                from_main(self.write_scores)
                 raise ValueError(
                     f'loss or gradient was not finite in {limit} steps in a row, the last being step {progress.step}: '
                     f'stopped, with the checkpoints in {self.out} as they were (try a lower --lr or --clip)'
                 )
-            # on the way, never what a step may have spoilt
-            saves = self.done() >= 1 or (learnt and progress.step % s.checkpoint_every == 0)
-            if saves or progress.step % s.every == 0:
+            if saves or due:
                 self.validate()
+                self.tenth, validated_at = int(VALIDATIONS * self.done()), progress.elapsed
             if saves:
                 self.save()
+            if saves or due:
+                self.show()
         bar.close()
 
         if self.done() < 1:
             self.save()
+            from_main(self.write_scores)
             say(f'stopped at step {progress.step:,} and saved; go on with:')
             say(f'  python train.py --resume {shlex.quote(str(self.out))}')
             # where another process was told, this one ends as it does
             sys.exit(128 + (stop.number or signal.SIGTERM))
         self.finish()
 
-    def make_folder(self) -> None:
-        there = {path.name for path in self.out.iterdir()} if self.out.is_dir() else set()
-        begun = self.progress.step or 'metrics.csv' in there or all(name.startswith('.') for name in there)
-        if there and not (self.joins and begun):
-            raise OSError(f'--out: {self.out} is not empty')
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.lock = checkpoints.lock(self.out)
+    def make_folder(self, trains: bool) -> None:
+        progress = self.progress
+        mark = dict(identity=progress.identity, settings=self.settings, rows=self.rows, data=self.fingerprints)
+        if self.joins:
+            checkpoints.check_own(self.out, progress.identity, progress.step, trains=trains)
+        self.lock = checkpoints.claim(self.out, mark, resumes=self.joins, found=self.found_here)
 
     def measure_peak(self) -> float:
         """Operations a second that all processes could reach."""
@@ -504,23 +584,32 @@ class Run:
             scoring += f' --text-key {shlex.quote(self.s.text_key)}'
         sampling = f'python -m simple_hierarchical_transformer.sample {out}/final --prompt "The "'
         resuming = f'python train.py --resume {out}'
+        more = f'--steps {2 * self.s.steps}' if self.s.steps else f'--minutes {2 * self.s.minutes:g}'
         rows, count = self.progress.rows, sum(self.parameters.values())
 
         def write() -> None:
-            checkpoints.write_folder(final, lambda folder: self.save_model(folder, weights))
+            checkpoints.save_final(
+                self.out, self.progress.step, lambda folder: self.save_model(folder, weights),
+                identity=self.progress.identity, scratch=self.scratch,
+            )  # fmt: skip
             text = report.report(
                 self.settings,
                 rows,
                 self.account(),
                 facts={'parameters': f'{count:,}', 'steps skipped': f'{self.progress.skipped:,}'},
-                commands={'Score all of it': scoring, 'Sample from it': sampling, 'Go on, had it stopped': resuming},
+                commands={
+                    'Score all of it': scoring,
+                    'Sample from it': sampling,
+                    'Go on, had it stopped': resuming,
+                    'Train it longer': f'{resuming} {more}',
+                },
                 picture='loss.png' if self.draws else None,
                 sample=self.sample,
             )
             report.write_text(self.out / 'report.md', text)
 
         from_main(write)
-        first, last = rows[0]['valid_bits_per_byte'], rows[-1]['valid_bits_per_byte']
+        first, *_, last = (row['valid_bits_per_byte'] for row in (rows[0], *report.validations(rows)))
         say(f'\nvalidation went from {first:.3f} to {last:.3f} bits per byte in {self.progress.step:,} steps')
         say(f'saved to {final}, with an account of the run in {self.out / "report.md"}')
         say(f'score all of it:  {scoring}')
@@ -529,6 +618,8 @@ class Run:
     def close(self) -> None:
         """Lets go of what holds the processes together, whose threads must not outlive the interpreter."""
         accelerator = self.accelerator
+        if Stop.at_work:
+            Stop.at_work.release()
         self.__dict__.clear()
         accelerator.free_memory()
         accelerator.end_training()
@@ -577,17 +668,42 @@ def evaluate(args: argparse.Namespace) -> None:
 
     # a model of texts that end was not taught to read on from one into the next
     documents = model.num_tokens > END
-    for corpus in load_sources(args.data, DATA_DIR, text_key=args.text_key or 'text', say=say)[0]:
+    for corpus in evaluated(args):
         span = split_bytes(len(corpus), seq_len=seq_len)[split]
         batches = evaluation_batches(corpus, span, seq_len=seq_len, batch_size=batch_size, documents=documents)
-        score = bits_per_byte(model, tqdm(batches, desc=split, unit='batch'), accelerator.device)
+        count = -(-len(find_windows(corpus, span, seq_len, documents)[0]) // batch_size)
+        score = bits_per_byte(model, counted(batches, count, split, 'batch'), accelerator.device)
         said = f'{split}: {{:.4f}} bits per byte over {len(span):,} bytes of {corpus.name}, in '
         say(said.format(score) + f'windows of {seq_len:,}')
         if not documents:
             say(said.format(model.score(corpus[span.start - 1 : span.stop])) + 'one stream')
 
 
+def evaluated(args: argparse.Namespace) -> list[Corpus]:
+    """What --eval scores: --data, or what the model's run was trained on, or, of a model without a run, the default.
+
+    Raises ValueError where the run's data is gone or has changed.
+    """
+    found = checkpoints.run_of(args.eval.resolve()) if args.data is None else None
+    if found is None:
+        return load_sources(args.data, DATA_DIR, text_key=args.text_key or 'text', say=say)[0]
+    run, file = found
+    check_record(run, file)
+    settings = {**DEFAULTS, **run['settings']}
+    named = ' '.join(settings['data'] or ['the default'])
+    try:
+        text_key = args.text_key or settings['text_key']
+        corpora = load_sources(settings['data'], DATA_DIR, text_key=text_key, say=say)[0]
+    except (ValueError, OSError) as error:
+        raise ValueError(f'--eval: the data of the run, {named}, cannot be had: {error}. Give --data') from error
+    if args.text_key is None and [corpus.fingerprint() for corpus in corpora] != run['data']:
+        raise ValueError(f'--eval: the data of the run, {named}, has changed since. Give --data')
+    say(f'the data of the run: {named}')
+    return corpora
+
+
 def main(argv: list[str] | None = None) -> None:
+    prepare()
     args = parse_args(argv, __doc__)
     try:
         if args.eval:
@@ -598,8 +714,11 @@ def main(argv: list[str] | None = None) -> None:
                 run.dry_run() if args.dry_run else run.train()
             finally:
                 run.close()
+    except BrokenPipeError:
+        abandon(sys.stderr)
+        sys.exit(UNREAD)
     except (ValueError, OSError) as error:
-        sys.exit(f'error: {error}')
+        sys.exit(f'error: {printable(str(error))}')
     except torch.OutOfMemoryError as error:
         sys.exit(f'error: out of memory (try a smaller --batch-size or --gradient-checkpointing): {error}')
     except KeyboardInterrupt:

@@ -136,7 +136,7 @@ def train(
         result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **CPU})
         if result.returncode:
             sys.exit(f'{option}, seed {seed}: {result.stderr[-2000:]}')
-        with open(out / 'metrics.csv') as file:
+        with open(out / 'metrics.csv', encoding='utf-8') as file:
             last = list(csv.DictReader(file))[-1]
         trained = HierarchicalTransformer.from_pretrained(out / 'final')
     return dict(

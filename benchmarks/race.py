@@ -279,7 +279,7 @@ class Race:
             before = matmul_pace()
             _, memory = call(command, **CPU, PYTHONPATH=str(ROOT), OMP_NUM_THREADS=str(self.threads))
             pace = [before, matmul_pace()]
-            with open(out / 'metrics.csv') as file:
+            with open(out / 'metrics.csv', encoding='utf-8') as file:
                 last = list(csv.DictReader(file))[-1]
             model = HierarchicalTransformer.from_pretrained(out / 'final')
         valid, test = (

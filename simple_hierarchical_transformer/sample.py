@@ -17,9 +17,11 @@ import torch
 from .generate import BYTE_VOCABULARIES
 from .model import HierarchicalTransformer
 from .pretrained import CONFIG_FILE
+from .terminal import UNREAD, abandon, prepare, unread
 
 
 def main(argv: list[str] | None = None) -> None:
+    prepare()
     parser = argparse.ArgumentParser(
         prog='python -m simple_hierarchical_transformer.sample', description='Goes on from a prompt, byte by byte.'
     )
@@ -86,7 +88,13 @@ def main(argv: list[str] | None = None) -> None:
         sys.stderr.write(f'{count} bytes{rate}, the first after {first:.2f} s\n')
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError, RuntimeError) as error:
+    except OSError as error:
+        if not unread(error):
+            sys.exit(f'error: {error}')
+        abandon(sys.stdout)
+        abandon(sys.stderr)
+        sys.exit(UNREAD)
+    except (ValueError, RuntimeError) as error:
         sys.exit(f'error: {error}')
 
 

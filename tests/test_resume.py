@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import ctypes
+import functools
+import importlib
 import json
 import re
 import resource
@@ -41,7 +43,7 @@ def start(*args: object, **popen: Any) -> subprocess.Popen[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in sorted(folder.rglob('*')) if path.is_file() and path.name != '.lock')
+    files = (path for path in sorted(folder.rglob('*')) if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
@@ -181,7 +183,7 @@ def test_a_newer_torn_one_does_not_push_out_what_was_just_saved(unbroken: Path, 
 
 
 def test_two_runs_do_not_share_a_folder(halfway: Path) -> None:
-    held = checkpoints.lock(halfway)
+    held = checkpoints.lock(halfway / 'run.json')
     result = run('--resume', halfway)
     assert result.returncode == 1
     assert 'another run is at work in this folder' in result.stderr
@@ -289,12 +291,13 @@ def test_what_does_not_fit_is_refused_and_nothing_touched(
     cases: list[tuple[tuple[object, ...], str]] = [
         (('--resume', halfway, '--lr', 0.1), 'was made with other arguments: --lr 0.1, not 0.006. Leave them out'),
         (('--resume', halfway, '--steps', 48, '--model', 'dim=64'), '--steps 48, not 24; --model dim=64, not 16'),
+        (('--resume', halfway, '--steps', 48), 'A run can be made longer once it is finished'),
         (('--resume', halfway, '--batch-size', 3), 'a step of this run has 2 sequences'),
         (('--resume', halfway / 'checkpoint-10', '--out', halfway / '..' / halfway.name), 'is not the newest'),
         (('--resume', halfway / 'checkpoint-10'), f'is not the newest: --resume {halfway} goes on from checkpoint-15'),
         (
             ('--resume', tmp_path / 'checkpoint-1'),
-            'is no checkpoint of train.py: its record lacks settings',
+            f'{tmp_path / "checkpoint-1" / "training.json"}: settings is missing',
         ),
         (('--resume', tmp_path / 'foreign'), 'there is no whole checkpoint in'),
         (('--resume', halfway, '--data', tmp_path / 'other.txt'), '--data ['),
@@ -306,7 +309,7 @@ def test_what_does_not_fit_is_refused_and_nothing_touched(
     record = (halfway / 'checkpoint-15' / 'training.json').read_bytes()
     for changes, message in (
         (dict(format=2), 'by a newer version'),
-        (dict(progress=dict(fuel=1)), 'not what this version'),
+        (dict(progress=dict(fuel=1)), 'progress.identity is missing'),
     ):
         edit(halfway / 'checkpoint-15', **changes)
         assert message in refuse('--resume', halfway)
@@ -328,7 +331,7 @@ def test_an_older_checkpoint_is_a_branch(unbroken: Path, halfway: Path, tmp_path
     assert result.returncode == 0, result.stderr
     assert contents(halfway) == before
     assert_same(outcome(tmp_path / 'branch'), outcome(unbroken))
-    scores = {row['step']: row['valid_bits_per_byte'] for row in outcome(unbroken)['record']['rows']}
+    scores = {row['step']: row.get('valid_bits_per_byte') for row in outcome(unbroken)['record']['rows']}
     best = min((step for step in (15, 20, 24)), key=lambda step: scores[step])
     kept = sorted(path.name for path in (tmp_path / 'branch').glob('checkpoint-*'))
     assert kept == sorted({f'checkpoint-{best}', 'checkpoint-24'})
@@ -354,7 +357,7 @@ def test_a_full_disk_ends_the_run_and_touches_nothing(unbroken: Path, halfway: P
     assert len(errors) == 1
     assert 'could not be written' in errors[0]
     assert {name: data for name, data in contents(halfway).items() if name.startswith('checkpoint')} == before
-    assert [path.name for path in halfway.glob('.*')] == ['.lock']
+    assert list(halfway.glob('.*')) == []
 
     if what == 'training.safetensors':
         assert run('--resume', halfway).returncode == 0
@@ -412,7 +415,20 @@ def inject(what: str, steps: str, *args: object) -> subprocess.CompletedProcess[
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, cwd=ROOT)
 
 
-PLAIN = ('--preset', 'cpu', '--steps', 12, '--every', 4, '--checkpoint-every', 4, '--valid-bytes', 1024)
+PLAIN = (
+    '--preset',
+    'cpu',
+    '--steps',
+    12,
+    '--every',
+    4,
+    '--log-every',
+    4,
+    '--checkpoint-every',
+    4,
+    '--valid-bytes',
+    1024,
+)
 PLAIN += ('--seq-len', 32, '--batch-size', 1, '--model', 'dim=16', 'depth=1', 'heads=1')
 
 
@@ -442,3 +458,222 @@ def test_several_in_a_row_end_the_run(corpus: Path, tmp_path: Path) -> None:
     # what was injected is gone, so it goes on
     assert run('--resume', out).returncode == 0
     assert checkpoints.read_record(out / 'checkpoint-12')['progress']['skipped'] == 0
+
+
+# told to stop by what is lost
+
+
+def test_a_terminal_that_closes_has_it_save_first(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / 'run'
+    process = start('--data', corpus, '--out', out, *PLAIN, '--steps', 10**6)
+    while not (out / 'metrics.csv').exists() and process.poll() is None:
+        time.sleep(0.002)
+    for _ in range(2):
+        process.send_signal(signal.SIGHUP)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 129, said
+    assert 'Traceback' not in said
+    assert checkpoints.newest(out, print)
+
+
+def test_a_closed_stdout_has_it_save_first(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / 'run'
+    command = run_command('--data', corpus, '--out', out, *PLAIN, '--steps', 10**6)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout
+        assert 'to train on' in process.stdout.readline()
+        # as head -1 does
+        process.stdout.close()
+        assert process.stderr
+        said = process.stderr.read()
+        assert process.wait(timeout=60) == 141, said
+    assert 'Traceback' not in said
+    assert 'BrokenPipe' not in said
+    assert checkpoints.newest(out, print)
+
+
+# trained longer
+
+
+def test_a_finished_run_is_trained_longer(
+    unbroken: Path, tmp_path: Path, train_here: Callable[..., None], refuse: Callable[..., str]
+) -> None:
+    whole, broken = (shutil.copytree(unbroken, tmp_path / name) for name in ('whole', 'broken'))
+    for args, message in (
+        (('--steps', 20), 'has 24 steps and'),
+        (('--steps', 20), '--steps 20 is no longer (it counts all of the run'),
+        (('--steps', 30, '--lr', 0.1), '--lr 0.1, not 0.006'),
+    ):
+        assert message in refuse('--resume', whole, *args)
+
+    train_here('--resume', whole, '--steps', 28)
+    assert checkpoints.read_record(whole / 'final')['step'] == 28
+    final = load_file(whole / 'final' / 'model.safetensors')
+    assert all(torch.equal(final[key], each) for key, each in load_file(weights_of(whole, 28)).items())
+    assert not torch.equal(final['token_emb.weight'], load_file(weights_of(unbroken, 24))['token_emb.weight'])
+    assert '28 steps of muon' in (whole / 'final' / 'README.md').read_text(encoding='utf-8')
+    assert f'python train.py --resume {whole} --steps 56' in (whole / 'report.md').read_text(encoding='utf-8')
+    assert [path.name for path in whole.glob('.*')] == []
+
+    # it is a run like others: broken off and resumed, it computes the same
+    shutil.copytree(whole / 'checkpoint-25', broken / 'checkpoint-25')
+    train_here('--resume', broken)
+    assert_same(outcome(broken, 28), outcome(whole, 28))
+    # nor is it trained longer by what it was asked before
+    before = contents(broken)
+    train_here('--resume', broken, '--steps', 28)
+    assert contents(broken) == before
+
+    # steps that are done may be gone on with in minutes
+    assert 'is no longer' in refuse('--resume', broken, '--minutes', 1e-6)
+
+
+def weights_of(run: Path, step: int) -> Path:
+    return run / f'checkpoint-{step}' / 'model.safetensors'
+
+
+# a folder that is not the run's own
+
+
+def test_what_a_run_did_not_write_is_not_written_over(
+    unbroken: Path, corpus: Path, tmp_path: Path, refuse: Callable[..., str]
+) -> None:
+    new = ('--data', corpus, *PLAIN)
+    tool = tmp_path / 'tool'
+    (tool / '.checkpoint-7').mkdir(parents=True)
+    for name in ('metrics.csv', 'report.md', '.checkpoint-7/state'):
+        (tool / name).write_text('of another tool')
+    begun = tmp_path / 'begun'
+    begun.mkdir()
+    (begun / 'run.json').write_text('{"metrics": []}')
+    hidden = tmp_path / 'hidden'
+    (hidden / '.git').mkdir(parents=True)
+    gone = shutil.copytree(unbroken, tmp_path / 'gone')
+    for path in gone.glob('checkpoint-*'):
+        shutil.rmtree(path)
+    edited = shutil.copytree(unbroken, tmp_path / 'edited')
+    (edited / 'final' / 'README.md').write_text('my own words')
+    later = shutil.copytree(unbroken, tmp_path / 'later')
+    (later / 'checkpoint-26').mkdir()
+    (later / 'checkpoint-26' / 'model.bin').write_text('of another tool')
+    mixed = shutil.copytree(unbroken, tmp_path / 'mixed')
+    mark = json.loads((mixed / 'run.json').read_text())
+    (mixed / 'run.json').write_text(json.dumps(dict(mark, identity='01234567')))
+
+    before = contents(tmp_path)
+    cases: list[tuple[tuple[object, ...], str]] = [
+        (('--out', tool, '--resume', *new), f'--out: {tool} is not empty'),
+        (('--out', begun, '--resume', *new), f'--out: {begun} is not empty'),
+        (('--out', hidden, '--resume', *new), f'--out: {hidden} is not empty'),
+        (('--out', gone, '--resume', *new), f'{gone} has a finished run, but none of its checkpoints'),
+        (('--out', gone, *new), f'--out: {gone} is not empty'),
+        (('--resume', edited, '--steps', 30), f'{edited / "final"} is not as this run wrote it: move it away'),
+        (('--resume', later, '--steps', 30), f'{later / "checkpoint-26"} is not as this run wrote it'),
+        (('--resume', mixed, '--steps', 30), f'--out: {mixed} is not empty, and of another run'),
+    ]
+    for args, message in cases:
+        assert message in refuse(*args)
+    assert contents(tmp_path) == before
+
+
+def test_a_run_without_a_checkpoint_yet_begins_as_it_was_asked_to(
+    corpus: Path, tmp_path: Path, train_here: Callable[..., None], refuse: Callable[..., str]
+) -> None:
+    out = tmp_path / 'run'
+    train_here('--data', corpus, '--out', out, *PLAIN, '--steps', 2)
+    shutil.rmtree(out / 'final')
+    shutil.rmtree(out / 'checkpoint-2')
+    foreign = out / '.checkpoint-2.partial'
+    foreign.mkdir()
+    (foreign / 'file').write_text('of another tool')
+    # what the run left when it was ended in the middle of writing
+    left = out / f'.{json.loads((out / "run.json").read_text())["identity"]}.partial' / 'checkpoint-2'
+    left.mkdir(parents=True)
+    begun = ('--data', corpus, '--out', out, '--resume', *PLAIN)
+    assert 'was made with other arguments: --steps 12, not 2' in refuse(*begun)
+    train_here(*begun, '--steps', 2)
+    assert checkpoints.read_record(out / 'final')['step'] == 2
+    assert (foreign / 'file').read_text() == 'of another tool'
+    assert not left.exists()
+    # of checkpoints of others, none is removed
+    other = shutil.copytree(out / 'checkpoint-2', out / 'checkpoint-1')
+    edit(other, progress=dict(identity='01234567'), step=1)
+    train_here('--resume', out, '--steps', 4, '--keep', 1)
+    assert sorted(path.name for path in out.glob('checkpoint-*')) == ['checkpoint-1', 'checkpoint-4']
+
+
+# edited by hand
+
+EDITS: list[tuple[str, Any]] = [
+    *((f'settings.{name}', value) for name, values in {
+        'lr': ('fast', -1, None, [], True, '0.006', float('nan')),
+        'steps': (0, -5, 2.5, '24', True, [24], None, 10**400),
+        'minutes': (3, 'long'),
+        'seq_len': (0, None, {}, 64.0),
+        'segment_length': (-16, 'x'),
+        'batch_size': (0, None, 'two'),
+        'grad_accum': (0, 1.5),
+        'optimizer': ('sgd', None, 3),
+        'schedule': ('cubic', {}),
+        'mixed_precision': ('fp8', None),
+        'data': ('text.txt', [], [3], {}),
+        'model': (None, [], 'dim=16', {'seq_len': 8}, {'dim': 'wide'}, {'dim': 32}, {'width': 3}),
+        'documents': ('yes', 1, None),
+        'compile': ('no',),
+        'ema': (1.5, 'x'),
+        'every': (0, 'x'),
+        'checkpoint_every': (0, None),
+        'keep': (-1, 'all'),
+        'log_every': (0, None),
+        'log_with': ('tensorboard', ['paper'], 5),
+        'workers': (-1, None, 'x'),
+        'valid_bytes': (0, None),
+        'seed': ('x', None, 1.5),
+        'warmup': (1, -0.1),
+        'weight_decay': ('x', 2),
+        'clip': (0, None),
+        'text_key': (5, None),
+        'preset': ('tpu', 5, None),
+    }.items() for value in values),
+    *((f'progress.{name}', value) for name, values in {
+        'step': ('x', -1, 14, None, 1e3),
+        'elapsed': ('x', -1, float('inf'), None),
+        'nats': ('x', None),
+        'scored': (1.5, 'x'),
+        'skipped': (None, -2),
+        'in_a_row': ('x',),
+        'updates': ('x', -1),
+        'position': ('x', 7.5),
+        'scaler': ([], {'scale': 'x'}),
+        'identity': (None, '../../home', 5, 'ABC'),
+        'rows': (None, {}, [5], [{}], [{'step': 'x'}], []),
+        'fuel': (1,),
+    }.items() for value in values),
+    ('settings', None), ('settings', []), ('progress', None), ('progress', []), ('rows', 'x'), ('rows', 0),
+    ('rows', 3), ('data', 'x'), ('data', [1]), ('step', 1e400), ('step', -1), ('files', []), ('files', {'x': 'y'}),
+    ('format', 'x'), ('format', None), ('settings.model.dim', 32), ('settings.model.dim', 'wide'),
+    ('settings.model.depth', [1, 2, 3]),
+]  # fmt: skip
+
+
+def test_records_that_were_edited_are_refused_by_name(
+    halfway: Path, refuse: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # what is not refused does not train
+    monkeypatch.setattr(importlib.import_module('train').Run, 'train', lambda run: print('not refused'))
+    file = halfway / 'checkpoint-15' / 'training.json'
+    whole = json.loads(file.read_text())
+    before = contents(halfway)
+    for path, value in EDITS:
+        changed = json.loads(json.dumps(whole))
+        *owners, name = path.split('.')
+        functools.reduce(dict.__getitem__, owners, changed)[name] = value
+        file.write_text(json.dumps(changed))
+        said = refuse('--resume', halfway / 'checkpoint-15')
+        assert 'checkpoint-15' in said, (path, value, said)
+        assert said.count('\n') <= 1, (path, value, said)
+    for text in ('[' * 10**5, '\ud800', '{"step": 1e999}'):
+        file.write_bytes(text.encode('utf-8', 'surrogatepass'))
+        assert 'checkpoint-15 is torn' in refuse('--resume', halfway / 'checkpoint-15')
+    file.write_text(json.dumps(whole, indent=1) + '\n')
+    assert contents(halfway) == before

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
+import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -15,11 +18,12 @@ import torch
 from conftest import build, configs
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.training import checkpoints, cost, optim, report
+from simple_hierarchical_transformer import HierarchicalTransformer, terminal
+from simple_hierarchical_transformer.training import checkpoints, cost, optim, processes, report, watch
 from simple_hierarchical_transformer.training.settings import PRESETS, new_settings, parse_args, share
 
 SMALL: dict[str, Any] = dict(num_tokens=11, dim=(8, 12), depth=2, seq_len=32, dim_head=4, heads=2, hierarchies=(1, 4))
@@ -264,13 +268,13 @@ def write_config(folder: Path) -> None:
 
 def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
     for step in (5, 10, 15, 100):
-        checkpoints.save(tmp_path, step, write_config, {}, {})
+        checkpoints.save(tmp_path, step, write_config, {}, {}, scratch=tmp_path / 'partial')
     (tmp_path / 'checkpoint-x').mkdir()
-    checkpoints.prune(tmp_path, 100, 2, best=5)
+    checkpoints.prune(tmp_path, 100, 2, best=5, scratch=tmp_path / 'partial')
     assert list(checkpoints.steps_of(tmp_path)) == [5, 15, 100]
-    checkpoints.prune(tmp_path, 100, 9, best=5)
+    checkpoints.prune(tmp_path, 100, 9, best=5, scratch=tmp_path / 'partial')
     assert list(checkpoints.steps_of(tmp_path)) == [5, 15, 100]
-    checkpoints.prune(tmp_path, 100, 1, best=None)
+    checkpoints.prune(tmp_path, 100, 1, best=None, scratch=tmp_path / 'partial')
     assert list(checkpoints.steps_of(tmp_path)) == [100]
     found = checkpoints.newest(tmp_path, print)
     assert found
@@ -280,11 +284,11 @@ def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
 @pytest.mark.parametrize('keep', [1, 2, 3])
 def test_torn_checkpoints_are_not_kept_instead_of_whole_ones(tmp_path: Path, keep: int) -> None:
     for step in (5, 10, 15, 20, 25, 30):
-        checkpoints.save(tmp_path, step, write_config, {}, {})
+        checkpoints.save(tmp_path, step, write_config, {}, {}, scratch=tmp_path / 'partial')
     for step in (10, 25, 30):
         (tmp_path / f'checkpoint-{step}' / 'config.json').unlink()
-    checkpoints.save(tmp_path, 22, write_config, {}, {})
-    checkpoints.prune(tmp_path, 22, keep, best=None)
+    checkpoints.save(tmp_path, 22, write_config, {}, {}, scratch=tmp_path / 'partial')
+    checkpoints.prune(tmp_path, 22, keep, best=None, scratch=tmp_path / 'partial')
     whole = [step for step in checkpoints.steps_of(tmp_path) if step not in (10, 25, 30)]
     assert whole == [5, 15, 20, 22][-keep:]
     found = checkpoints.newest(tmp_path, lambda said: None)
@@ -293,10 +297,9 @@ def test_torn_checkpoints_are_not_kept_instead_of_whole_ones(tmp_path: Path, kee
 
 
 def test_one_process_has_the_folder(tmp_path: Path) -> None:
-    held = checkpoints.lock(tmp_path)
-    code = (
-        f'from simple_hierarchical_transformer.training import checkpoints; checkpoints.lock(Path({str(tmp_path)!r}))'
-    )
+    held = checkpoints.lock(tmp_path / 'run.json')
+    file = str(tmp_path / 'run.json')
+    code = f'from simple_hierarchical_transformer.training import checkpoints; checkpoints.lock(Path({file!r}))'
     other = [sys.executable, '-c', f'from pathlib import Path; {code}']
     result = subprocess.run(other, capture_output=True, text=True)
     assert 'another run is at work in this folder' in result.stderr
@@ -309,11 +312,11 @@ def test_a_whole_checkpoint_stays_and_a_torn_one_is_written_again(tmp_path: Path
     def write(text: str) -> Any:
         return lambda folder: (folder / 'config.json').write_text(text)
 
-    folder = checkpoints.save(tmp_path, 5, write('first'), {}, {})
-    checkpoints.save(tmp_path, 5, write('second'), {}, {})
+    folder = checkpoints.save(tmp_path, 5, write('first'), {}, {}, scratch=tmp_path / 'partial')
+    checkpoints.save(tmp_path, 5, write('second'), {}, {}, scratch=tmp_path / 'partial')
     assert (folder / 'config.json').read_text() == 'first'
     (folder / 'config.json').write_text('torn')
-    checkpoints.save(tmp_path, 5, write('third'), {}, {})
+    checkpoints.save(tmp_path, 5, write('third'), {}, {}, scratch=tmp_path / 'partial')
     assert (folder / 'config.json').read_text() == 'third'
     assert [path.name for path in tmp_path.iterdir()] == ['checkpoint-5']
 
@@ -324,7 +327,7 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
         raise OSError(28, 'No space left on device')
 
     with pytest.raises(OSError, match=r'checkpoint-5 could not be written: .*No space left on device'):
-        checkpoints.save(tmp_path, 5, write, {}, {})
+        checkpoints.save(tmp_path, 5, write, {}, {}, scratch=tmp_path / 'partial')
     assert list(tmp_path.iterdir()) == []
 
 
@@ -353,3 +356,106 @@ def test_time_can_be_asked_for_either_way() -> None:
 def test_a_sample_cannot_break_out_of_its_report() -> None:
     assert report.fenced('a\n```\nb').startswith('````text\n')
     assert report.duration(3725.4) == '1:02:05'
+
+
+def test_a_curve_has_every_row_and_the_table_means_over_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    valid = dict(valid_bits_per_byte=4.0, valid_streaming_bits_per_byte=None)
+    scores = [None, 7.0, 6.0, 5.0, 3.0]
+    rows = [
+        dict(step=step, minutes=0.0, bytes=8 * step, skipped=0, train_bits_per_byte=score)
+        | (valid if step in (0, 10, 18) else {})
+        for step, score in zip((0, 5, 10, 15, 18), scores, strict=True)
+    ]
+    drawn: list[tuple[str, list[int]]] = []
+    plot = Axes.plot
+    monkeypatch.setattr(
+        'matplotlib.axes.Axes.plot',
+        lambda self, x, y, *, label, marker: drawn.append((label, [*map(int, x)])) or plot(self, [], [], label=label),
+    )
+    report.draw_curve(rows, tmp_path / 'loss.png')
+    assert drawn == [('training', [5, 10, 15, 18]), ('validation', [0, 10, 18])]
+    report.write_metrics(rows, tmp_path / 'metrics.csv')
+    assert (tmp_path / 'metrics.csv').read_text().splitlines()[2] == '5,0.0,40,0,7.0,,'
+
+    # five steps of 5.0 and three of 3.0 since the validation before
+    said = report.account(dict(optimizer='muon'), rows, ['text'], 'here', steps=18, size=144, seconds=1.0)
+    assert '| train |  | 4.250 |' in said
+    said = report.report(dict(data=['text'], table_lr=None), rows, '', facts={}, commands={}, picture=None, sample='')
+    assert said.startswith(
+        '# 4.000 bits per byte\n\nOn the validation split, at step 18; the best was 4.000 at step 0.'
+    )
+    assert 'null' not in said
+
+
+def test_texts_are_utf8_and_hold_what_is_none_as_escapes(tmp_path: Path) -> None:
+    name = b'caf\xc3\xa9 \xff'.decode('ascii', 'surrogateescape')
+    report.write_text(tmp_path / 'text', f'{name}\n')
+    assert (tmp_path / 'text').read_bytes() == b'caf\xc3\xa9 \\xff\n'
+    # surrogates that are no byte of a name
+    assert terminal.printable('a \ud800 \u00e9') == 'a \\ud800 \u00e9'
+
+
+# signals and terminals
+
+
+def test_a_run_hears_of_hang_ups_unless_it_was_told_not_to() -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        stop = processes.Stop()
+        for _ in range(2):
+            # terminals that close send several
+            signal.raise_signal(signal.SIGHUP)
+        assert stop.number == signal.SIGHUP
+        stop.release()
+        assert signal.getsignal(signal.SIGHUP) is before
+
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        stop = processes.Stop()
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.number == 0
+        stop.release()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_nobody_reads_tells_a_run_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unread() -> Any:
+        reads, writes = os.pipe()
+        os.close(reads)
+        return os.fdopen(writes, 'w')
+
+    monkeypatch.setattr(sys, 'stdout', unread())
+    with pytest.raises(BrokenPipeError):
+        processes.say('nothing to stop')
+    monkeypatch.setattr(sys, 'stdout', unread())
+    stop = processes.Stop()
+    try:
+        processes.say('there is')
+        assert stop.number == signal.SIGPIPE
+        # nor does anything that is said after it fail
+        processes.say('nor this')
+        sys.stdout.flush()
+    finally:
+        stop.release()
+
+
+@pytest.mark.parametrize('encoding', ['cp1252', 'ascii'])
+def test_what_a_terminal_cannot_show_is_replaced(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(shown, encoding))
+    terminal.prepare()
+    processes.say('a \u65e5 \udcff')
+    assert shown.getvalue().decode().split() == ['a', '\\u65e5', '\\xff']
+
+
+def test_a_log_has_each_state_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    bar = watch.Bar(0.0, flops=1.0, peak=1.0, shown=True)
+    for step in range(1, 5):
+        bar.add(8, 0.1)
+        bar.show(step / 4, step, 2.0, 0)
+        processes.say('a validation')
+        processes.say('a sample')
+    bar.close()
+    said = capsys.readouterr().err
+    assert said.startswith('100% step 4, 2.000 bits per byte')
+    assert said.count('bits per byte') == 1

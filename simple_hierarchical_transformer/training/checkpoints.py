@@ -1,8 +1,11 @@
 """What a run has come to, as folders `checkpoint-<step>` beside each other: written whole or not at all.
 
 Each is a saved model, as `from_pretrained` takes it, with two files more: training.safetensors, the tensors of the
-optimizer and what else changes, and training.json, the rest, with the size and SHA-256 of every other file. Nothing in
-them hangs on how many processes wrote them.
+optimizer and what else changes, and training.json, the rest, with the size and SHA-256 of every other file. They do not
+depend on how many processes wrote them.
+
+A run marks its folder as its own by run.json, before it writes anything else there. What is in the folder belongs to
+the run where its record says so. Nothing else is overwritten or removed.
 """
 
 from __future__ import annotations
@@ -29,7 +32,10 @@ from .sharded import fill, full, reshard, shard_like
 
 RECORD_FILE = 'training.json'
 TENSORS_FILE = 'training.safetensors'
+RUN_FILE = 'run.json'
+FINAL = 'final'
 FORMAT = 1
+WRITER = 'train.py of simple-hierarchical-transformer'
 
 OPTIMIZER, WEIGHTS, SEGMENTS = 'optimizer', 'weights', 'segments'
 
@@ -193,16 +199,19 @@ def save(
     write_model: Callable[[Path], object],
     tensors: dict[str, Tensor],
     record: dict[str, Any],
+    *,
+    scratch: Path,
 ) -> Path:
-    """Writes `checkpoint-<step>`; one that is there already, and whole, stays.
+    """Writes `checkpoint-<step>`; one of this run that is there already, and whole, stays.
 
-    Raises OSError where it cannot be written. Older checkpoints are not touched.
+    Raises OSError where it cannot be written, or where a folder of that name is not of this run. Older checkpoints are
+    not touched.
     """
     folder = run / f'checkpoint-{step}'
-    for left in run.glob('.checkpoint-*'):
-        shutil.rmtree(left, ignore_errors=True)
+    record = dict(format=FORMAT, step=step, **record)
     torn = False
     if folder.exists():
+        refuse_foreign(folder, identity_of(record))
         try:
             read_record(folder)
             return folder
@@ -212,37 +221,61 @@ def save(
     def write(partial: Path) -> None:
         write_model(partial)
         write_tensors(tensors, partial / TENSORS_FILE)
-        files = {file.name: [file.stat().st_size, file_digest(file)] for file in sorted(partial.iterdir())}
-        text = json.dumps(dict(format=FORMAT, step=step, **record, files=files), indent=1)
-        (partial / RECORD_FILE).write_text(text + '\n')
+        write_record(partial, record)
 
-    return write_folder(folder, write, instead=torn)
+    return write_folder(folder, write, scratch=scratch, instead=torn)
 
 
-def write_folder(folder: Path, write: Callable[[Path], object], *, instead: bool = False) -> Path:
-    """Has a folder written under another name, so that it appears whole or not at all.
+def save_final(run: Path, step: int, write_model: Callable[[Path], object], *, identity: str, scratch: Path) -> Path:
+    """Writes the model by itself to `final`, in place of one that this run wrote before it was trained longer.
 
-    One that is there stays, or, with `instead`, goes once the new one is written.
+    Raises OSError where it cannot be written, or where what is there is not of this run.
+    """
+    folder = run / FINAL
+    written = refuse_foreign(folder, identity) if folder.exists() else None
+    if written and written['step'] == step:
+        return folder
+    if written:
+        refuse_foreign(folder, identity, whole=True)
+
+    def write(partial: Path) -> None:
+        write_model(partial)
+        write_record(partial, dict(format=FORMAT, step=step, progress=dict(identity=identity)))
+
+    return write_folder(folder, write, scratch=scratch, instead=written is not None)
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """training.json, with size and digest of what is in the folder."""
+    files = {file.name: [file.stat().st_size, file_digest(file)] for file in sorted(folder.iterdir())}
+    (folder / RECORD_FILE).write_text(json.dumps(dict(**record, files=files), indent=1) + '\n', encoding='utf-8')
+
+
+def write_folder(folder: Path, write: Callable[[Path], object], *, scratch: Path, instead: bool = False) -> Path:
+    """Has a folder written in `scratch`, so that it appears whole or not at all.
+
+    One that is there stays, or, with `instead`, goes once the new one is written. `scratch` is emptied before and
+    removed after: its name belongs to the run alone.
 
     Raises OSError where that fails, and removes what was written.
     """
-    partial, old = (folder.with_name(f'.{folder.name}.{kind}') for kind in ('partial', 'old'))
-    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(scratch, ignore_errors=True)
     if folder.exists() and not instead:
         return folder
+    partial = scratch / folder.name
     try:
         partial.mkdir(parents=True)
         write(partial)
         for path in (*partial.iterdir(), partial):
             sync(path)
         if folder.exists():
-            os.replace(folder, old)
+            os.replace(folder, scratch / 'old')
         os.replace(partial, folder)
         sync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f'{folder} could not be written: {error}') from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
@@ -262,18 +295,19 @@ def read_record(folder: Path, *, digests: bool = True) -> dict[str, Any]:
 
     Raises Torn where it is no checkpoint or a torn one, another ValueError where it is of a newer format.
     """
+    file = folder / RECORD_FILE
+    if not file.is_file():
+        what = f'there is no {RECORD_FILE} in it' if folder.is_dir() else 'there is no such folder'
+        raise Torn(f'{folder} is no checkpoint of train.py: {what}')
     try:
-        record = json.loads((folder / RECORD_FILE).read_text())
+        record = json.loads(file.read_text(encoding='utf-8'))
         step, written = int(record['step']), record['format']
         if not isinstance(written, int) or written > FORMAT:
             raise NewerFormat(f'{folder} has format {written!r}, by a newer version; this one reads up to {FORMAT}')
         files = [(str(name), int(size), str(digest)) for name, (size, digest) in record['files'].items()]
-    except (FileNotFoundError, NotADirectoryError) as error:
-        what = f'there is no {RECORD_FILE} in it' if folder.is_dir() else 'there is no such folder'
-        raise Torn(f'{folder} is no checkpoint of train.py: {what}') from error
     except NewerFormat:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise Torn(f'{folder} is torn, or no checkpoint of train.py: {RECORD_FILE}: {error!r}') from error
 
     for name, size, digest in files:
@@ -292,12 +326,47 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return pretrained.read_tensors(folder / WEIGHTS_FILE)[0], pretrained.read_tensors(folder / TENSORS_FILE)[0]
 
 
+def identity_of(record: dict[str, Any]) -> object:
+    """Whose it is; None where nothing says so."""
+    progress = record.get('progress')
+    return progress.get('identity') if isinstance(progress, dict) else None
+
+
+def refuse_foreign(folder: Path, identity: object, *, whole: bool = False) -> dict[str, Any]:
+    """The record of a folder that this run may write over.
+
+    Raises OSError where its record, or the lack of one, says that it is not this run's, where it holds a file that its
+    record does not name, and, with `whole`, where a file was changed since.
+    """
+    try:
+        record = json.loads((folder / RECORD_FILE).read_text(encoding='utf-8'))
+        names = {path.name for path in folder.iterdir()}
+        if record['step'] >= 0 and identity_of(record) == identity and names <= {RECORD_FILE, *record['files']}:
+            return read_record(folder) if whole else record
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise OSError(f'{folder} is not as this run wrote it: move it away, or give another --out')
+
+
+def check_own(run: Path, identity: str, step: int, *, trains: bool) -> None:
+    """Looks through what a run that stands at `step` would write over.
+
+    Raises OSError where something of it is not the run's own: a checkpoint of a later step, or, where the run `trains`
+    on, `final`.
+    """
+    for each, folder in steps_of(run).items():
+        if each > step:
+            refuse_foreign(folder, identity)
+    if (run / FINAL).exists():
+        refuse_foreign(run / FINAL, identity, whole=trains)
+
+
 def steps_of(run: Path) -> dict[int, Path]:
     """The checkpoints in a run's folder, whole or not, by their step."""
     found = {}
     for folder in run.glob('checkpoint-*'):
         number = folder.name.partition('-')[2]
-        if number.isdigit() and folder.is_dir():
+        if number.isascii() and number.isdigit() and folder.is_dir():
             found[int(number)] = folder
     return dict(sorted(found.items()))
 
@@ -323,9 +392,10 @@ def find(
     """Where a run goes on from, and the record there; None where the run in `out` has yet to begin.
 
     `resume` is a run's folder, one of its checkpoints, or 'latest': the run in `out`, or else the one below
-    `runs_folder` that was at work last.
+    `runs_folder` that was at work last. A run that was ended before its first checkpoint goes on from its mark, which
+    has no progress.
 
-    Raises ValueError where nothing whole is there, or something newer.
+    Raises ValueError where nothing whole is there, or something newer, or where checkpoints of a finished run are gone.
     """
     out = out and out.resolve()
     if resume != 'latest':
@@ -343,49 +413,122 @@ def find(
         runs = [folder]
     elif out:
         if not steps_of(out):
-            return None
+            mark = read_mark(out)
+            if mark and (out / FINAL).exists():
+                raise ValueError(f'--resume: {out} has a finished run, but none of its checkpoints: give another --out')
+            return (out, mark) if mark else None
         runs = [out]
     else:
-        runs = sorted((run for run in runs_folder.glob('*') if steps_of(run)), key=lambda run: run.stat().st_mtime)
+        found_in = {folder.parent for folder in runs_folder.glob('*/checkpoint-*') if (folder / RECORD_FILE).is_file()}
+        runs = [run for run in found_in if steps_of(run)]
+        runs.sort(key=lambda run: run.stat().st_mtime)
     found = newest(runs[-1], warn) if runs else None
     if found is None:
         raise ValueError(f'--resume: there is no whole checkpoint in {runs[-1] if runs else runs_folder}')
     return found
 
 
-def prune(run: Path, step: int, keep: int, best: int | None) -> None:
-    """After `step` was written, removes all but the newest `keep` that are whole, and that of step `best`."""
+def prune(run: Path, step: int, keep: int, best: int | None, *, scratch: Path) -> None:
+    """After `step` was written, removes all of this run's but the newest `keep` that are whole, and that of `best`."""
+    identity = identity_of(read_record(run / f'checkpoint-{step}', digests=False))
     whole = []
     for each, folder in steps_of(run).items():
         try:
             read_record(folder, digests=False)
+            refuse_foreign(folder, identity)
             whole.append(each)
-        except ValueError:
+        except (ValueError, OSError):
             # whatever it is, it is not this run's to remove
             pass
     for each in [each for each in whole if each < step][: max(len(whole) - keep, 0)]:
         if each != best:
-            # renamed first, so that what is half removed is not taken for a checkpoint
-            gone = run / f'.checkpoint-{each}.removed'
-            os.replace(run / f'checkpoint-{each}', gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            # moved first, so that what is half removed is not taken for a checkpoint
+            scratch.mkdir(exist_ok=True)
+            os.replace(run / f'checkpoint-{each}', scratch / f'{each}')
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
-def lock(run: Path) -> IO[str] | None:
-    """Keeps a run's folder for this process, for as long as the returned file is held.
+# the folder of a run
 
-    Raises OSError where another process has it. Where the system or the disk knows no locks, there is none.
+
+def read_mark(run: Path) -> dict[str, Any] | None:
+    """What a run wrote into its folder when it began: settings, identity, data. None where none did."""
+    try:
+        mark = json.loads((run / RUN_FILE).read_text(encoding='utf-8'))
+        return mark if mark['written_by'] == WRITER and isinstance(mark['identity'], str) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def claim(run: Path, mark: dict[str, Any], *, resumes: bool, found: bool) -> IO[str]:
+    """Makes the folder `run` this run's own, for as long as the returned file is held.
+
+    The folder is new, empty, or this run's already. `resumes` is whether the run may go on in a folder that is marked
+    as its own, `found` whether a checkpoint of it was read from there.
+
+    Raises OSError where the folder holds anything else, or another process has it, ValueError where safetensors could
+    not read in it.
     """
     try:
-        import fcntl
-    except ImportError:
-        return None
-    file = open(run / '.lock', 'w')  # noqa: SIM115
+        os.fsencode(run.absolute()).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f'--out: {run} must have a name in UTF-8, or its checkpoints could not be read') from error
+    run.mkdir(parents=True, exist_ok=True)
+    file = run / RUN_FILE
+    # locked before it is looked at, since who has it may be writing; nothing that is there is changed by it
+    held = lock(file) if file.is_file() else None
+    names = {path.name for path in run.iterdir()}
+    known = read_mark(run)
+    unmarked = RUN_FILE not in names or (known is None and file.is_file() and file.stat().st_size == 0)
+    if known is None and unmarked:
+        # in a folder of an earlier version, a checkpoint is what shows whose it is
+        allowed = found or not names - {RUN_FILE}
+    else:
+        allowed = known is not None and resumes and known['identity'] == mark['identity']
+    if not allowed:
+        if held:
+            held.close()
+        raise OSError(f'--out: {run} is not empty{", and of another run" if known is not None and resumes else ""}')
+    held = held or lock(file)
+    if known is None:
+        text = (json.dumps(dict(format=FORMAT, written_by=WRITER, **mark), indent=1) + '\n').encode()
+        # not replaced by another file, which would not be locked; all of it or none
+        if os.write(held.fileno(), text) < len(text):
+            os.truncate(file, 0)
+            raise OSError(f'{file} could not be written')
+        sync(file)
+    return held
+
+
+def lock(file: Path) -> IO[str]:
+    """Opens a file to append to, and keeps it for this process for as long as the returned file is held.
+
+    Raises OSError where another process has it. Where the system or the disk knows no locks, all may.
+    """
+    held = open(file, 'a', encoding='utf-8')  # noqa: SIM115
     try:
+        import fcntl
+
         # unlike flock's, not handed on to forked workers, which may outlive a process that was killed
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
-        raise OSError(f'{run}: another run is at work in this folder') from error
-    except OSError:
-        return None
-    return file
+        held.close()
+        raise OSError(f'{file.parent}: another run is at work in this folder') from error
+    except (ImportError, OSError):
+        pass
+    return held
+
+
+def run_of(model: Path) -> tuple[dict[str, Any], Path] | None:
+    """The record of the run that a saved model comes from, and its file: its own, or one in the folder it lies in."""
+    places = [model / RECORD_FILE, model.parent / RUN_FILE]
+    places += [folder / RECORD_FILE for folder in reversed(steps_of(model.parent).values())]
+    for file in places:
+        try:
+            record = json.loads(file.read_text(encoding='utf-8'))
+            if 'settings' in record and (file.name == RECORD_FILE or read_mark(model.parent)):
+                return record, file
+        except (OSError, ValueError, TypeError, RecursionError):
+            # no record, or one that is torn
+            pass
+    return None

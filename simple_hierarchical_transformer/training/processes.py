@@ -4,20 +4,42 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, parse_flag_from_env
 from tqdm import tqdm
 
+from ..terminal import UNREAD, abandon, printable, unread
+
 Found = TypeVar('Found')
 
 
 def say(text: str) -> None:
-    """On the terminal, from the first process alone, above the bar."""
-    if os.environ.get('RANK', '0') == '0':
-        tqdm.write(text)
+    """Writes a line to stdout, from the first process alone, above the bar.
+
+    Where nobody reads stdout any more, a run that trains is told to stop, as by a signal.
+
+    Raises BrokenPipeError where there is no such run.
+    """
+    if os.environ.get('RANK', '0') != '0':
+        return
+    try:
+        if sys.stderr.isatty():
+            tqdm.write(printable(text))
+        else:
+            # tqdm would draw its bar again after each line
+            print(printable(text))
+        sys.stdout.flush()
+    except OSError as error:
+        if not unread(error):
+            raise
+        abandon(sys.stdout)
+        if Stop.at_work is None:
+            raise BrokenPipeError(*error.args) from error
+        Stop.at_work.number = Stop.at_work.number or UNREAD - 128
 
 
 def meet() -> None:
@@ -55,12 +77,31 @@ def from_main(do: Callable[[], Found]) -> Found:
 
 
 class Stop:
-    """Notes SIGTERM and Ctrl-C for the end of the step; a second one acts at once."""
+    """Notes what tells a run to stop, for the end of the step: a signal, or a stdout that nobody reads.
+
+    A second Ctrl-C or SIGTERM acts at once.
+    """
+
+    at_work: ClassVar[Stop | None] = None
 
     def __init__(self) -> None:
         self.number = 0
-        self.before = {number: signal.signal(number, self.take) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Of the signal; 0 as long as there was none."""
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        # nohup has it ignored
+        if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self.before = {number: signal.signal(number, self.take) for number in numbers}
+        Stop.at_work = self
 
     def take(self, number: int, _: Any) -> None:
         self.number = number
-        signal.signal(number, self.before[signal.Signals(number)])
+        # a terminal that closes may send SIGHUP several times
+        if number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.before[signal.Signals(number)])
+
+    def release(self) -> None:
+        """Signals do again what they did before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        Stop.at_work = None

@@ -9,15 +9,19 @@ import math
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..data import Corpus
+from ..terminal import printable
 
-# step, minutes and bytes so far, and scores in bits per byte, None where there is none yet
+# step, minutes and bytes so far, and scores in bits per byte, None where there is none yet. Those of validation are
+# missing between two validations
 Row = dict[str, Any]
+DOTS = 100
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -32,10 +36,29 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    replace_file(path, lambda partial: partial.write_text(text, newline=''))
+    """As UTF-8, whatever the locale."""
+    replace_file(path, lambda partial: partial.write_bytes(printable(text).encode()))
+
+
+def validations(rows: Sequence[Row]) -> list[Row]:
+    """The rows that have scores of the validation split."""
+    return [row for row in rows if row.get('valid_bits_per_byte') is not None]
+
+
+def train_score(rows: Sequence[Row]) -> float | None:
+    """Bits per byte of the training text since the validation before the last, over all steps of that time."""
+    *_, begin = [0, *(row['step'] for row in validations(rows)[:-1])]
+    spans = [
+        (row['step'] - before['step'], row['train_bits_per_byte'])
+        for before, row in pairwise(rows)
+        if row['step'] > begin and row['train_bits_per_byte'] is not None
+    ]
+    steps = sum(count for count, _ in spans)
+    return sum(count * score for count, score in spans) / steps if steps else None
 
 
 def write_metrics(rows: Sequence[Row], path: Path) -> None:
+    """A line for each row. The first, a validation, has all columns."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]))
     writer.writeheader()
@@ -44,14 +67,15 @@ def write_metrics(rows: Sequence[Row], path: Path) -> None:
 
 
 def draw_curve(rows: Sequence[Row], path: Path) -> None:
-    """Training and validation score by step. Needs matplotlib."""
+    """Training and validation score by step, at each row that has one. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout='constrained')
     axes = figure.subplots()
     for name, label in (('train_bits_per_byte', 'training'), ('valid_bits_per_byte', 'validation')):
-        points = [(row['step'], row[name]) for row in rows if row[name] is not None]
-        axes.plot(*zip(*points, strict=True), label=label, marker='.')
+        points = [(row['step'], row[name]) for row in rows if row.get(name) is not None]
+        # dots of a long curve would hide it
+        axes.plot(*zip(*points, strict=True), label=label, marker='.' if len(points) < DOTS else None)
     axes.set(xlabel='step', ylabel='bits per byte')
     axes.grid(alpha=0.3)
     axes.legend()
@@ -88,9 +112,9 @@ def account(
     seconds: float,
 ) -> str:
     """How a model was trained and how well, in markdown: the model card's part on it. `size` is in bytes read."""
-    first, last = rows[0], rows[-1]
+    first, last = rows[0], dict(validations(rows)[-1], train_bits_per_byte=train_score(rows))
     # where files lie is nobody's concern
-    names = ', '.join(Path(name).name for name in data)
+    names = ', '.join(printable(Path(name).name) for name in data)
     lines = [
         '## Training',
         '',
@@ -119,8 +143,9 @@ def report(
     sample: str,
 ) -> str:
     """A run's report.md: what came of it, how to go on, what was asked for."""
-    last = rows[-1]
-    best = min((row for row in rows if not math.isnan(row['valid_bits_per_byte'])), key=valid_score, default=last)
+    scored = validations(rows)
+    last = scored[-1]
+    best = min((row for row in scored if not math.isnan(valid_score(row))), key=valid_score, default=last)
     lines = [
         f'# {valid_score(last):.3f} bits per byte',
         '',
@@ -146,7 +171,8 @@ def report(
     for purpose, command in commands.items():
         lines += [f'{purpose}:', '', '```bash', command, '```', '']
     lines += ['## Settings', '', '| | |', '|---|---|']
-    lines += [f'| {name} | `{json.dumps(value)}` |' for name, value in settings.items()]
+    given = {name: json.dumps(value, ensure_ascii=False) for name, value in settings.items() if value is not None}
+    lines += [f'| {name} | `{value}` |' for name, value in given.items()]
     return '\n'.join(lines) + '\n'
 
 

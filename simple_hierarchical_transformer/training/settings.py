@@ -31,11 +31,14 @@ DEFAULTS: dict[str, Any] = dict(
     data=None, documents=False, text_key='text', segment_length=None, steps=None, minutes=None,
     optimizer='adamw', table_lr=None, weight_decay=0.1, clip=1.0, warmup=0.03, schedule='cosine', ema=None,
     mixed_precision=None, compile=False, gradient_checkpointing=False, seed=42,
-    every=200, checkpoint_every=1000, keep=3, log_every=10, log_with=None, workers=0,
+    every=None, checkpoint_every=1000, keep=3, log_every=10, log_with=None, workers=0,
     valid_bytes=1 << 16,  # how much of the validation split is scored on the way
 )  # fmt: skip
 # what may be otherwise when a run goes on
 FREE = ('every', 'checkpoint_every', 'keep', 'log_every', 'log_with', 'workers', 'batch_size', 'grad_accum')
+
+# what a finished run may be given more of
+LENGTH = ('steps', 'minutes')
 
 # arguments of the model that --model does not take
 ELSEWHERE = {
@@ -85,7 +88,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         weight_decay=0.0,
         schedule='linear',
         minutes=10.0,
-        every=2000,
+        valid_bytes=1 << 14,
     ),
     # the smallest of benchmarks/plan.py; no GPU has run it. Operations go to the fine level and its small window, which
     # benchmarks/scaling.py found to give most for them; the coarse level hears the whole context for 3 % more of
@@ -131,14 +134,15 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
 
     run = parser.add_argument_group('the run')
     run.add_argument('--preset', choices=('auto', *PRESETS), help='settings to start from')
-    option(run, 'steps', type=int, help='train for that many optimizer steps')
-    option(run, 'minutes', type=float, help='train for that long')
+    option(run, 'steps', type=int, help='train for that many optimizer steps, in all')
+    option(run, 'minutes', type=float, help='train for that long, in all')
     run.add_argument('--seed', type=Number(int, 0, MOST_SEED))
     run.add_argument('--out', type=folder, help='folder of the run (default: runs/<date>-<time>)')
     run.add_argument(
         '--resume', nargs='?', const='latest', metavar='FOLDER', type=named,
         help='go on from a run or one of its checkpoints; without a name from the run in --out, if there is one yet, '
-        'or from the one that was at work last',
+        'or from the one that was at work last. A finished run is trained longer with more --steps or --minutes, in '
+        'all: each schedule goes on with the rate that a run of that length has there',
     )  # fmt: skip
     run.add_argument('--dry-run', action='store_true', help='say what the run costs, and do not begin it')
 
@@ -170,11 +174,11 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     switch(learning, 'gradient-checkpointing', 'less memory, a third more time')
 
     watching = parser.add_argument_group('watching')
-    option(watching, 'every', type=int, help='steps between validations, each with a sample and a row of metrics')
+    option(watching, 'every', type=int, help='steps between validations, each with a sample (default: ten in a run)')
     option(watching, 'checkpoint-every', type=int, help='steps between checkpoints')
     option(watching, 'keep', type=int, help='how many checkpoints stay, besides the best')
     watching.add_argument('--log-with', nargs='+', choices=TRACKERS)
-    option(watching, 'log-every', type=int, help='steps between entries of a tracker')
+    option(watching, 'log-every', type=int, help='steps between rows of metrics and entries of a tracker')
     option(watching, 'valid-bytes', type=int, help='bytes of the validation split to score on the way')
 
     scoring = parser.add_argument_group('scoring')
@@ -285,9 +289,15 @@ def new_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def old_settings(args: argparse.Namespace, record: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Those of the run that goes on. Raises ValueError where something else was asked for."""
-    if missing := {'settings', 'rows', 'data', 'progress'} - set(record):
-        raise ValueError(f'{folder} is no checkpoint of train.py: its record lacks {", ".join(sorted(missing))}')
-    settings, changed = {**DEFAULTS, **record['settings']}, []
+    settings, changed, unlike = {**DEFAULTS, **record['settings']}, [], []
+    length = {name: value for name in LENGTH if (value := getattr(args, name)) is not None}
+    if length and any(settings[name] != value for name, value in length.items()) and is_finished(record):
+        settings |= {**dict.fromkeys(LENGTH), **length}
+        if is_finished({**record, 'settings': settings}):
+            raise ValueError(
+                f'{folder} has {reached(record)} behind it: {" ".join(f"{flag(k)} {v}" for k, v in length.items())} is '
+                'no longer (it counts all of the run, from the beginning)'
+            )
     for name, value in as_json({k: v for k, v in vars(args).items() if v is not None and k in settings}).items():
         if name in FREE:
             settings[name] = value
@@ -295,13 +305,28 @@ def old_settings(args: argparse.Namespace, record: dict[str, Any], folder: Path)
             changed += [f'--model {k}={v!r}, not {settings["model"].get(k)!r}' for k, v in value.items()
                         if settings['model'].get(k) != v]  # fmt: skip
         elif value != settings[name] and (name, value) != ('preset', 'auto'):
+            unlike.append(name)
             changed.append(f'{flag(name)} {value}, not {settings[name]}')
     if changed:
         raise ValueError(
             f'{folder} was made with other arguments: {"; ".join(changed)}. Leave them out to go on as before, '
             'or begin another run without --resume'
+            + ('. A run can be made longer once it is finished' if set(length) & set(unlike) else '')
         )
     return settings
+
+
+def is_finished(record: dict[str, Any]) -> bool:
+    """Whether the run that a checkpoint is of has no step left."""
+    settings, progress = record['settings'], record.get('progress', dict(step=0, elapsed=0.0))
+    if settings['steps']:
+        return progress['step'] >= settings['steps']
+    return progress['elapsed'] >= 60 * settings['minutes']
+
+
+def reached(record: dict[str, Any]) -> str:
+    progress = record['progress']
+    return f'{progress["step"]:,} steps and {progress["elapsed"] / 60:.2f} minutes'
 
 
 def share_rows(settings: dict[str, Any], rows: int, args: argparse.Namespace, processes: int) -> None:

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
+from typing import TypeVar
 
 from tqdm import tqdm
 
 from .report import duration
+
+Item = TypeVar('Item')
+
+# seconds between two looks, on a terminal and in a file of what was said, which should not fill up
+LIVE, LOGGED = 0.5, 60.0
+
+
+def counted(items: Iterable[Item], total: int, name: str, unit: str) -> Iterable[Item]:
+    """Goes through `items` with a bar that knows how many there are."""
+    return tqdm(items, total=total, desc=name, unit=unit, mininterval=LIVE if sys.stderr.isatty() else LOGGED)
 
 
 class Bar:
@@ -20,12 +32,14 @@ class Bar:
         self.flops, self.peak = flops, peak
         self.first, self.began = done, time.monotonic()
         self.size, self.seconds = 0, 0.0
+        live = sys.stderr.isatty()
+        self.logs = shown and not live
+        self.line, self.logged = '', self.began
         self.bar = tqdm(
             total=1.0,
             initial=done,
-            disable=not shown,
-            # a file of what was said should not fill up with bars
-            mininterval=0.5 if sys.stderr.isatty() else 60,
+            disable=not (shown and live),
+            mininterval=LIVE,
             bar_format='{percentage:3.0f}%|{bar:16}| {desc}',
         )
 
@@ -40,13 +54,27 @@ class Bar:
         self.size, self.seconds = 0, 0.0
         share = speed * self.flops / self.peak
         left = (time.monotonic() - self.began) * max(1 - done, 0.0) / max(done - self.first, 1e-9)
-        self.bar.set_description_str(
+        text = (
             f'step {step:,}, {bits:.3f} bits per byte, {speed:,.0f} bytes/s, {share:.0%} of peak, {duration(left)} left'
-            + (f', {skipped:,} skipped' if skipped else ''),
-            refresh=False,
+            + (f', {skipped:,} skipped' if skipped else '')
         )
+        self.bar.set_description_str(text, refresh=False)
         self.bar.update(max(min(done, 1.0) - self.bar.n, 0.0))
+        self.line = f'{min(done, 1.0):4.0%} {text}'
+        if time.monotonic() - self.logged >= LOGGED:
+            self.log()
         return dict(bytes_per_second=speed, share_of_peak=share)
+
+    def log(self) -> None:
+        """Writes the last line to a file of what was said, once."""
+        if self.logs and self.line:
+            try:
+                print(self.line, file=sys.stderr, flush=True)
+            except OSError:
+                # nobody reads it
+                self.logs = False
+        self.line, self.logged = '', time.monotonic()
 
     def close(self) -> None:
         self.bar.close()
+        self.log()

@@ -1,0 +1,157 @@
+"""What a record of a run, which anyone may have edited, has to hold. All of it is checked before any of it is used."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from .checkpoints import RUN_FILE
+from .settings import BYTES, DEFAULTS, ELSEWHERE, LENGTH, PRESETS, TEXTS, build_parser, flag
+
+MOST = 10**15
+
+
+class Kind(NamedTuple):
+    """A type and a range."""
+
+    name: str
+    holds: Callable[[Any], bool]
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST
+
+
+def is_number(value: Any) -> bool:
+    return is_whole(value) or (isinstance(value, float) and 0 <= value <= MOST)
+
+
+def is_score(value: Any) -> bool:
+    # that of a model that came to nothing is no number
+    return is_number(value) or (isinstance(value, float) and math.isnan(value))
+
+
+def list_of(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and len(value) > 0 and all(map(holds, value))
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def is_scaler(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(each, (int, float)) for each in value.values())
+
+
+WHOLE = Kind('a whole number of at least 0', is_whole)
+NUMBER = Kind('a number of at least 0', is_number)
+SCORE = Kind('a number of at least 0, NaN or null', lambda value: value is None or is_score(value))
+
+PROGRESS = dict(
+    identity=Kind('8 hexadecimal digits', lambda value: is_text(value) and bool(re.fullmatch('[0-9a-f]{8}', value))),
+    step=WHOLE,
+    elapsed=NUMBER,
+    skipped=WHOLE,
+    in_a_row=WHOLE,
+    position=WHOLE,
+    updates=WHOLE,
+    nats=NUMBER,
+    scored=WHOLE,
+    scaler=Kind('a scale and how it moves', is_scaler),
+    rows=Kind('a list of rows', lambda value: isinstance(value, list) and len(value) > 0),
+)
+ROW = dict(step=WHOLE, minutes=NUMBER, bytes=WHOLE, skipped=WHOLE, train_bits_per_byte=SCORE)
+RECORD = dict(
+    settings=Kind('settings by name', lambda value: isinstance(value, dict)),
+    rows=Kind('a whole number above 0', lambda value: is_whole(value) and value > 0),
+    data=Kind('a list of fingerprints', list_of(is_text)),
+)
+
+
+def check_record(record: dict[str, Any], file: Path) -> None:
+    """Raises ValueError, with the name of the file, where a value is missing or of another type or range."""
+    check_kinds(record, RECORD, file, '')
+    check_settings(record['settings'], file)
+    step_rows = record['settings']['batch_size'] * record['settings']['grad_accum']
+    if record['rows'] % step_rows:
+        raise ValueError(f'{file}: rows must be batch_size x grad_accum x processes, got {record["rows"]}')
+    if file.name == RUN_FILE:
+        check_kinds(record, dict(identity=PROGRESS['identity']), file, '')
+        return
+    progress = record.get('progress')
+    if not isinstance(progress, dict):
+        raise ValueError(f'{file}: progress must be how far the run has come, got {shown(progress)}')
+    check_kinds(progress, PROGRESS, file, 'progress.')
+    if unknown := sorted(set(progress) - set(PROGRESS)):
+        raise ValueError(f'{file}: progress has what this version does not know: {", ".join(unknown)}')
+    if progress['step'] != record['step']:
+        raise ValueError(f'{file}: progress.step must be the step, {record["step"]}, got {progress["step"]}')
+    check_rows(progress['rows'], file)
+
+
+def check_kinds(held: dict[str, Any], kinds: dict[str, Kind], file: Path, where: str) -> None:
+    for name, kind in kinds.items():
+        if name not in held:
+            raise ValueError(f'{file}: {where}{name} is missing')
+        if not kind.holds(held[name]):
+            raise ValueError(f'{file}: {where}{name} must be {kind.name}, got {shown(held[name])}')
+
+
+def check_rows(rows: list[Any], file: Path) -> None:
+    for i, row in enumerate(rows):
+        where = f'progress.rows[{i}]'
+        if not isinstance(row, dict):
+            raise ValueError(f'{file}: {where} must be scores by name, got {shown(row)}')
+        scores = {name: SCORE for name in row if name not in ROW}
+        check_kinds(row, ROW | scores, file, f'{where}.')
+        if set(row) - set(rows[0]):
+            raise ValueError(f'{file}: {where} has a score that the first has not')
+    if not is_score(rows[0].get('valid_bits_per_byte')):
+        raise ValueError(f'{file}: progress.rows[0] must have a score of the validation split')
+
+
+def check_settings(settings: dict[str, Any], file: Path) -> None:
+    """By the command line's own rules."""
+
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(f'{file}: settings: {message}')
+
+    settings = {**DEFAULTS, **settings}
+    needed = {*PRESETS['cpu'], *DEFAULTS} - {name for name, value in DEFAULTS.items() if value is None}
+    needed |= {'preset', 'mixed_precision'}
+    if missing := sorted(name for name in needed if settings.get(name) is None and name not in LENGTH):
+        refuse(f'{", ".join(missing)} must be given')
+    if sum(settings[name] is not None for name in LENGTH) != 1:
+        refuse(f'one of {" and ".join(LENGTH)} must be given, and not both')
+    if not isinstance(settings['model'], dict) or set(settings['model']) & {*ELSEWHERE, *BYTES, *TEXTS}:
+        refuse(f'model must be arguments of the model by name, got {shown(settings["model"])}')
+
+    argv: list[str] = []
+    asked = {name: settings[name] for name in sorted({*DEFAULTS, *needed} - {'model'}) if settings[name] is not None}
+    for name, value in asked.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not is_number(value):
+            refuse(f'{name} must be {NUMBER.name}, and at most {MOST}, got {shown(value)}')
+        if isinstance(value, bool):
+            argv.append(flag(name) if value else f'--no-{name.replace("_", "-")}')
+        elif isinstance(value, list):
+            # none that would be taken for an option
+            if not list_of(is_text)(value) or any(each.startswith('-') for each in value):
+                refuse(f'{name} must be a list of names, got {shown(value)}')
+            argv += [flag(name), *value]
+        else:
+            argv.append(f'{flag(name)}={value}')
+    parser = build_parser(None)
+    parser.error = refuse  # type: ignore[method-assign]
+    parsed = vars(parser.parse_args(argv))
+    for name, value in asked.items():
+        # 1 for 1.0 is as good; '1' for 1 is not
+        if parsed[name] != value or isinstance(value, bool) != isinstance(parsed[name], bool):
+            refuse(f'{name} must be as {flag(name)} takes it, got {shown(value)}')
+
+
+def shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else f'{text[:80]}...'
