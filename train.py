@@ -290,7 +290,7 @@ class Run:
                 self.states = checkpoints.restore_segments(
                     self.model, tensors, self.progress.position, count=self.s.grad_accum, part=self.part
                 )
-        except (KeyError, IndexError, TypeError, RuntimeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             # weights, too, whose shapes do not fit
             raise ValueError(f'{folder} is not what this version writes: {error!r}') from error
         say(f'going on from {folder}, step {self.progress.step:,}, after {report.duration(self.progress.elapsed)}')
