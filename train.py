@@ -91,7 +91,7 @@ class Progress:
 
 @contextmanager
 def said_of(folder: Path | None) -> Iterator[None]:
-    """Around what fails where a checkpoint's record, if there is one, asks for a model that cannot be: its name is said."""
+    """Names a checkpoint whose record asks for a model that cannot be built, in what fails inside."""
     try:
         yield
     except (ValueError, ArithmeticError, RuntimeError) as error:
