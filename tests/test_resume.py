@@ -398,6 +398,9 @@ INJECT = textwrap.dedent(
 
     def spoilt(self, *args):
         loss, parts = losses(self, *args)
+        if loss.is_meta:
+            # no step: the memory of one is planned
+            return loss, parts
         step, calls[0] = calls[0], calls[0] + 1
         if step in broken:
             # a loss that is not finite, or a finite one whose gradient is not
