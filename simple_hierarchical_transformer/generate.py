@@ -218,9 +218,8 @@ class Sampler:
             penalty = self.repetition_penalty
             logits = torch.where(seen, torch.where(values > 0, values / penalty, values * penalty), values)
         if self.temperature == 0:
-            ids = logits.argmax(dim=-1)
-            check_largest(logits.gather(-1, ids[:, None]))
-            return ids
+            check_largest(logits)
+            return logits.argmax(dim=-1)
 
         vocabulary = logits.shape[-1]
         kept = min(vocabulary if self.top_k is None else int(self.top_k), vocabulary)
@@ -241,11 +240,15 @@ class Sampler:
 
 
 def check_largest(logits: Tensor) -> None:
-    """Refuses rows whose largest logit `(batch, 1)`, for which any NaN counts, is not finite: nothing can be drawn."""
-    if not logits.isfinite().all():
-        row = int((~logits.isfinite()).nonzero()[0, 0])
+    """Refuses logits `(batch, n)` where the largest of a row, for which any NaN counts, is not finite."""
+    # one number says so for all, but where ids are ruled out by -inf or the sum is too large
+    if math.isfinite(logits.sum(dtype=torch.float32).item()):
+        return
+    largest = logits.amax(dim=-1)
+    if not largest.isfinite().all():
+        row = int((~largest.isfinite()).nonzero()[0, 0])
         raise ValueError(
-            f'logits must be finite to draw an id from, and the largest of row {row} is {logits[row].item()}: '
+            f'logits must be finite to draw an id from, and the largest of row {row} is {largest[row].item()}: '
             'the weights or the state are not finite, or too large for their dtype'
         )
 

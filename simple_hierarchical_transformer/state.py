@@ -157,10 +157,11 @@ class State:
         """
         # torch.compile cannot trace questions about inference mode
         asks = not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
-        if asks and any(tensor.is_inference() for tensor in self.tensors()):
-            return self.clone()
-        if not torch.is_grad_enabled() and self.requires_grad:
-            return self.clone().detach()
+        writes = not torch.is_grad_enabled()
+        for tensor in self.tensors():
+            if (asks and tensor.is_inference()) or (writes and tensor.requires_grad):
+                copy = self.clone()
+                return copy.detach() if writes else copy
         return self
 
     @property
@@ -195,12 +196,10 @@ class State:
 
     def tensors(self) -> Iterator[Tensor]:
         """All that it holds."""
-        held = (tensor for layer in self.blocks for block in layer for tensor in block.held)
-        yield from (
-            tensor
-            for tensor in (self.ids, self.contexts, *self.embeds, *held, *chain(*self.merges))
-            if tensor is not None
-        )
+        held = (block.held for layer in self.blocks for block in layer)
+        for tensor in chain((self.ids, self.contexts), self.embeds, *held, *self.merges):
+            if tensor is not None:
+                yield tensor
 
     def map(self, fn: Callable[[Tensor], Tensor], by_phase: Callable[[Tensor], Tensor]) -> State:
         """`fn` of every tensor that the batch leads, `by_phase` of every tensor that phases lead.
