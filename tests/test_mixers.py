@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -16,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from simple_hierarchical_transformer import HierarchicalTransformer
+from simple_hierarchical_transformer import HierarchicalTransformer, mixers
 from simple_hierarchical_transformer.mixers import (
     H3,
     MIXERS,
@@ -28,6 +32,7 @@ from simple_hierarchical_transformer.mixers import (
     SimpleGateLoop,
 )
 from simple_hierarchical_transformer.mixers.convolution import causal_conv
+from simple_hierarchical_transformer.mixers.kept import LastResult
 from simple_hierarchical_transformer.mixers.patterns import attended
 from simple_hierarchical_transformer.mixers.scan import scan
 from simple_hierarchical_transformer.mixers.ssm import DiagonalSSM
@@ -481,6 +486,109 @@ def test_scan_is_the_recurrence(n: int, complex_: bool, wide: bool) -> None:
 def test_convolution_is_the_sum_over_taps(n: int, taps: int, fft: str) -> None:
     x, kernel = torch.randn(2, n, 3, dtype=torch.float64), torch.randn(taps, 3, dtype=torch.float64)
     torch.testing.assert_close(causal_conv(x, kernel, fft), taps_written_out(kernel, x), rtol=0, atol=1e-12)
+
+
+# what is kept between steps
+
+
+def scale_data(model: nn.Module) -> None:
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data.mul_(1.25)
+
+
+def swap_data(model: nn.Module) -> None:
+    """As an average of weights is swapped in."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data * 1.25
+
+
+def assign(model: nn.Module) -> None:
+    weights = {name: t * 1.25 if t.is_floating_point() else t for name, t in model.state_dict().items()}
+    model.load_state_dict(weights, assign=True)
+
+
+def steps_of(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits of the last ids, one by one after a chunk."""
+    with torch.no_grad():
+        out, state = model(ids[:, :-3], return_state=True)
+        outs = []
+        for at in range(ids.shape[1] - 3, ids.shape[1]):
+            out, state = model(ids[:, at : at + 1], state=state, return_state=True)
+            outs.append(out)
+    return torch.cat(outs, dim=1)
+
+
+@cases
+def test_nothing_that_is_kept_outlives_the_weights_it_was_made_of(case: tuple[str, bool, dict[str, Any]]) -> None:
+    config, ids = in_model(case, depth=1), torch.randint(0, 11, (2, 11))
+    model, fresh = build(config), build(config)
+    before = steps_of(model, ids)
+    for change in (scale_data, swap_data, assign):
+        change(model)
+        change(fresh)
+        after = steps_of(model, ids)
+        assert not torch.equal(after, before)
+        # a copy has read nothing yet
+        assert torch.equal(after, steps_of(deepcopy(fresh), ids)), change
+        before = after
+
+
+@cases
+def test_threads_do_not_disturb_each_other(case: tuple[str, bool, dict[str, Any]]) -> None:
+    """A thread reads between any two lines of another's step. By itself a switch at the worst moment comes too seldom."""
+    mixer = make(case)
+    x = torch.randn(1, 1, DIM, dtype=torch.float64)
+
+    def read(start: int) -> Tensor:
+        with torch.no_grad():
+            return mixer(x, mixer.initial_state(1, x), start)[0]
+
+    # of a table of positions each has another row
+    here, there = 3, 3000
+    expected, interrupted = read(here), []
+    package = str(Path(mixers.__file__).parent)
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(package):
+            return None
+        if event == 'line':
+            interrupted.append(other.submit(read, there).result())
+        return trace
+
+    with ThreadPoolExecutor(1) as other:
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            got = read(here)
+        finally:
+            sys.settrace(before)
+    assert len(interrupted) > 5
+    assert torch.equal(got, expected)
+
+
+def test_the_last_result_is_that_of_the_values_at_hand() -> None:
+    kept, called = LastResult(), []
+
+    def double(x: Tensor, factor: int) -> Tensor:
+        called.append(factor)
+        return x * factor
+
+    x = nn.Parameter(torch.ones(3))
+    with torch.no_grad():
+        for factor in (2, 2, 3, 2):
+            assert torch.equal(kept(double, (x,), factor), x * factor)
+        assert called == [2, 3, 2]
+        x.data[1] = 5
+        assert torch.equal(kept(double, (x,), 2), x * 2)
+        # no copy of a module carries it along
+        assert deepcopy(kept)._last is None
+    # a result with a graph is kept for nobody
+    assert kept(double, (x,), 2).requires_grad
+    assert len(called) == 5
+    with torch.device('meta'):
+        assert kept(double, (torch.ones(3),), 2).is_meta
 
 
 # in a model

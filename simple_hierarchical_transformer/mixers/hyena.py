@@ -15,6 +15,7 @@ from ..linear import autocast_dtype, chain
 from ..norm import RMSNorm
 from ..state import grow, keep, room_for
 from .convolution import causal_conv, check_fft, conv_products
+from .kept import LastResult
 from .ssm import ShortConv
 
 # how many bands of frequencies a filter's network is told its position by
@@ -38,30 +39,30 @@ class ImplicitFilters(nn.Module):
         self.to_hidden = nn.ModuleList([nn.Linear(2 * BANDS + 1, hidden), nn.Linear(hidden, hidden)])
         self.frequency = nn.Parameter(torch.full((2, hidden), FREQUENCY))
         self.to_filters = nn.Linear(hidden, filters, bias=False)
-        self._made: tuple[Any, Tensor] | None = None
+        self.kept = LastResult()
 
     def forward(self) -> Tensor:
-        parameters = list(self.parameters())
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(p.is_inference() for p in parameters):
-            return self.make()
-        # steps of generation ask for the same again and again
-        key = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters)
-        if self._made is None or self._made[0] != key:
-            self._made = (key, self.make())
-        return self._made[1]
+        layers: Any = [*self.to_hidden, self.to_filters]
+        tensors = [self.frequency, *(t for layer in layers for t in (layer.weight, layer.bias) if t is not None)]
+        # steps of generation ask for the same filters again and again
+        return self.kept(self.make, tensors)
 
-    def make(self) -> Tensor:
-        like = self.frequency
-        exact: dict[str, Any] = dict(device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
-        with nullcontext() if autocast_dtype(like.device) is None else torch.autocast(like.device.type, enabled=False):
+    def make(self, frequency: Tensor, *tensors: Tensor) -> Tensor:
+        """The filters of `frequency`, and of each layer's weight and bias in turn."""
+        exact: dict[str, Any] = dict(device=frequency.device, dtype=torch.promote_types(frequency.dtype, torch.float32))
+        *hidden, to_filters = (t.to(**exact) for t in tensors)
+        with (
+            nullcontext()
+            if autocast_dtype(frequency.device) is None
+            else torch.autocast(frequency.device.type, enabled=False)
+        ):
             t = torch.linspace(0, 1, self.length, **exact)[:, None]
             angles = 2 * math.pi * t * torch.linspace(1e-4, BANDS - 1, BANDS, **exact)
             x = torch.cat((t, angles.cos(), angles.sin()), dim=-1)
-            layers: Any = self.to_hidden
-            for layer, frequency in zip(layers, self.frequency, strict=True):
-                x = torch.sin(frequency.to(x) * F.linear(x, layer.weight.to(x), layer.bias.to(x)))
-            rates = -math.log(DECAY_TARGET) / torch.linspace(SLOWEST, FASTEST, self.to_filters.out_features, **exact)
-            filters = F.linear(x, self.to_filters.weight.to(x)) * torch.exp(-t * rates)
+            for scale, weight, bias in zip(frequency.to(**exact), hidden[::2], hidden[1::2], strict=True):
+                x = torch.sin(scale * F.linear(x, weight, bias))
+            rates = -math.log(DECAY_TARGET) / torch.linspace(SLOWEST, FASTEST, len(to_filters), **exact)
+            filters = F.linear(x, to_filters) * torch.exp(-t * rates)
             return filters / filters.abs().sum(dim=0, keepdim=True).clamp(min=1e-6)
 
 

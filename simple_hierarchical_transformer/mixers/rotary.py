@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .kept import LastResult
+
 THETA = 10_000.0
 XPOS_SCALE_BASE = 512.0
 # positions after which what is cached of xPos moves on to a new origin, so that its factors never leave float32
@@ -37,7 +39,7 @@ class Rotary(nn.Module):
         self.xpos = xpos
         # saved with the weights, as in the published package
         self.register_buffer('freqs', THETA ** -(torch.arange(0, dim, 2) / dim))
-        self._table: tuple[Any, Tensor, Tensor] | None = None
+        self.table = LastResult()
 
     def forward(self, qk: Tensor, start: int = 0) -> Tensor:
         """Queries and keys `(groups + 1, batch, heads, seq, dim)`, keys last, at positions `start` and on.
@@ -66,10 +68,7 @@ class Rotary(nn.Module):
 
         # steps take their factors from a table of the positions around
         first = start // TABLE * TABLE
-        key = (first, qk.dtype, qk.device, self.freqs.data_ptr(), self.freqs._version)
-        if self._table is None or self._table[0] != key:
-            self._table = (key, *self.factors(qk, first, TABLE, origin))
-        _, cos, sin = self._table
+        cos, sin = self.table(self.factors_of, (self.freqs,), qk.dtype, first, TABLE, origin)
         row = start - first
         return self.turn(qk, cos[..., row : row + 1, :], sin[..., row : row + 1, :])
 
@@ -78,10 +77,13 @@ class Rotary(nn.Module):
 
         Queries and keys can meet where the factors of xPos count from the same `origin`.
         """
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        exact = torch.float32 if like.device.type == 'mps' else torch.float64
-        position = torch.arange(start, start + n, device=like.device, dtype=exact)
-        angles = torch.outer(position, self.freqs.to(exact))
+        return self.factors_of(self.freqs, like.dtype, start, n, origin)
+
+    def factors_of(self, freqs: Tensor, dtype: torch.dtype, start: int, n: int, origin: int) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(dtype, torch.float32)
+        exact = torch.float32 if freqs.device.type == 'mps' else torch.float64
+        position = torch.arange(start, start + n, device=freqs.device, dtype=exact)
+        angles = torch.outer(position, freqs.to(exact))
         cos, sin = angles.cos(), angles.sin()
         if self.xpos:
             decay = self.decay(position - origin)
