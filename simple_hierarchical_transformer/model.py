@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -102,6 +103,30 @@ class Pass(NamedTuple):
     merge_states: list[MergeState | None]
     pondered: dict[int, Tensor]
     """What tokens have pondered, by level, filled at the end."""
+
+
+class Ablations(threading.local):
+    """Which levels each thread has silenced, by their compressions. In every thread they begin as `silent`.
+
+    Ablations may end in any order. A copy or a pickle has none. It is no context variable, which the compiler cannot
+    trace.
+    """
+
+    def __init__(self, silent: frozenset[int] = frozenset()) -> None:
+        self.begun: tuple[frozenset[int], ...] = (silent,)
+        self.silent = silent
+
+    def __reduce__(self) -> tuple[type[Ablations], tuple[()]]:
+        return Ablations, ()
+
+    def begin(self, silent: frozenset[int]) -> None:
+        self.begun = (*self.begun, silent)
+        self.silent = self.silent | silent
+
+    def end(self, silent: frozenset[int]) -> None:
+        begun = list(self.begun)
+        begun.remove(silent)
+        self.begun, self.silent = tuple(begun), frozenset().union(*begun)
 
 
 class HierarchicalTransformer(
@@ -456,8 +481,7 @@ class HierarchicalTransformer(
                     )
         self.arrangement = arrangement
         self.merge_kind = (merge, merge_window, tuple(into))
-        # compressions of the levels that are not heard at the moment
-        self.silent: frozenset[int] = frozenset()
+        self.ablations = Ablations()
 
         # how the next latent is predicted
 
@@ -1080,6 +1104,8 @@ class HierarchicalTransformer(
     def ablate(self, *hierarchies: int) -> Iterator[HierarchicalTransformer]:
         """Inside, levels of these compressions say nothing: `with model.ablate(8): loss, _ = model(ids, ...)`.
 
+        That holds for calls from the same thread. Other threads hear all levels.
+
         Merges and logits read zeros in their place (by attention: attend to the others alone), while they go on
         themselves: so the loss shows what their word is worth. In an hourglass a level speaks for all those inside it,
         which fall silent with it, before the logits too.
@@ -1089,16 +1115,28 @@ class HierarchicalTransformer(
         compressions = [level.compression for level in self.levels]
         if not hierarchies or any(not is_int(c) or c not in compressions for c in hierarchies):
             raise ValueError(f'ablate takes one or more of hierarchies {compressions}, got {hierarchies}')
-        silent = self.silent | set(hierarchies)
+        silent = frozenset(hierarchies)
         if self.arrangement == 'hourglass':
             silent |= {c for c in compressions if c > min(hierarchies)}
-        if all(compressions[i] in silent for i in self.predict_from):
-            raise ValueError(f'ablate must leave a level to predict, got {hierarchies}: silent are {sorted(silent)}')
-        before, self.silent = self.silent, silent
+        together = self.silent | silent
+        if all(compressions[i] in together for i in self.predict_from):
+            raise ValueError(f'ablate must leave a level to predict, got {hierarchies}: silent are {sorted(together)}')
+        self.ablations.begin(silent)
         try:
             yield self
         finally:
-            self.silent = before
+            self.ablations.end(silent)
+
+    @property
+    def silent(self) -> frozenset[int]:
+        """Compressions of the levels that this thread does not hear at the moment."""
+        return self.ablations.silent
+
+    def _replicate_for_data_parallel(self) -> Any:
+        # nn.DataParallel runs replicas in threads of their own
+        replica: Any = super()._replicate_for_data_parallel()
+        replica.ablations = Ablations(self.silent)
+        return replica
 
     # losses
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -756,6 +759,59 @@ def test_a_compiled_model_hears_of_ablation() -> None:
         torch.testing.assert_close(compiled(ids), model(ids))
         with model.ablate(8):
             torch.testing.assert_close(compiled(ids), model(ids))
+
+
+def test_threads_silence_levels_for_themselves_alone() -> None:
+    model, ids = build(BASE), torch.randint(0, 11, (2, 20))
+    plain = model(ids)
+    with model.ablate(8):
+        silent = model(ids)
+
+    with ThreadPoolExecutor(1) as pool:
+        other = model.ablate(8)
+        with model.ablate(4):
+            assert torch.equal(pool.submit(model, ids).result(), plain)
+            # the other thread enters inside, and leaves after
+            pool.submit(other.__enter__).result()
+            assert torch.equal(pool.submit(model, ids).result(), silent)
+        assert torch.equal(model(ids), plain)
+        pool.submit(other.__exit__, None, None, None).result()
+        assert torch.equal(pool.submit(model, ids).result(), plain)
+    assert torch.equal(model(ids), plain)
+    assert not model.silent
+
+
+def test_ablations_end_in_any_order() -> None:
+    model, ids = build(BASE), torch.randint(0, 11, (2, 20))
+    plain = model(ids)
+    with model.ablate(8):
+        silent = model(ids)
+    first, second, again = model.ablate(4), model.ablate(8), model.ablate(8)
+    for each in (first, second, again):
+        each.__enter__()
+    for each in (first, second):
+        each.__exit__(None, None, None)
+        # one of two that say the same is left
+        assert torch.equal(model(ids), silent)
+    again.__exit__(None, None, None)
+    assert torch.equal(model(ids), plain)
+
+
+def test_a_copy_made_during_an_ablation_hears_all_levels() -> None:
+    model, ids = build(BASE), torch.randint(0, 11, (2, 20))
+    plain = model(ids)
+    with model.ablate(8):
+        copies = [deepcopy(model), pickle.loads(pickle.dumps(model))]
+    assert all(torch.equal(copy(ids), plain) for copy in copies)
+
+
+def test_a_replica_of_another_thread_keeps_the_ablation() -> None:
+    """As nn.DataParallel makes them."""
+    model, ids = build(BASE), torch.randint(0, 11, (2, 20))
+    with model.ablate(8), ThreadPoolExecutor(1) as pool:
+        silent, replica = model(ids), model._replicate_for_data_parallel()
+        replica._parameters, replica._modules = model._parameters, model._modules
+        assert torch.equal(pool.submit(replica, ids).result(), silent)
 
 
 def test_in_an_hourglass_those_inside_a_silent_level_fall_silent() -> None:

@@ -537,7 +537,7 @@ def test_nothing_that_is_kept_outlives_the_weights_it_was_made_of(case: tuple[st
 
 @cases
 def test_threads_do_not_disturb_each_other(case: tuple[str, bool, dict[str, Any]]) -> None:
-    """A thread reads between any two lines of another's step. By itself a switch at the worst moment comes too seldom."""
+    """One reads between any two lines of the other's step: a switch at the worst moment comes too seldom by itself."""
     mixer = make(case)
     x = torch.randn(1, 1, DIM, dtype=torch.float64)
 
