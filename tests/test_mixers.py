@@ -34,6 +34,7 @@ from simple_hierarchical_transformer.mixers import (
 from simple_hierarchical_transformer.mixers.convolution import causal_conv
 from simple_hierarchical_transformer.mixers.kept import LastResult
 from simple_hierarchical_transformer.mixers.patterns import attended
+from simple_hierarchical_transformer.mixers.rotary import Rotary
 from simple_hierarchical_transformer.mixers.scan import scan
 from simple_hierarchical_transformer.mixers.ssm import DiagonalSSM
 
@@ -247,6 +248,59 @@ def test_a_half_precision_model_is_near_the_exact_one_far_out(case: tuple[str, b
     assert out.dtype == torch.bfloat16
     for got in (out, torch.cat(steps, dim=1)):
         assert (got.float() - expected).norm() < 0.05 * expected.norm()
+
+
+def in_half(config: dict[str, Any]) -> HierarchicalTransformer:
+    """Built where half precision is what tensors are made in."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return HierarchicalTransformer(**config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def on_meta(config: dict[str, Any]) -> HierarchicalTransformer:
+    with torch.device('meta'):
+        return HierarchicalTransformer(**config)
+
+
+@cases
+def test_what_is_exact_stays_so_however_a_model_becomes_half_precision(
+    case: tuple[str, bool, dict[str, Any]],
+) -> None:
+    config, ids = in_model(case, depth=1), torch.randint(0, 11, (2, SEQ_LEN))
+    model = build(config).float()
+    weights = model.state_dict()
+    rounded = {name: t.bfloat16() if t.is_floating_point() else t for name, t in weights.items()}
+    expected = deepcopy(model).bfloat16()
+
+    built, assigned, copied = in_half(config), deepcopy(model), deepcopy(model)
+    built.load_state_dict(weights)
+    assigned.load_state_dict(rounded, assign=True)
+    # rounded values do not take the place of those that they were rounded from
+    copied.load_state_dict(rounded)
+    for got in (built, assigned, copied.bfloat16()):
+        kinds = {name: t.dtype for name, t in got.state_dict().items()}
+        assert kinds == {name: t.dtype for name, t in expected.state_dict().items()}
+        assert torch.equal(got(ids), expected(ids))
+
+    # frequencies are what they are by definition; of others no more is known than was loaded
+    for load, empty in ((rounded, on_meta(config)), (rounded, in_half(config))):
+        empty.load_state_dict(load, assign=True)
+        for name, t in empty.state_dict().items():
+            kept = expected.state_dict()[name]
+            assert t.dtype == kept.dtype
+            assert torch.equal(t, kept if name.endswith('freqs') else rounded[name].to(t.dtype))
+
+
+def test_frequencies_of_one_s_own_are_loaded() -> None:
+    rotary, other = (Rotary(8, pairs='halves') for _ in range(2))
+    rotary.freqs.mul_(0.25)
+    other.load_state_dict({'freqs': rotary.freqs.bfloat16()}, assign=True)
+    assert torch.equal(other.freqs, rotary.freqs.bfloat16().float())
+    other.load_state_dict(rotary.state_dict())
+    other.load_state_dict({'freqs': rotary.freqs.bfloat16()})
+    assert torch.equal(other.freqs, rotary.freqs)
 
 
 def test_a_half_precision_ssm_keeps_its_time_scales() -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .exact import KeepsExact, exact_dtype
 from .kept import LastResult
 
 THETA = 10_000.0
@@ -20,7 +20,12 @@ BLOCK = 2048
 TABLE = 256
 
 
-class Rotary(nn.Module):
+def frequencies(dim: int, device: str | None = None) -> Tensor:
+    """By how many radians each pair of channels turns from a position to the next, `(dim / 2,)`."""
+    return THETA ** -(torch.arange(0, dim, 2, dtype=exact_dtype(), device=device) / dim)
+
+
+class Rotary(KeepsExact):
     """Turns each pair of channels by an angle that grows with position, so that scores see distances alone.
 
     `pairs` says which channels form a pair: neighbours (2i, 2i + 1), or the two halves (i, i + dim / 2). With
@@ -31,6 +36,7 @@ class Rotary(nn.Module):
     """
 
     freqs: Tensor
+    exact = ('freqs',)
 
     def __init__(self, dim: int, *, pairs: Literal['interleaved', 'halves'], xpos: bool = False) -> None:
         super().__init__()
@@ -38,8 +44,12 @@ class Rotary(nn.Module):
         self.pairs = pairs
         self.xpos = xpos
         # saved with the weights, as in the published package
-        self.register_buffer('freqs', THETA ** -(torch.arange(0, dim, 2) / dim))
+        self.register_buffer('freqs', frequencies(dim))
         self.table = LastResult()
+
+    def exact_value(self, name: str) -> Tensor:
+        # a model that was built without memory has none yet
+        return frequencies(self.dim, device='cpu') if self.freqs.is_meta else super().exact_value(name)
 
     def forward(self, qk: Tensor, start: int = 0) -> Tensor:
         """Queries and keys `(groups + 1, batch, heads, seq, dim)`, keys last, at positions `start` and on.
@@ -127,11 +137,3 @@ class Rotary(nn.Module):
             numbers = torch.view_as_complex(x.unflatten(-1, (-1, 2))) if neighbours else torch.complex(*x.chunk(2, -1))
             turned = torch.view_as_real(numbers * torch.complex(cos, sin))
         return turned.flatten(-2).to(dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # a half-precision model keeps exact frequencies: rounding them would turn far positions to other angles
-        exact = self.freqs
-        super()._apply(fn, recurse)
-        if torch.finfo(self.freqs.dtype).bits < 32:
-            self.freqs = exact.to(self.freqs.device)
-        return self

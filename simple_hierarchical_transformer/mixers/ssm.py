@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +14,13 @@ from ..linear import chain
 from ..norm import RMSNorm
 from ..state import keep
 from .convolution import causal_conv, check_fft, conv_products
+from .exact import KeepsExact, exact_dtype
 
 # time scales that channels begin with
 DT_RANGE = (1e-3, 1e-1)
 
 
-class DiagonalSSM(nn.Module):
+class DiagonalSSM(KeepsExact):
     """One diagonal state space model for each channel. `(batch, seq, dim)` to `(batch, seq, dim)`.
 
         x_t = exp(dt A) x_{t-1} + u_t,    y_t = 2 Re(C (exp(dt A) - 1) / A x_t) + D u_t
@@ -36,6 +36,9 @@ class DiagonalSSM(nn.Module):
     Time `O(seq * (log(seq) + state_dim) * dim)`. The state is x, `(batch, dim, state_dim / 2, 2)`.
     """
 
+    # time scales and frequencies
+    exact = ('log_dt', 'a_imag')
+
     def __init__(self, dim: int, *, state_dim: int, init: str, fft: str) -> None:
         super().__init__()
         check_choice('init', init, ('lin', 'inv'))
@@ -45,7 +48,7 @@ class DiagonalSSM(nn.Module):
         n = torch.arange(state_dim // 2)
         imaginary = math.pi * n if init == 'lin' else state_dim / math.pi * (state_dim / (2 * n + 1) - 1)
         low, high = map(math.log, DT_RANGE)
-        self.log_dt = nn.Parameter(low + (high - low) * torch.rand(dim))
+        self.log_dt = nn.Parameter(low + (high - low) * torch.rand(dim, dtype=exact_dtype()))
         self.log_a_real = nn.Parameter(torch.full((dim, state_dim // 2), math.log(0.5)))
         self.a_imag = nn.Parameter(imaginary.float().repeat(dim, 1))
         self.c = nn.Parameter(torch.randn(dim, state_dim // 2, 2) * 0.5**0.5)
@@ -58,17 +61,6 @@ class DiagonalSSM(nn.Module):
 
     def initial_state(self, batch: int, like: Tensor) -> Tensor:
         return like.new_zeros(batch, *self.c.shape, dtype=torch.promote_types(like.dtype, torch.float32))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # a half-precision model keeps exact time scales and frequencies: rounding them would turn far positions to
-        # other angles
-        exact = {name: getattr(self, name).detach() for name in ('log_dt', 'a_imag')}
-        super()._apply(fn, recurse)
-        for name, value in exact.items():
-            p = getattr(self, name)
-            if torch.finfo(p.dtype).bits < 32:
-                p.data = value.to(p.device)
-        return self
 
     def coefficients(self) -> tuple[Tensor, Tensor]:
         """`dt A` and what x is read with, complex `(dim, state_dim / 2)`, in float32 at least."""
