@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .export import first_of
 from .levels import Level
 from .linear import Chain, begin_at_zero, chain, plain
 from .mixers import build_mixer
@@ -199,6 +200,13 @@ class HierarchicalBlock(nn.Module):
         """`part(x, state, start)`, a sequence a row, of level tokens `(batch, seq, dim)` that fall into phases."""
         b, n, d = x.shape
         p = self.phases
+        if state is None and p == 1:
+            return part(x, None, start)
+        if state is None and torch.compiler.is_compiling():
+            # one graph for all lengths: the last round is filled up, which no token before can tell
+            filled = F.pad(x, (0, 0, 0, -n % p)).unflatten(1, (-1, p)).permute(2, 0, 1, 3)
+            out, _ = part(filled.flatten(0, 1), None, start // p)
+            return first_of(out.unflatten(0, (p, b)).permute(1, 2, 0, 3).flatten(1, 2), n), None
         outs: list[Tensor] = []
         parts: list[tuple[int, BlockState]] = []
         if state is not None and (with_room := getattr(self.attn, 'with_room', None)) is not None:

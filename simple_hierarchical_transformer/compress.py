@@ -163,7 +163,7 @@ class ModulePool(nn.Module):
     def forward(self, x: Tensor, offset: int, absent: int) -> Tensor:
         windows = self.windows.unfolded(x, offset).transpose(2, 3)
         rows = windows.flatten(0, 1)
-        out = check_output('compressor', self.module(rows), (len(rows), self.dim), rows)
+        out = check_output('compressor', self.module(rows), (rows.shape[0], self.dim), rows)
         return out.unflatten(0, windows.shape[:2])
 
 
@@ -181,7 +181,9 @@ def pool(
     offset = -position % windows.stride
     # where no window ends, there is nothing to do
     tokens = (
-        fn(padded, offset, max(windows.before - position, 0)) if offset < x.shape[1] else x.new_empty(len(x), 0, dim)
+        fn(padded, offset, max(windows.before - position, 0))
+        if offset < x.shape[1]
+        else x.new_empty(x.shape[0], 0, dim)
     )
     return tokens, keep(state, padded[:, -windows.before :])
 

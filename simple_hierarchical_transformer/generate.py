@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .levels import check_int, check_int_list, check_number, is_int, plain
+from .norm import is_traced
 from .state import State
 
 NUM_BYTES = 256
@@ -63,7 +64,7 @@ def check_ids(name: str, ids: Any, num_tokens: int, also: int | None = None) -> 
     ids = ids.long()
 
     # reading values would make an accelerator wait, or break a compiled graph
-    if ids.device.type == 'cpu' and not torch.compiler.is_compiling():
+    if ids.device.type == 'cpu' and not is_traced():
         allowed = ids if also is None else ids[ids != also]
         if allowed.numel():
             low, high = (int(value) for value in allowed.aminmax())

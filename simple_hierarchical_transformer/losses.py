@@ -99,8 +99,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for k in range(sets):
             part = slice(k * size, (k + 1) * size)
             matrix = weight[part].to(dtype)
-            for begin in range(0, rows, chunk):
-                at = slice(begin, begin + chunk)
+            # counted so that a compiler has a graph for each number of chunks, not of rows
+            for i in range(-(-rows // chunk)):
+                at = slice(i * chunk, (i + 1) * chunk)
                 target, scale = targets[at, k, None], row_weights[at, k, None]
                 logits = linear(inputs[at], matrix)
                 log_probs = logits.to(row_weights.dtype).log_softmax(dim=-1)
@@ -111,7 +112,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad = log_probs.exp_().scatter_add_(1, target, -torch.ones_like(scale)).to(dtype)
                 grad_x[at] += linear(grad, matrix.t()) * scale
                 scaled = (inputs[at] * scale).to(dtype)
-                if begin == 0:
+                if i == 0:
                     grad_weight[part] = grad.t() @ scaled
                 elif dtype == weight.dtype:
                     grad_weight[part].addmm_(grad.t(), scaled)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .export import first_of
 from .levels import Level
 from .linear import Chain, Part, begin_at_zero, chain, effective_weight, is_plain, linear, matrix_of
 from .norm import RMSNorm
@@ -45,7 +46,7 @@ def at_each_position(
     has one `(batch, 1, dim)` for each level of a stride. `n` is the length of the finest level at hand, which has
     stride 1 wherever a model predicts from it.
     """
-    n = max(x.shape[1] for x in tokens)
+    n = tokens[min(range(len(strides)), key=strides.__getitem__)].shape[1]
     columns: list[Tensor] = []
     kept: list[Tensor | None] = []
 
@@ -57,7 +58,7 @@ def at_each_position(
         kept.append(keep(last, x[:, -1:] if x.shape[1] or last is None else last))
         if parts is not None:
             x = chain(x, *parts[i])
-        columns.append(x if stride == 1 else x.repeat_interleave(stride, dim=1)[:, begun : begun + n])
+        columns.append(x if stride == 1 else first_of(x.repeat_interleave(stride, dim=1)[:, begun:], n))
 
     return columns, state and tuple(kept)
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .export import is_exporting, stable_sort
+
 # odd, so that a product with it loses nothing modulo 2^64: 2^64 over the golden ratio, as a signed number (Knuth, The
 # Art of Computer Programming, volume 3, section 6.4)
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -21,6 +23,8 @@ INVERSE = pow(GOLDEN, -1, 1 << 64) - (1 << 64)
 Hashes = dict[tuple[str, int], Tensor]
 # how many ids back words are looked for
 WORD_REACH = 64
+# a history has fewer ids than two to this power
+PLACE_BITS = 32
 
 
 def mixed(hashed: Tensor) -> Tensor:
@@ -41,6 +45,35 @@ def ngram_hashes(history: Tensor, orders: Sequence[int]) -> list[Tensor]:
     return found
 
 
+def powers_of(base: int, places: Tensor) -> Tensor:
+    """`base ** (place + 1)` modulo 2^64 for places 0, 1, 2, ...: `(n,)`."""
+    if not is_exporting():
+        return torch.full_like(places, base).cumprod(0)
+    # ONNX has no cumulative product: square and multiply
+    power = torch.ones_like(places)
+    for bit in range(PLACE_BITS):
+        power = torch.where(((places + 1) >> bit) % 2 == 1, power * base, power)
+        base = signed(base * base)
+    return power
+
+
+def latest(places: Tensor) -> Tensor:
+    """The largest of the places up to each, `(batch, n)`, or of the last `WORD_REACH`, which are all that count."""
+    if not is_exporting():
+        return places.cummax(1).values
+    # nor has it a cumulative maximum: over the last 2, 4, 8, ...
+    back = 1
+    while back < WORD_REACH:
+        places = places.maximum(F.pad(places[:, :-back], (back, 0)))
+        back *= 2
+    return places
+
+
+def signed(number: int) -> int:
+    """Modulo 2^64, as an int64 holds it."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
 def word_hashes(history: Tensor, n: int, orders: Sequence[int]) -> list[Tensor]:
     """A number for the last words that are begun at each of the last n ids, fewer words first: `(batch, n)`.
 
@@ -53,12 +86,12 @@ def word_hashes(history: Tensor, n: int, orders: Sequence[int]) -> list[Tensor]:
     folded = torch.where(upper, history + 32, history)
     places = torch.arange(history.shape[1], device=history.device)
     # of ids from one place to another a number that does not hang on where that is: a difference of sums, scaled
-    powers, inverses = (torch.full_like(places, base).cumprod(0) for base in (GOLDEN, INVERSE))
+    powers, inverses = powers_of(GOLDEN, places), powers_of(INVERSE, places)
     sums = F.pad((folded * powers).cumsum(1), (1, 0))
     # at each place, where the letters that end there begin, and one after the last word that is over
-    begun = torch.where(letters, 0, places + 1).cummax(1).values
+    begun = latest(torch.where(letters, 0, places + 1))
     over = F.pad(letters[:, :-1], (1, 0)) & ~letters
-    ended = torch.where(over, places, 0).cummax(1).values
+    ended = latest(torch.where(over, places, 0))
 
     at = places[-n:].expand(history.shape[0], n)
     lowest, end = at - (WORD_REACH - 1), at + 1
@@ -66,7 +99,7 @@ def word_hashes(history: Tensor, n: int, orders: Sequence[int]) -> list[Tensor]:
     hashed = torch.where(letters, 0, history)[:, -n:]
     for order in range(1, max(orders) + 1):
         start = begun.gather(1, at).maximum(lowest).minimum(end)
-        word = (sums.gather(1, end) - sums.gather(1, start)) * inverses[start.clamp(max=len(places) - 1)]
+        word = (sums.gather(1, end) - sums.gather(1, start)) * inverses[start.clamp(max=places.shape[0] - 1)]
         # mixed, since polynomials of two words may add up to those of two others
         hashed = (hashed + mixed(word)) * GOLDEN
         if order in orders:
@@ -228,7 +261,7 @@ class RecallEmbedding(ContextEmbedding):
         found = []
         for hashed in hashes.unbind(-1):
             # the same side by side, in the order in which they were read: each one's neighbour is the last
-            hashed, places = hashed.sort(dim=1, stable=True)
+            hashed, places = stable_sort(hashed)
             before, place = places[:, :-1], places[:, 1:]
             last = (hashed[:, 1:] == hashed[:, :-1]) & (place - before <= self.reach)
             # n-grams that the beginning cuts short differ in their zeros. The last place of all comes before none

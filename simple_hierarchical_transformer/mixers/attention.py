@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from ..export import first_of
 from ..levels import check_choice, check_int
 from ..linear import chain
 from ..norm import RMSNorm
@@ -62,15 +63,22 @@ def attend_window_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     past = k.shape[-2] - n
     block = max(window, MIN_BLOCK)
 
-    if n <= block:
-        if past + n - 1 <= window and (past == 0 or n == 1):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=n > 1)
+    # an exported length is no number yet: blocks serve all
+    if not isinstance(n, torch.SymInt) and n <= block:
+        if past + n - 1 <= window:
+            if past == 0:
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            if n == 1:
+                return F.scaled_dot_product_attention(q, k, v)
         distance = torch.arange(past, past + n, device=q.device)[:, None] - torch.arange(past + n, device=q.device)
         band = (distance >= 0) & (distance <= window)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=band)
 
     # batch and heads fold into one axis, blocks take the place of heads: one mask then serves every row
     blocks = -(-n // block)
+    if isinstance(n, torch.SymInt):
+        # one is a size of its own to an exporter
+        blocks += 1
     tail = blocks * block - n
     q = F.pad(q, (0, 0, 0, tail)).reshape(b * h, blocks, block, d)
     k, v = (F.pad(t, (0, 0, block - past, tail)).reshape(b * h, blocks + 1, block, d) for t in (k, v))
@@ -84,7 +92,7 @@ def attend_window_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     mask = band & ~before_start[:, None]
 
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None])
-    return out.reshape(b, h, blocks * block, d)[:, :, :n]
+    return first_of(out.reshape(b, h, blocks * block, d), n, dim=2)
 
 
 def attend_window_flex(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
@@ -92,7 +100,9 @@ def attend_window_flex(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     n, past = q.shape[-2], k.shape[-2] - q.shape[-2]
     if not q.is_cuda and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ValueError(f"attn_backend = 'flex' trains on CUDA alone, got a model on {q.device.type}")
-    mask = window_mask(n, past, window, q.device)
+    # a compiler makes it part of its graph, and an exporter's tensors must not be kept
+    make = window_mask.__wrapped__ if torch.compiler.is_compiling() else window_mask
+    mask = make(n, past, window, q.device)
     # a compiled model has it compiled along
     attend = compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
     return attend(q, k, v, block_mask=mask)

@@ -40,7 +40,9 @@ class LastResult:
         # computed from the copies, so that both belong together even if the inputs change meanwhile
         copies = [t.detach().clone() for t in inputs]
         result = fn(*copies, *args)
-        self._last = (key, copies, result)
+        # under a mode that pretends to compute, tensors made of real ones are not real
+        if all(map(is_comparable, copies)):
+            self._last = (key, copies, result)
         return result
 
 

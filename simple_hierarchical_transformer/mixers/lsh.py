@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..export import first_of, stable_sort
 from ..levels import MOST_IN_TURN, check_int
 from ..linear import chain
 from ..norm import RMSNorm
@@ -129,13 +130,18 @@ class LSHAttention(nn.Module):
         divided by, `(rows, seq)`, and keys, values and buckets in their order, with the order.
         """
         # stable, so that within a bucket tokens stay in the order of time
-        in_order, order = bucket.sort(dim=-1, stable=True)
+        in_order, order = stable_sort(bucket)
         q, k, v = (t.gather(1, order[..., None].expand_as(t)) for t in (q, k, v))
         n = q.shape[1]
 
         # blocks no smaller than the window: each finds all its keys in itself and in the one before
-        block = max(self.before, min(MIN_BLOCK, n))
-        blocks = -(-n // block)
+        if isinstance(n, torch.SymInt):
+            # an exported length is no number yet, and one block a size of its own
+            block = max(self.before, MIN_BLOCK)
+            blocks = n // block + 2
+        else:
+            block = max(self.before, min(MIN_BLOCK, n))
+            blocks = -(-n // block)
         tail = blocks * block - n
         places = F.pad(in_order, (0, tail), value=-1).unflatten(1, (blocks, block))
 
@@ -155,7 +161,7 @@ class LSHAttention(nn.Module):
 
         # back to the order of time
         back = order.argsort(dim=-1)
-        out, total = out.flatten(1, 2)[:, :n], total.flatten(1, 2)[:, :n]
+        out, total = first_of(out.flatten(1, 2), n), first_of(total.flatten(1, 2), n)
         return out.gather(1, back[..., None].expand_as(out)), total.gather(1, back), (k, v, in_order, order)
 
     def attend_with_state(
