@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..levels import MOST_IN_TURN, check_int
-from ..linear import autocast_dtype, chain
+from ..linear import Part, autocast_dtype, chain, matrix_of
 from ..norm import RMSNorm
 from ..state import grow, keep, room_for
 from .convolution import causal_conv, check_fft, conv_products
@@ -43,14 +44,28 @@ class ImplicitFilters(nn.Module):
 
     def forward(self) -> Tensor:
         layers: Any = [*self.to_hidden, self.to_filters]
-        tensors = [self.frequency, *(t for layer in layers for t in (layer.weight, layer.bias) if t is not None)]
-        # steps of generation ask for the same filters again and again
-        return self.kept(self.make, tensors)
+        matrices = [matrix_of(layer) for layer in layers]
+        if all(matrix is not None and (matrix[1] is None) == (i == 2) for i, matrix in enumerate(matrices)):
+            tensors: Any = [self.frequency, *(t for weight, bias in matrices for t in (weight, bias) if t is not None)]  # type: ignore[misc]
+            # steps of generation ask for the same filters again and again
+            return self.kept(self.make, tensors)
 
-    def make(self, frequency: Tensor, *tensors: Tensor) -> Tensor:
-        """The filters of `frequency`, and of each layer's weight and bias in turn."""
+        def called(layer: nn.Module) -> Part:
+            return lambda x: layer(x.to(self.frequency.dtype)).to(x.dtype)
+
+        return self.filters_of(self.frequency, [called(layer) for layer in layers])
+
+    def make(self, frequency: Tensor, first: Tensor, a: Tensor, second: Tensor, b: Tensor, last: Tensor) -> Tensor:
+        """The filters of `frequency`, both hidden layers' weights and biases, and the last layer's weight."""
+
+        def mapped(weight: Tensor, bias: Tensor | None = None) -> Part:
+            return lambda x: F.linear(x, weight.to(x), None if bias is None else bias.to(x))
+
+        return self.filters_of(frequency, [mapped(first, a), mapped(second, b), mapped(last)])
+
+    def filters_of(self, frequency: Tensor, maps: Sequence[Part]) -> Tensor:
+        """The filters of `frequency` and the three linear maps of the network."""
         exact: dict[str, Any] = dict(device=frequency.device, dtype=torch.promote_types(frequency.dtype, torch.float32))
-        *hidden, to_filters = (t.to(**exact) for t in tensors)
         with (
             nullcontext()
             if autocast_dtype(frequency.device) is None
@@ -59,10 +74,12 @@ class ImplicitFilters(nn.Module):
             t = torch.linspace(0, 1, self.length, **exact)[:, None]
             angles = 2 * math.pi * t * torch.linspace(1e-4, BANDS - 1, BANDS, **exact)
             x = torch.cat((t, angles.cos(), angles.sin()), dim=-1)
-            for scale, weight, bias in zip(frequency.to(**exact), hidden[::2], hidden[1::2], strict=True):
-                x = torch.sin(scale * F.linear(x, weight, bias))
-            rates = -math.log(DECAY_TARGET) / torch.linspace(SLOWEST, FASTEST, len(to_filters), **exact)
-            filters = F.linear(x, to_filters) * torch.exp(-t * rates)
+            *hidden, to_filters = maps
+            for scale, to_hidden in zip(frequency.to(**exact), hidden, strict=True):
+                x = torch.sin(scale * to_hidden(x))
+            filters = to_filters(x)
+            rates = -math.log(DECAY_TARGET) / torch.linspace(SLOWEST, FASTEST, filters.shape[1], **exact)
+            filters = filters * torch.exp(-t * rates)
             return filters / filters.abs().sum(dim=0, keepdim=True).clamp(min=1e-6)
 
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..linear import is_dense
 from ..norm import is_traced
 
 
@@ -16,8 +17,8 @@ class LastResult:
 
     Values are compared with copies of those that the result was computed from. Nothing cheaper is safe: a version
     counter does not see a write through `.data`, and an address may be used again. So this pays where the inputs are
-    small beside the result. It keeps nothing where gradients are enabled, and nothing of tensors that a compiler, a
-    transform or a subclass of Tensor stands behind.
+    small beside the result. It keeps nothing where gradients are enabled, nothing on other devices than a CPU, where
+    each comparison would wait for the device, and nothing of tensor subclasses or under a compiler or a transform.
 
     Threads may share one. A copy or a pickle of it is empty.
     """
@@ -47,4 +48,4 @@ class LastResult:
 
 
 def is_comparable(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
+    return is_dense(tensor) and tensor.device.type == 'cpu'

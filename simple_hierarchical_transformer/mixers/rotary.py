@@ -73,7 +73,8 @@ class Rotary(KeepsExact):
         """
         n = qk.shape[-2]
         origin = start // BLOCK * BLOCK
-        if n > 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        # on other devices nothing is kept, and a table would be made for each step
+        if n > 1 or torch.is_grad_enabled() or torch.compiler.is_compiling() or qk.device.type != 'cpu':
             return self.turn(qk, *self.factors(qk, start, n, origin))
 
         # steps take their factors from a table of the positions around
