@@ -414,7 +414,7 @@ def test_refuses_before_work_is_lost(
             ('--data', corpus, f'{corpus}=2', '--out', new),
             '--data takes a weight above 0 for every source',
         ),
-        (('--data', f'{corpus}=-1', '--out', new), '--data takes a weight above 0'),
+        (('--data', f'{corpus}=-1', '--out', new), '--data: weights must be finite and above 0, got -1.0'),
         (('--data', corpus, '--model', 'dim=7', 'width=3', '--out', new), '--model: '),
         (('--data', corpus, '--model', 'dim=-7', '--out', new), 'dim must be'),
         (('--data', corpus, '--model', 'dim', '--out', new), '--model takes NAME=VALUE, got dim'),

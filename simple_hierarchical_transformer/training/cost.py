@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..model import HierarchicalTransformer
 from ..norm import RootMeanSquare
+from ..state import State
 from .optim import KERNELS, LOOKUPS, NGRAMS
 
 # where in a parameter's name the number of its level stands
@@ -332,7 +333,7 @@ def measure_step(
     with alive:
         states: list[Any] = [None] * run
         if position is not None:
-            states = [replace(model.initial_state(rows), position=position) for _ in range(run)]
+            states = [state_at(model, ids, position) for _ in range(run)]
         for i in range(run):
             extra: dict[str, Any] = {} if position is None else dict(state=states[i], return_state=True)
             with FusedKernels(half):
@@ -357,6 +358,15 @@ def measure_step(
     # each batch that was not run has a state before and one after it
     unrun = 0 if position is None else 2 * (accum - run) * states[0].nbytes
     return alive.peak + unrun, alive.gradients_at_peak
+
+
+@torch.no_grad()
+def state_at(model: HierarchicalTransformer, ids: Tensor, position: int) -> State:
+    """A state with room for `position` ids, which all but the last of were not read."""
+    state = model.initial_state(len(ids))
+    if position == 0:
+        return state
+    return model(ids[:, :1], state=replace(state, position=position - 1), return_state=True)[1]
 
 
 def device_memory(device: torch.device) -> int | None:
