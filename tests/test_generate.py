@@ -241,7 +241,7 @@ def test_stop_ids_are_ints_of_any_kind(kind: Callable[[list[int]], Any], count: 
     assert torch.cat(list(pieces)).tolist() == free[: end + 1]
 
 
-@pytest.mark.parametrize('kind', [int, np.int64, np.uint8, torch.tensor, np.array], ids=str)
+@pytest.mark.parametrize('kind', [int, np.int64, np.uint8, torch.tensor, np.array], ids=lambda kind: kind.__name__)
 def test_one_int_may_be_of_any_kind(kind: Callable[[int], Any]) -> None:
     net, prompt = model(), torch.ones(2, 3, dtype=torch.long)
     free = net.generate(prompt, 20, temperature=0)
