@@ -622,6 +622,32 @@ def test_threads_do_not_disturb_each_other(case: tuple[str, bool, dict[str, Any]
     assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize('name', ['to_hidden.0', 'to_filters'])
+def test_a_change_to_the_network_of_filters_takes_effect(name: str) -> None:
+    mixer, x = make(CASES['hyena']), torch.randn(2, 5, DIM, dtype=torch.float64)
+    layer = mixer.filters.get_submodule(name)
+
+    def outputs() -> list[Tensor]:
+        with torch.no_grad():
+            state, steps = mixer.initial_state(2, x), []
+            for i in range(x.shape[1]):
+                out, state = mixer(x[:, i : i + 1], state, i)
+                steps.append(out)
+        return [mixer(x)[0], torch.cat(steps, dim=1)]
+
+    before = outputs()
+    hook = layer.register_forward_hook(lambda _, __, out: 2 * out + 1)
+    hooked = outputs()
+    hook.remove()
+    torch.testing.assert_close(*hooked)
+    assert not torch.allclose(hooked[0], before[0])
+    torch.testing.assert_close(outputs(), before)
+    mixer.filters.set_submodule(name, nn.Sequential(layer, nn.Tanh()))
+    replaced = outputs()
+    torch.testing.assert_close(*replaced)
+    assert not torch.allclose(replaced[0], before[0])
+
+
 def test_the_last_result_is_that_of_the_values_at_hand() -> None:
     kept, called = LastResult(), []
 
