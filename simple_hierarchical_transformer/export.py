@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,3 +31,25 @@ def first_of(x: Tensor, n: int, dim: int = 1) -> Tensor:
         return x.narrow(dim, 0, n)
     # a view has one layout where it leaves something out and another where it does not, and a graph would be for one
     return x.index_select(dim, torch.arange(n, device=x.device))
+
+
+# a compiler makes a graph for each of these, where it would make one for each length
+SIDES = sorted(size for power in range(32) for size in (1 << power, 3 << power))
+
+
+def side_of_square(n: int) -> int:
+    """The side of the smallest square that has room for n; the next of a few sizes where a compiler traces."""
+    if not torch.compiler.is_compiling():
+        return math.isqrt(n - 1) + 1
+    for side in SIDES:
+        if side * side >= n:
+            break
+    return side
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n, and at least 2."""
+    size = 2
+    while size < n:
+        size *= 2
+    return size

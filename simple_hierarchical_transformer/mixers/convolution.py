@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..export import power_of_two
 from ..levels import check_choice
 
 FFTS = ('torch', 'monarch')
@@ -28,9 +29,9 @@ def causal_conv(x: Tensor, kernel: Tensor, fft: str = 'torch') -> Tensor:
     hears of later ones by rounding, some 1e-16 of them in float64.
     """
     exact = torch.promote_types(x.dtype, torch.float32)
-    n, taps = x.shape[1], min(len(kernel), x.shape[1])
+    n, taps = x.shape[1], min(kernel.shape[0], x.shape[1])
     # room for the whole product, so that its end does not come round to its beginning
-    size = 1 << max(n + taps - 2, 1).bit_length()
+    size = power_of_two(n + taps - 1)
     if fft == 'torch' and 3 * size // 4 >= n + taps - 1:
         size = 3 * size // 4
     signal, taps_first = x.to(exact).transpose(1, 2), kernel[:taps].to(exact).t()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..export import first_of, side_of_square
 
 
 def scan(a: Tensor, b: Tensor, initial: Tensor | None = None) -> Tensor:
@@ -36,8 +37,9 @@ def scan(a: Tensor, b: Tensor, initial: Tensor | None = None) -> Tensor:
 
 def _forward(a: Tensor, b: Tensor, initial: Tensor) -> Tensor:
     n = b.shape[1]
-    size = math.isqrt(n - 1) + 1
-    blocks = -(-n // size)
+    size = side_of_square(n)
+    # as many as a compiler can count whatever the length is
+    blocks = size if torch.compiler.is_compiling() else -(-n // size)
 
     def in_blocks(t: Tensor) -> Tensor:
         # steps first, so that each step's tokens lie together
@@ -55,7 +57,7 @@ def _forward(a: Tensor, b: Tensor, initial: Tensor) -> Tensor:
     for k in range(blocks - 1):
         carried.append(torch.addcmul(h[-1, :, k], reached[-1, :, k], carried[-1]))
     h.addcmul_(reached, torch.stack(carried, dim=1))
-    return h.movedim(0, 2).flatten(1, 2)[:, :n]
+    return first_of(h.movedim(0, 2).flatten(1, 2), n)
 
 
 class _Scan(torch.autograd.Function):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..export import first_of, side_of_square
 from ..levels import check_choice, check_int
 from ..linear import chain
 from ..norm import RMSNorm
@@ -78,14 +79,14 @@ class DiagonalSSM(KeepsExact):
             return y.to(u.dtype) + self.d * u, keep(state, torch.view_as_real(x))
 
         # t = row * size + column
-        size = math.isqrt(n - 1) + 1
+        size = side_of_square(n)
         rows = -(-n // size)
         columns_power = torch.exp(step[..., None] * torch.arange(size, device=u.device))
         rows_power = torch.exp(step[..., None] * (size * torch.arange(rows, device=u.device)))
 
         def series(weights: Tensor) -> Tensor:
             """`Re(sum over states of weights * exp(dt A)^t)`: `(..., dim, states)` to `(..., dim, n)`."""
-            return ((weights[..., None] * rows_power).mT @ columns_power).real.flatten(-2)[..., :n]
+            return first_of(((weights[..., None] * rows_power).mT @ columns_power).real.flatten(-2), n, dim=-1)
 
         y = causal_conv(u, series(read).t(), self.fft) + self.d * u
         if state is None:
