@@ -259,7 +259,7 @@ class Corpus:
     system ends the process. Pickled, for the workers of a data loader, a corpus is its path alone.
 
     Args:
-        name: what it is called. What is not UTF-8 in it is replaced.
+        name: what it is called. Bytes of it that are not UTF-8 are written as escapes.
         path: the file with the bytes.
         ends_path: a file of int64 with the position after the last byte of each text. Without one, all is one text.
     """

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import IO, Any
 
+from .terminal import printable
+
 try:
     # of Python 3.14
     from compression import zstd
@@ -65,8 +67,8 @@ class UnreadableError(ValueError):
 
 
 def shown(name: str | PurePath) -> str:
-    """A file's name as text that can be printed and stored: what is not UTF-8 in it is replaced."""
-    return str(name).encode('utf-8', 'replace').decode()
+    """A file's name as text that can be printed and stored: bytes of it that are not UTF-8 are written as escapes."""
+    return printable(str(name))
 
 
 def is_hidden(path: PurePath) -> bool:
