@@ -83,7 +83,7 @@ def check_record(record: dict[str, Any], file: Path) -> None:
         return
     progress = record.get('progress')
     if not isinstance(progress, dict):
-        raise ValueError(f'{file}: progress must be how far the run has come, got {shown(progress)}')
+        raise ValueError(f'{file}: progress must be how far the run has come, got {brief(progress)}')
     check_kinds(progress, PROGRESS, file, 'progress.')
     if unknown := sorted(set(progress) - set(PROGRESS)):
         raise ValueError(f'{file}: progress has what this version does not know: {", ".join(unknown)}')
@@ -97,14 +97,14 @@ def check_kinds(held: dict[str, Any], kinds: dict[str, Kind], file: Path, where:
         if name not in held:
             raise ValueError(f'{file}: {where}{name} is missing')
         if not kind.holds(held[name]):
-            raise ValueError(f'{file}: {where}{name} must be {kind.name}, got {shown(held[name])}')
+            raise ValueError(f'{file}: {where}{name} must be {kind.name}, got {brief(held[name])}')
 
 
 def check_rows(rows: list[Any], file: Path) -> None:
     for i, row in enumerate(rows):
         where = f'progress.rows[{i}]'
         if not isinstance(row, dict):
-            raise ValueError(f'{file}: {where} must be scores by name, got {shown(row)}')
+            raise ValueError(f'{file}: {where} must be scores by name, got {brief(row)}')
         scores = {name: SCORE for name in row if name not in ROW}
         check_kinds(row, ROW | scores, file, f'{where}.')
         if set(row) - set(rows[0]):
@@ -127,19 +127,19 @@ def check_settings(settings: dict[str, Any], file: Path) -> None:
     if sum(settings[name] is not None for name in LENGTH) != 1:
         refuse(f'one of {" and ".join(LENGTH)} must be given, and not both')
     if not isinstance(settings['model'], dict) or set(settings['model']) & {*ELSEWHERE, *BYTES, *TEXTS}:
-        refuse(f'model must be arguments of the model by name, got {shown(settings["model"])}')
+        refuse(f'model must be arguments of the model by name, got {brief(settings["model"])}')
 
     argv: list[str] = []
     asked = {name: settings[name] for name in sorted({*DEFAULTS, *needed} - {'model'}) if settings[name] is not None}
     for name, value in asked.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not is_number(value):
-            refuse(f'{name} must be {NUMBER.name}, and at most {MOST}, got {shown(value)}')
+            refuse(f'{name} must be {NUMBER.name}, and at most {MOST}, got {brief(value)}')
         if isinstance(value, bool):
             argv.append(flag(name) if value else f'--no-{name.replace("_", "-")}')
         elif isinstance(value, list):
             # none that would be taken for an option
             if not list_of(is_text)(value) or any(each.startswith('-') for each in value):
-                refuse(f'{name} must be a list of names, got {shown(value)}')
+                refuse(f'{name} must be a list of names, got {brief(value)}')
             argv += [flag(name), *value]
         else:
             argv.append(f'{flag(name)}={value}')
@@ -149,9 +149,9 @@ def check_settings(settings: dict[str, Any], file: Path) -> None:
     for name, value in asked.items():
         # 1 for 1.0 is as good; '1' for 1 is not
         if parsed[name] != value or isinstance(value, bool) != isinstance(parsed[name], bool):
-            refuse(f'{name} must be as {flag(name)} takes it, got {shown(value)}')
+            refuse(f'{name} must be as {flag(name)} takes it, got {brief(value)}')
 
 
-def shown(value: Any) -> str:
+def brief(value: Any) -> str:
     text = repr(value)
     return text if len(text) < 80 else f'{text[:80]}...'
