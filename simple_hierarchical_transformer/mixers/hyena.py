@@ -28,18 +28,20 @@ DECAY_TARGET, FASTEST, SLOWEST = 1e-2, 0.3, 1.5
 
 
 class ImplicitFilters(nn.Module):
-    """Filters over `length` positions, from a network of the position, under a window that decays: `(length, filters)`.
+    """Filters over `length` positions, from a network of the position, under a window that decays.
+
+    `sets` of `filters` each: `(sets, length, filters)`.
 
     Poli et al. 2023, arXiv 2302.10866, section 3. Each filter's absolute values sum to 1, so that what comes out does
     not grow with the length. They are made in float32 at least, whatever the model and autocast are in.
     """
 
-    def __init__(self, filters: int, *, length: int, hidden: int) -> None:
+    def __init__(self, sets: int, filters: int, *, length: int, hidden: int) -> None:
         super().__init__()
-        self.length = length
+        self.sets, self.length = sets, length
         self.to_hidden = nn.ModuleList([nn.Linear(2 * BANDS + 1, hidden), nn.Linear(hidden, hidden)])
         self.frequency = nn.Parameter(torch.full((2, hidden), FREQUENCY))
-        self.to_filters = nn.Linear(hidden, filters, bias=False)
+        self.to_filters = nn.Linear(hidden, sets * filters, bias=False)
         self.kept = LastResult()
 
     def forward(self) -> Tensor:
@@ -61,7 +63,9 @@ class ImplicitFilters(nn.Module):
         def mapped(weight: Tensor, bias: Tensor | None = None) -> Part:
             return lambda x: F.linear(x, weight.to(x), None if bias is None else bias.to(x))
 
-        return self.filters_of(frequency, [mapped(first, a), mapped(second, b), mapped(last)])
+        filters = self.filters_of(frequency, [mapped(first, a), mapped(second, b), mapped(last)])
+        # a step reads all taps of a set, faster where they lie together
+        return filters if torch.is_grad_enabled() else filters.contiguous()
 
     def filters_of(self, frequency: Tensor, maps: Sequence[Part]) -> Tensor:
         """The filters of `frequency` and the three linear maps of the network."""
@@ -80,7 +84,8 @@ class ImplicitFilters(nn.Module):
             filters = to_filters(x)
             rates = -math.log(DECAY_TARGET) / torch.linspace(SLOWEST, FASTEST, filters.shape[1], **exact)
             filters = filters * torch.exp(-t * rates)
-            return filters / filters.abs().sum(dim=0, keepdim=True).clamp(min=1e-6)
+            filters = filters / filters.abs().sum(dim=0, keepdim=True).clamp(min=1e-6)
+            return filters.unflatten(1, (self.sets, -1)).movedim(1, 0)
 
 
 class Hyena(nn.Module):
@@ -121,7 +126,7 @@ class Hyena(nn.Module):
         self.norm = RMSNorm(dim)
         self.to_in = nn.Linear(dim, (order + 1) * dim, bias=False)
         self.short_conv = ShortConv((order + 1) * dim, check_int('short', short))
-        self.filters = ImplicitFilters(order * dim, length=length, hidden=check_int('filter_dim', filter_dim))
+        self.filters = ImplicitFilters(order, dim, length=length, hidden=check_int('filter_dim', filter_dim))
         self.skip_bias = nn.Parameter(torch.randn(order, dim))
         self.to_out = nn.Linear(dim, dim, bias=False)
 
@@ -148,7 +153,7 @@ class Hyena(nn.Module):
             held = list(self.with_room(state, start + x.shape[1]))
         joined, held[0] = self.short_conv(chain(x, self.norm, self.to_in), held[0])
         v, *gates = joined.chunk(self.order + 1, dim=-1)
-        filters = self.filters().chunk(self.order, dim=-1)
+        filters = self.filters().unbind()
         for n, (gate, taps, bias) in enumerate(zip(gates, filters, self.skip_bias, strict=True), 1):
             mixed, held[n] = self.long_conv(v, taps, held[n], start)
             v = gate * (mixed + bias * v)
