@@ -83,9 +83,10 @@ class ConvPool(nn.Sequential):
         super().__init__(windows, WindowConv(dim_in, inner, windows.taps), nn.SiLU(), nn.Conv1d(inner, dim, 1))
 
     def forward(self, x: Tensor, offset: int, absent: int) -> Tensor:  # type: ignore[override]
-        windows, to_inner, act, to_dim = cast(Any, self)
+        # anything may have been inserted after the activation
+        windows, to_inner, *between, to_dim = cast(Any, self)
         conv = by_window(to_inner.conv, to_inner.kernel) if is_plain(to_inner) else to_inner
-        return chain(x, partial(windows, offset=offset), conv, act, by_window(to_dim, 1))
+        return chain(x, partial(windows, offset=offset), conv, *between, by_window(to_dim, 1))
 
 
 class LinearPool(nn.Module):

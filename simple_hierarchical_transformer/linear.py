@@ -29,11 +29,14 @@ Matrix = tuple[Tensor, Tensor | None]
 
 def plain(module_class: type[nn.Module]) -> type[nn.Module]:
     """Registers a class whose call a fused route may replace: it draws no random numbers and changes no state."""
-    PLAIN.add(module_class)
+    PLAIN[module_class] = module_class.forward
     return module_class
 
 
-PLAIN: set[type[nn.Module]] = {nn.Linear, nn.Conv1d, nn.LayerNorm, RMSNorm, nn.GELU, nn.SiLU, nn.ReLU, nn.Tanh}
+# each with its `forward`, which a library that patches classes may replace
+PLAIN: dict[type[nn.Module], Callable[..., Any]] = {
+    kind: kind.forward for kind in (nn.Linear, nn.Conv1d, nn.LayerNorm, RMSNorm, nn.GELU, nn.SiLU, nn.ReLU, nn.Tanh)
+}
 # tensors that the kernels here may read; quantized and sharded ones are subclasses with operations of their own
 DENSE = (Tensor, nn.Parameter)
 
@@ -45,7 +48,7 @@ def is_plain(module: nn.Module) -> bool:
     their own or global ones. A fused route must call those.
     """
     return (
-        type(module) in PLAIN
+        PLAIN.get(type(module)) is type(module).forward
         and not has_hooks(module)
         and 'forward' not in module.__dict__
         and module._compiled_call_impl is None
@@ -91,13 +94,15 @@ def chain(x: Tensor, *parts: Part) -> Tensor:
 def matrix_of(part: Part) -> Matrix | None:
     """The weight `(dim_out, dim_in)` and bias of a plain linear map, None for any other part.
 
-    A Conv1d counts as the map of its windows, `(dim_in * taps)` numbers each.
+    A Conv1d without groups, padding or dilation counts as the map of its windows, `(dim_in * taps)` numbers each.
     """
     kind = type(part)
     if (kind is not nn.Linear and kind is not nn.Conv1d) or not is_plain(part):  # type: ignore[arg-type]
         return None
     weight, bias = part.weight, part.bias  # type: ignore[attr-defined]
     if not is_dense(weight, bias):
+        return None
+    if kind is nn.Conv1d and (part.groups, part.padding, part.dilation) != (1, (0,), (1,)):  # type: ignore[attr-defined]
         return None
     return (weight if kind is nn.Linear else weight.flatten(1)), bias
 
@@ -243,6 +248,9 @@ def as_function(part: Part) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]] 
             if module.weight is not None and module.bias is not None and is_dense(module.weight, module.bias)
             else None
         )
+    if module._parameters or module._modules:
+        # a gradient could not reach these
+        return None
     # `forward` and not a call, so that hooks registered after the forward pass do not fire in the backward pass
     return (partial(module.forward, **part.keywords) if isinstance(part, partial) else module.forward), ()
 

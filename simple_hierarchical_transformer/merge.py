@@ -173,7 +173,7 @@ class HierarchicalMerge(nn.Module):
         sizes = [self.dims[i] for i in self.into]
         starts = [slice(-position % self.strides[i], None, self.strides[i]) for i in self.into]
         strided = any(self.strides[i] > 1 for i in self.into)
-        matrix = matrix_of(self.net[-1]) if strided and is_plain(self.net) else None
+        matrix = matrix_of(self.net[-1]) if strided and is_plain(self.net) and len(self.net) == 4 else None
         if matrix is None:
             pooled = self.net(joined).split(sizes, dim=-1)
             return [each[:, own] for each, own in zip(pooled, starts, strict=True)]

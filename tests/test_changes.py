@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from simple_hierarchical_transformer import HierarchicalTransformer
+from simple_hierarchical_transformer.compress import by_window
+from simple_hierarchical_transformer.linear import Chain, chain
 from simple_hierarchical_transformer.losses import cross_entropy
 from simple_hierarchical_transformer.mixers.scan import scan
 from simple_hierarchical_transformer.norm import RMSNorm
@@ -397,3 +399,45 @@ def test_dynamic_quantization_converts_every_linear_map(kind: str) -> None:
     with torch.no_grad():
         assert 0 < (small(ids) - model(ids)).norm() < 0.1 * model(ids).norm()
         torch.testing.assert_close(loss_of(small, ids), loss_of(model, ids), rtol=0.02, atol=0.02)
+
+
+def test_chains_within_chains_and_inserted_layers_are_trained() -> None:
+    model = HierarchicalTransformer(**{**SMALL, 'merge_into': 'all'})
+    ff = model.layers[0][0].ff  # type: ignore[index, union-attr]
+    ff.net = Chain(Chain(*ff.net[:3]), ff.net[3])
+    model.hierarchical_merges[0].net.insert(3, nn.PReLU())  # type: ignore[union-attr, operator]
+    model.compressors[1].compress_fn.insert(3, nn.PReLU())  # type: ignore[union-attr, operator]
+    loss_of(model, torch.randint(0, 13, (2, 33))).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+
+
+def test_a_weight_of_a_subclass_before_a_plain_map_is_trained() -> None:
+    class Weight(nn.Parameter):
+        pass
+
+    first, second = nn.Linear(4, 5), nn.Linear(5, 2)
+    first.weight = Weight(first.weight.detach())
+    chain(torch.randn(3, 4), first, second).sum().backward()
+    assert first.weight.grad is not None
+    assert first.bias.grad is not None
+
+
+@pytest.mark.parametrize('kind', [RMSNorm, nn.Linear, nn.LayerNorm])
+def test_a_patched_class_takes_effect(kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = HierarchicalTransformer(**SMALL), torch.randint(0, 13, (2, 33))
+    with torch.no_grad():
+        logits = model(ids)
+    loss, old = loss_of(model, ids), kind.forward
+    monkeypatch.setattr(kind, 'forward', lambda self, x: 2 * old(self, x))
+    assert not torch.allclose(loss_of(model, ids), loss)
+    with torch.no_grad():
+        assert not torch.allclose(model(ids), logits)
+
+
+@pytest.mark.parametrize('settings', [dict(groups=2), dict(padding=1), dict(dilation=2, padding=2)])
+def test_a_convolution_of_other_settings_is_called(settings: dict[str, Any]) -> None:
+    conv = nn.Conv1d(4, 6, 3, **settings)
+    windows = torch.randn(2, 5, 12)
+    expected = conv(windows.view(10, 4, 3))[..., 0].view(2, 5, 6)
+    torch.testing.assert_close(chain(windows, by_window(conv, 3)), expected)
