@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .export import first_of
 from .levels import Level
-from .linear import Chain, begin_at_zero, chain, plain
+from .linear import Chain, begin_at_zero, chain, register_plain
 from .mixers import build_mixer
 from .mixers.attention import Backend
 from .norm import RMSNorm
@@ -64,13 +64,13 @@ class GRUGate(nn.Module):
         return torch.lerp(x, h.to(x.dtype), z.to(x.dtype))
 
 
-@plain
+@register_plain
 class SquaredReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x).square()
 
 
-@plain
+@register_plain
 class SwiGLU(nn.Module):
     """Half of the channels, gated by the other."""
 

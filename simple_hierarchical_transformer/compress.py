@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .levels import Level, check_output
-from .linear import Part, chain, is_plain, matrix_of, plain
+from .linear import Part, chain, is_plain, matrix_of, register_plain
 from .state import keep
 
 
-@plain
+@register_plain
 class Windows(nn.Module):
     """The `taps` tokens, `dilation` apart, that end at each token whose index is a multiple of `stride`.
 
@@ -47,7 +47,7 @@ class Windows(nn.Module):
         return first[:, None] + torch.arange(self.taps, device=device) * self.dilation
 
 
-@plain
+@register_plain
 class WindowConv(nn.Module):
     """Holds the convolution `conv` over windows of `kernel` tokens, under the published package's name."""
 

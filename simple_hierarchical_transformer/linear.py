@@ -27,7 +27,7 @@ Part = Callable[[Tensor], Tensor]
 Matrix = tuple[Tensor, Tensor | None]
 
 
-def plain(module_class: type[nn.Module]) -> type[nn.Module]:
+def register_plain(module_class: type[nn.Module]) -> type[nn.Module]:
     """Registers a class whose call a fused route may replace: it draws no random numbers and changes no state."""
     PLAIN[module_class] = module_class.forward
     return module_class
@@ -255,7 +255,7 @@ def as_function(part: Part) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]] 
     return (partial(module.forward, **part.keywords) if isinstance(part, partial) else module.forward), ()
 
 
-@plain
+@register_plain
 class Chain(nn.Sequential):
     """`nn.Sequential` that runs as a `chain`."""
 

@@ -266,7 +266,10 @@ class Attention(nn.Module):
     def with_room(self, cache: Cache, tokens: int) -> Cache:
         """`cache`, `(..., kv_heads, slots, dim_head)` each, with room for that many tokens or the last of them."""
         keys, values = cache
-        return grow(keys, tokens, self.reach + 1), grow(values, tokens, self.reach + 1)
+        slots, limit = keys.shape[-2], self.reach + 1
+        if slots == limit or tokens <= slots:
+            return cache
+        return grow(keys, tokens, limit), grow(values, tokens, limit)
 
     def forward(self, x: Tensor, cache: Cache | None = None, start: int = 0) -> tuple[Tensor, Cache | None]:
         """x: `(batch, seq, dim)`, tokens `start` to `start + seq` of the sequence."""
