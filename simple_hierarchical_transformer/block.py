@@ -67,7 +67,9 @@ class GRUGate(nn.Module):
 @register_plain
 class SquaredReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x).square()
+        # a product, since autocast on CUDA computes a power in float32, and a power's gradient is slow on a CPU
+        positive = F.relu(x)
+        return positive * positive
 
 
 @register_plain

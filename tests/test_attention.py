@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 from local_attention import LocalMHA
 from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from simple_hierarchical_transformer.mixers import Attention, attention, rotary
 from simple_hierarchical_transformer.mixers.attention import Backend, attend_window
@@ -50,6 +54,21 @@ def test_flex_attention_equals_blocks(n: int, window: int, past: int) -> None:
     q, k, v = (t.float() for t in qkv(past + n, dim=16))
     out = attend_window(q[:, :, past:], k, v, window, 'flex')
     torch.testing.assert_close(out, attend_window(q[:, :, past:], k, v, window, 'sdpa'), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_flex_attention_is_compiled_for_all_shapes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = CompileCounterWithBackend('eager')
+    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend=graphs))
+    attention.compiled_flex.cache_clear()
+    for n, past, window in product((257, 400, 641, 1030), (0, 30, 128), (30, 129)):
+        q, k, v = (t.float() for t in qkv(past + n, dim=16))
+        q, mask = q[:, :, past:], attention.kept_window_mask(n, past, window, q.device)
+        attend = attention.compiled_flex(q.dtype, *q.shape[1::2], past > 0, False)
+        torch.testing.assert_close(attend(q, k, v, mask), attend_window(q, k, v, window, 'sdpa'), rtol=1e-4, atol=1e-5)
+    attention.compiled_flex.cache_clear()
+    # one without a past, two with one: whether it adds a block
+    assert graphs.frame_count <= 3
 
 
 def test_flex_attention_refuses_to_train_where_it_cannot() -> None:

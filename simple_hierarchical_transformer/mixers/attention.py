@@ -26,6 +26,8 @@ from .rotary import Rotary
 MIN_BLOCK = 64
 # FlexAttention's own
 FLEX_BLOCK = 128
+# its kernels take seconds to compile, which shorter sequences do not win back
+MIN_FLEX = 1024
 # queries at a time, where full attention goes by blocks
 FAR_BLOCK = 1024
 # of a pattern's tokens that are heard far away, where the user names no number
@@ -42,13 +44,13 @@ def attend_window(q: Tensor, k: Tensor, v: Tensor, window: int, backend: Backend
     q and the result: `(batch, heads, seq, dim_head)`; k, v: `(batch, heads, past + seq, dim_head)`, where the first
     `past <= window` belong to tokens before the sequence. Time and memory grow as `seq * window`.
 
-    All backends give the same numbers. 'auto' takes 'flex' for what it serves on CUDA, else 'sdpa'.
+    All backends give the same numbers. 'auto' takes 'flex' on CUDA for `seq` of 1,024 and more, else 'sdpa'.
 
     Raises ValueError where 'flex' would have to train on another device.
     """
     if backend == 'auto':
         # the kernel's products want 16 channels, and no float64
-        serves = q.is_cuda and q.shape[-1] >= 16 and q.dtype != torch.float64
+        serves = q.is_cuda and q.shape[-1] >= 16 and q.dtype != torch.float64 and q.shape[-2] >= MIN_FLEX
         backend = 'flex' if serves else 'sdpa'
     if backend == 'flex':
         return attend_window_flex(q, k, v, window)
@@ -100,21 +102,25 @@ def attend_window_flex(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     n, past = q.shape[-2], k.shape[-2] - q.shape[-2]
     if not q.is_cuda and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ValueError(f"attn_backend = 'flex' trains on CUDA alone, got a model on {q.device.type}")
-    # a compiler makes it part of its graph, and an exporter's tensors must not be kept
-    make = window_mask.__wrapped__ if torch.compiler.is_compiling() else window_mask
-    mask = make(n, past, window, q.device)
-    # a compiled model has it compiled along
-    attend = compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
-    return attend(q, k, v, block_mask=mask)
+    if torch.compiler.is_compiling():
+        # part of the graph that is being made: an exporter's tensors must not be kept
+        return flex_attention(q, k, v, block_mask=window_mask(n, past, window, q.device))
+    mask = kept_window_mask(n, past, window, q.device)
+    if not q.is_cuda:
+        return flex_attention(q, k, v, block_mask=mask)
+    return compiled_flex(q.dtype, *q.shape[1::2], past > 0, torch.is_grad_enabled())(q, k, v, mask)
 
 
-@lru_cache(maxsize=64)
-def window_mask(n: int, past: int, window: int, device: torch.device) -> BlockMask:
-    """The band, block by block: never `n` by `n`."""
+def window_mask(n: int, past: int, window: int, device: torch.device, as_tensors: bool = False) -> BlockMask:
+    """The band, block by block: never `n` by `n`.
+
+    With `as_tensors` a compiled kernel reads `past` and `window` from memory. It then serves all of them.
+    """
+    shift, reach = (torch.full((), each, device=device) if as_tensors else each for each in (past, window))
 
     def band(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        distance = i + past - j
-        return (distance >= 0) & (distance <= window)
+        distance = i + shift - j
+        return (distance >= 0) & (distance <= reach)
 
     # one that inference made could not be saved for a backward pass
     with torch.inference_mode(False):
@@ -130,9 +136,27 @@ def window_mask(n: int, past: int, window: int, device: torch.device) -> BlockMa
         )  # fmt: skip
 
 
-@lru_cache(maxsize=1)
-def compiled_flex() -> Any:
-    return torch.compile(flex_attention)
+@lru_cache(maxsize=64)
+def kept_window_mask(n: int, past: int, window: int, device: torch.device) -> BlockMask:
+    with torch.inference_mode(False):
+        return window_mask(n, past, window, device, as_tensors=True)
+
+
+@lru_cache(maxsize=64)
+def compiled_flex(dtype: torch.dtype, heads: int, dim_head: int, has_past: bool, train: bool) -> Any:
+    """FlexAttention compiled for such tensors, for all lengths and batches.
+
+    A function that is compiled more than 8 times falls back to a kernel that needs `n` by `n` memory. So the lengths
+    are dynamic, what would have it compiled anew has a function of its own, and `fullgraph` forbids the fallback.
+    """
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+        return flex_attention(q, k, v, block_mask=mask)
+
+    # the compiler counts by code object
+    name = f'attend_{str(dtype)[6:]}_{heads}x{dim_head}' + '_past' * has_past + '_train' * train
+    attend.__code__ = attend.__code__.replace(co_name=name)
+    return torch.compile(attend, dynamic=True, fullgraph=True)
 
 
 def attend_window_local(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
@@ -279,15 +303,15 @@ class Attention(nn.Module):
         qk, v = (part.permute(2, 0, 3, 1, 4) for part in qkv.split((self.groups + 1, 1), dim=-3))
         v = v[0]
         if self.qk_norm is not None:
-            # under autocast a norm gives the dtype of its weight
-            qk = self.qk_norm(qk).to(v.dtype)
+            # under autocast in the dtype of the norm's weight, until it is turned
+            qk = self.qk_norm(qk)
 
         if cache is not None:
             out, cache = self.attend_with_cache(qk, v, self.with_room(cache, start + x.shape[1]), start)
         elif self.window is None and x.shape[1] > self.rotary_emb.reach(v.dtype):
             out = self.attend_far(self.as_rows(qk[:-1]), self.widened(qk[-1]), self.widened(v))
         else:
-            qk = self.rotary_emb(qk)
+            qk = self.rotary_emb(qk).to(v.dtype)
             q, k, v = self.as_rows(qk[:-1]), self.widened(qk[-1]), self.widened(v)
             if self.window is None and self.patterns is None:
                 out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -330,6 +354,7 @@ class Attention(nn.Module):
             rotary = self.rotary_emb
             q = rotary.turn(queries, *(part[0] for part in rotary.factors(queries, first, end - first, origin=first)))
             k = rotary.turn(keys, *(part[1] for part in rotary.factors(keys, 0, end, origin=first)))
+            q, k = q.to(values.dtype), k.to(values.dtype)
             seen = torch.arange(end, device=k.device) <= torch.arange(first, end, device=k.device)[:, None]
             return F.scaled_dot_product_attention(q, k, values, attn_mask=seen)
 
@@ -344,7 +369,7 @@ class Attention(nn.Module):
         outs = []
         lengths = self.rotary_emb.pieces(start, v.shape[-2])
         for piece, values in zip(qk.split(lengths, dim=-2), v.split(lengths, dim=-2), strict=True):
-            piece = self.rotary_emb.relative_to_block(piece, start)
+            piece = self.rotary_emb.relative_to_block(piece, start).to(values.dtype)
             out, cache = self.attend_piece(self.as_rows(piece[:-1]), piece[-1], values, cache, start)
             outs.append(out)
             start += values.shape[-2]

@@ -191,6 +191,15 @@ def halved(value: Any) -> Any:
     return value.bfloat16() if isinstance(value, Tensor) and value.dtype == torch.float32 else value
 
 
+def is_sum_of_gradients(a: Tensor, b: Any) -> bool:
+    """Whether the backward pass would write the sum over `a`: nobody else holds it. Under a mode it never does."""
+    if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or not isinstance(b, Tensor):
+        return False
+    alone = a.shape == b.shape and not a._is_view() and a.layout == torch.strided
+    # the tensor's own reference, and that of the Python object
+    return alone and torch._C._storage_Use_Count(a.untyped_storage()._cdata) <= 2
+
+
 class Alive(TorchDispatchMode):
     """Follows the memory of the tensors that operations make, on 'meta' too.
 
@@ -209,6 +218,8 @@ class Alive(TorchDispatchMode):
         self.known: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in existing}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.add.Tensor and is_sum_of_gradients(*args):
+            func = torch.ops.aten.add_.Tensor
         out = func(*args, **kwargs or {})
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
