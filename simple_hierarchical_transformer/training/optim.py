@@ -79,24 +79,27 @@ class MixedOptimizer(torch.optim.AdamW):
 
     def step_matrices(self, group: dict[str, Any]) -> None:
         """Moves the matrices of a group, those of one shape together."""
-        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
-        for p in group['params']:
-            if p.grad is None:
-                continue
-            state = self.state[p]
-            if not state:
-                state['momentum'] = torch.zeros_like(p)
-            state['momentum'].lerp_(p.grad, 1 - group['momentum'])
-            # Nesterov's: where the momentum will be after another such gradient
-            ahead = full(p.grad.lerp(state['momentum'], group['momentum'])).flatten(1)
-            by_shape.setdefault(ahead.shape, []).append((p, ahead))
+        params = [p for p in group['params'] if p.grad is not None]
+        if not params:
+            return
+        for p in params:
+            if not self.state[p]:
+                self.state[p]['momentum'] = torch.zeros_like(p)
+        grads, momenta = [p.grad for p in params], [self.state[p]['momentum'] for p in params]
+        torch._foreach_lerp_(momenta, grads, 1 - group['momentum'])
+        # Nesterov's: where the momentum will be after another such gradient
+        ahead = torch._foreach_lerp(grads, momenta, group['momentum'])
 
+        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+        for p, each in zip(params, ahead, strict=True):
+            matrix = full(each).flatten(1)
+            by_shape.setdefault(matrix.shape, []).append((p, matrix))
         for shape, entries in by_shape.items():
-            moves = orthogonalise(torch.stack([ahead for _, ahead in entries]), group['iterations'])
-            scale = 0.2 * math.sqrt(max(shape))
-            for (p, _), move in zip(entries, moves, strict=True):
-                p.mul_(1 - group['lr'] * group['weight_decay'])
-                p.sub_(shard_like(move.view(p.shape), p), alpha=group['lr'] * scale)
+            moved = [p for p, _ in entries]
+            moves = orthogonalise(torch.stack([matrix for _, matrix in entries]), group['iterations'])
+            moves = [shard_like(move.view(p.shape), p) for p, move in zip(moved, moves, strict=True)]
+            torch._foreach_mul_(moved, 1 - group['lr'] * group['weight_decay'])
+            torch._foreach_add_(moved, moves, alpha=-0.2 * math.sqrt(max(shape)) * group['lr'])
 
     def step_rows(self, group: dict[str, Any]) -> None:
         """Moves the rows of a group's tables that have a gradient."""
@@ -117,12 +120,13 @@ class MixedOptimizer(torch.optim.AdamW):
                 p.index_add_(0, rows, values / (means.sqrt() + eps), alpha=-lr)
             else:
                 held.copy_(mean_squares(held, p.grad, decay))
-                p.sub_(p.grad / (held.sqrt() + eps), alpha=lr)
+                p.addcdiv_(p.grad, held.sqrt() + eps, value=-lr)
 
 
 def mean_squares(before: Tensor, grad: Tensor, decay: float) -> Tensor:
     """The running mean of each row's mean square, `(rows, 1)`; where the gradient is zero it stays."""
-    squares = grad.square().mean(dim=-1, keepdim=True)
+    # the norm reads a table once, where squares would be written and read
+    squares = torch.linalg.vector_norm(grad, dim=-1, keepdim=True).square() / grad.shape[-1]
     return torch.where(squares > 0, before.lerp(squares, 1 - decay), before)
 
 
