@@ -16,6 +16,7 @@ from torch import Tensor
 from .levels import check_int, check_int_list, check_number, is_int, plain
 from .norm import is_traced
 from .state import State
+from .steps import CapturedSteps, pays_to_capture
 
 NUM_BYTES = 256
 # of the vocabularies whose ids are bytes: with none besides, or also with an end of text, and with what fills up
@@ -257,9 +258,14 @@ def check_largest(logits: Tensor) -> None:
 class Reader:
     """Feeds ids to a model and keeps what it needs to go on: the state, or without a cache all ids from the first."""
 
-    def __init__(self, model: Any, ids: Tensor, state: Any = None, *, use_cache: bool = True) -> None:
+    def __init__(self, model: Any, ids: Tensor, state: Any = None, *, use_cache: bool = True, steps: int = 0) -> None:
         self.model = model
         self.state = state
+        self.steps = steps
+        """How many single ids will be read after these, at most."""
+        self.watched = False
+        """Whether the model may be changed between steps: others run in between."""
+        self.captured = CapturedSteps(model) if use_cache and pays_to_capture(model, steps) else None
         self.unread: Tensor | None = ids
         """Ids `(batch, n)` that the model has yet to read."""
         self.seen: Tensor | None = None
@@ -268,7 +274,9 @@ class Reader:
     def read(self) -> Tensor:
         """Has the model read what it has yet to: the logits `(batch, num_tokens)` of the id after."""
         assert self.unread is not None
-        if self.use_cache:
+        if self.captured is not None and self.state is not None and self.unread.shape[1] == 1:
+            logits, state = self.captured(self.unread, self.state, self.steps, self.watched)
+        elif self.use_cache:
             logits, state = self.model(self.unread, state=self.state, return_state=True)
         else:
             seen = self.unread if self.seen is None else torch.cat((self.seen, self.unread), dim=1)
@@ -340,6 +348,7 @@ class Stream:
 
     def __init__(self, reader: Reader, prompt: Prompt, seq_len: int, **settings: Any) -> None:
         self.reader = reader
+        reader.watched = True
         self.steps = draw(reader, prompt.rows, seq_len, **settings)
 
     def __iter__(self: Self) -> Self:
@@ -636,7 +645,8 @@ class Generative:
 
         shortest = min(map(len, prompts.rows))
         first = torch.stack([row[:shortest] for row in prompts.rows])
-        reader = Reader(self, first, state, use_cache=use_cache)
+        steps = max(map(len, prompts.rows)) - shortest + length
+        reader = Reader(self, first, state, use_cache=use_cache, steps=steps)
         return Generation(reader, prompts, length, dict(sampler=Sampler(**sampling), stops=stops))
 
     @overload

@@ -919,6 +919,23 @@ class HierarchicalTransformer(
             contexts=F.pad(state.contexts, (0, 0, max(more_contexts, 0), 0)),
         )
 
+    def reserve(self, state: State, n: int) -> State:
+        """`state` with room for `n` more ids in all its parts, which then stay where they are in memory."""
+        state = self.with_room(state, n)
+
+        def reserved(level: Level, block: Any, held: BlockState) -> BlockState:
+            grows = getattr(block and block.attn, 'with_room', None)
+            if grows is None:
+                return held
+            return replace(held, mixer=grows(held.mixer, -(-level.length(state.position + n) // level.phases)))
+
+        layers: Any = self.layers
+        blocks = tuple(
+            tuple(reserved(*each) for each in zip(self.levels, layer, held, strict=True))
+            for layer, held in zip(layers, state.blocks, strict=True)
+        )
+        return replace(state, blocks=blocks)
+
     def run_parallel(self, embeds: Tensor, now: Pass) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
         """Levels side by side: what their first blocks get, what their last ones give, and the coarsest map."""
         inputs, codes, now.embeds[:] = self.compress_all(embeds, now.state, now.position)

@@ -20,6 +20,51 @@ from .levels import is_int, plain
 ROOM = 1024
 
 
+class Position(int):
+    """A position whose value is also in the memory of a device: `rounds * scale + offset`.
+
+    It counts as the int that it is. A CUDA graph that is captured with it serves every value of `rounds`, if what is
+    captured depends on `tensor`, or on remainders by divisors of `scale`, and not on the int. Sums, and quotients by
+    divisors of `scale`, are positions again. A remainder that depends on `rounds` raises NotImplementedError.
+
+    Args:
+        value: the int.
+        rounds: int64 `()`, on the device.
+        scale: how far positions of one remainder stand apart.
+        offset: the remainder.
+    """
+
+    rounds: Tensor
+    scale: int
+    offset: int
+
+    def __new__(cls, value: int, rounds: Tensor, scale: int, offset: int) -> Position:
+        self = super().__new__(cls, value)
+        self.rounds, self.scale, self.offset = rounds, scale, offset
+        return self
+
+    @property
+    def tensor(self) -> Tensor:
+        """int64 `(1,)`."""
+        return torch.full((1,), self.offset, device=self.rounds.device).add_(self.rounds, alpha=self.scale)
+
+    def __neg__(self) -> Position:
+        return Position(-int(self), self.rounds, -self.scale, -self.offset)
+
+    def __add__(self, other: int) -> Position:
+        return Position(int(self) + other, self.rounds, self.scale, self.offset + other)
+
+    def __floordiv__(self, divisor: int) -> Position:
+        if self.scale % divisor:
+            raise NotImplementedError(f'positions {self.scale} apart have no common remainder by {divisor}')
+        return Position(int(self) // divisor, self.rounds, self.scale // divisor, self.offset // divisor)
+
+    def __mod__(self, divisor: int) -> int:
+        if self.scale % divisor:
+            raise NotImplementedError(f'positions {self.scale} apart have no common remainder by {divisor}')
+        return self.offset % divisor
+
+
 def room_for(tokens: int, limit: int) -> int:
     """How many tokens a cache holds that was given `tokens`, and never needs more than `limit`.
 

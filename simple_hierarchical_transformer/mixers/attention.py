@@ -18,7 +18,7 @@ from ..export import first_of
 from ..levels import check_choice, check_int
 from ..linear import chain
 from ..norm import RMSNorm
-from ..state import grow, room_for
+from ..state import Position, grow, room_for
 from .patterns import MODES, PARTS, PATTERNS, attend_pattern, attended, keys_of_pattern
 from .rotary import Rotary
 
@@ -248,6 +248,11 @@ class Attention(nn.Module):
         self.to_qkv = nn.Linear(dim, (heads + 2 * kv_heads) * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
 
+    @property
+    def static_step(self) -> bool:
+        """Whether a step's operations are the same at each position."""
+        return self.patterns is None
+
     def find_patterns(
         self, pattern: str, mode: str, stride: int | None, summary: int | None, *, layer: int, length: int
     ) -> list[tuple[slice, dict[str, Any]]]:
@@ -382,14 +387,16 @@ class Attention(nn.Module):
         # under autocast a state stays in the dtype of the weights, and what is computed does not
         held = keys.dtype
 
-        if n == 1 and in_place and torch.compiler.is_compiling() and self.patterns is None:
-            # one graph for every position: nothing but the contents of tensors hangs on `start`
-            slot = torch.full((1,), start % slots, device=k.device)
+        recorded = torch.compiler.is_compiling() or isinstance(start, Position)
+        if n == 1 and in_place and recorded and self.patterns is None:
+            # one graph for every position: nothing but the contents of tensors depends on `start`
+            at: Any = start.tensor if isinstance(start, Position) else start
+            slot = at % slots if isinstance(start, Position) else torch.full((1,), start % slots, device=k.device)
             keys, values = keys.index_copy_(2, slot, k.to(held)), values.index_copy_(2, slot, v.to(held))
-            filled = torch.arange(slots, device=k.device) <= start
+            filled = torch.arange(slots, device=k.device) <= at
             return self.step(q, keys, values, mask=filled[None]), (keys, values)
 
-        if n == 1 and in_place and not torch.compiler.is_compiling():
+        if n == 1 and in_place and not recorded:
             keys[:, :, start % slots], values[:, :, start % slots] = k[:, :, 0], v[:, :, 0]
             if self.patterns is None:
                 seen = min(start + 1, slots)

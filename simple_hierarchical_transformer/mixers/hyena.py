@@ -110,6 +110,9 @@ class Hyena(nn.Module):
         fft: what convolutions run on, 'torch' or 'monarch': see `causal_conv`.
     """
 
+    # what a step reads depends on its position
+    static_step = False
+
     def __init__(
         self,
         *,

@@ -47,6 +47,9 @@ class LSHAttention(nn.Module):
         entries: of its bucket that a token attends to.
     """
 
+    # what a step reads depends on its position
+    static_step = False
+
     rotations: Tensor
 
     def __init__(

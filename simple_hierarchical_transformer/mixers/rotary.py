@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..state import Position
 from .exact import KeepsExact, exact_dtype
 from .kept import LastResult
 
@@ -72,6 +73,9 @@ class Rotary(KeepsExact):
         With xPos, they are of one block: see `pieces`.
         """
         n = qk.shape[-2]
+        if isinstance(start, Position):
+            place = start.tensor
+            return self.turn(qk, *self.factors_at(self.freqs, qk.dtype, place, place % BLOCK))
         origin = start // BLOCK * BLOCK
         # on other devices nothing is kept, and a table would be made for each step
         if n > 1 or torch.is_grad_enabled() or torch.compiler.is_compiling() or qk.device.type != 'cpu':
@@ -91,13 +95,19 @@ class Rotary(KeepsExact):
         return self.factors_of(self.freqs, like.dtype, start, n, origin)
 
     def factors_of(self, freqs: Tensor, dtype: torch.dtype, start: int, n: int, origin: int) -> tuple[Tensor, Tensor]:
+        position = torch.arange(start, start + n, device=freqs.device)
+        return self.factors_at(freqs, dtype, position, position - origin)
+
+    def factors_at(
+        self, freqs: Tensor, dtype: torch.dtype, position: Tensor, distance: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same of integer positions `(n,)`, at these distances from the origin."""
         dtype = torch.promote_types(dtype, torch.float32)
         exact = torch.float32 if freqs.device.type == 'mps' else torch.float64
-        position = torch.arange(start, start + n, device=freqs.device, dtype=exact)
-        angles = torch.outer(position, freqs.to(exact))
+        angles = torch.outer(position.to(exact), freqs.to(exact))
         cos, sin = angles.cos(), angles.sin()
         if self.xpos:
-            decay = self.decay(position - origin)
+            decay = self.decay(distance.to(exact))
             factor = torch.stack((decay, 1 / decay))[:, None, None]
             cos, sin = cos * factor, sin * factor
         return cos.to(dtype), sin.to(dtype)
@@ -117,7 +127,8 @@ class Rotary(KeepsExact):
 
     def next_block(self, keys: Tensor, start: int) -> Tensor:
         """Cached keys `(batch, heads, slots, dim)` of tokens before `start`, for queries from `start` on to meet."""
-        if not self.xpos or start % BLOCK or not start:
+        # steps that are captured leave out where a block begins
+        if not self.xpos or isinstance(start, Position) or start % BLOCK or not start:
             return keys
         distance = torch.full((1,), BLOCK, device=keys.device, dtype=torch.promote_types(keys.dtype, torch.float32))
         factor = self.decay(distance)[0].repeat_interleave(2)

@@ -96,8 +96,8 @@ class MixedOptimizer(torch.optim.AdamW):
             by_shape.setdefault(matrix.shape, []).append((p, matrix))
         for shape, entries in by_shape.items():
             moved = [p for p, _ in entries]
-            moves = orthogonalise(torch.stack([matrix for _, matrix in entries]), group['iterations'])
-            moves = [shard_like(move.view(p.shape), p) for p, move in zip(moved, moves, strict=True)]
+            directions = orthogonalise(torch.stack([matrix for _, matrix in entries]), group['iterations'])
+            moves = [shard_like(each.view(p.shape), p) for p, each in zip(moved, directions, strict=True)]
             torch._foreach_mul_(moved, 1 - group['lr'] * group['weight_decay'])
             torch._foreach_add_(moved, moves, alpha=-0.2 * math.sqrt(max(shape)) * group['lr'])
 
