@@ -133,6 +133,36 @@ def test_each_optimizer_learns(name: str) -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.parametrize('clips', [False, True])
+@pytest.mark.parametrize('sparse', [False, True])
+def test_a_scaler_leaves_out_a_step_that_overflows(sparse: bool, clips: bool) -> None:
+    """All of it, whatever the rules of its groups; and a step that does not overflow is the one without a scaler."""
+    models = [build(dict(SMALL, ngrams=(2,), ngram_rows=64)).float() for _ in range(2)]
+    optimizers = [optim.build_optimizer(each, 'muon', lr=1e-2, weight_decay=0.1, sparse=sparse) for each in models]
+    scaled, ids = models[0], torch.randint(0, 11, (2, 20))
+    scaler = torch.amp.GradScaler('cpu', init_scale=1024.0)
+    start = {name: p.detach().clone() for name, p in scaled.named_parameters()}
+
+    def take_scaled_step(overflows: bool) -> None:
+        scaler.scale(scaled(ids, return_loss=True)[0]).backward()
+        if overflows:
+            scaled.to_logits.weight.grad[0, 0] = math.inf
+        if clips:
+            scaler.unscale_(optimizers[0])
+        scaler.step(optimizers[0])
+        scaler.update()
+        optimizers[0].zero_grad()
+
+    take_scaled_step(overflows=True)
+    assert scaler.get_scale() == 512
+    assert all(torch.equal(p, start[name]) for name, p in scaled.named_parameters())
+    take_scaled_step(overflows=False)
+    models[1](ids, return_loss=True)[0].backward()
+    optimizers[1].step()
+    for (name, ours), expected in zip(scaled.named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5, msg=lambda said, name=name: f'{name}: {said}')
+
+
 @pytest.mark.parametrize('schedule', optim.SCHEDULES)
 @pytest.mark.parametrize('warmup', [0.0, 0.1])
 def test_learning_rates_rise_then_never_rise_again(schedule: str, warmup: float) -> None:

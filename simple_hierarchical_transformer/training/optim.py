@@ -54,6 +54,8 @@ class MixedOptimizer(torch.optim.AdamW):
         self, params: Iterable[dict[str, Any]], *, momentum: float = 0.95, iterations: int = 5, **settings: Any
     ) -> None:
         super().__init__([{'rule': 'adamw', **group} for group in params], **settings)
+        # fused AdamW would scale and skip by itself, and the other rules do neither: a scaler does both for all groups
+        self._step_supports_amp_scaling = False
         for group in self.param_groups:
             group.update(momentum=momentum, iterations=iterations)
             check_choice('rule', rule := group['rule'], RULES)

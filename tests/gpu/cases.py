@@ -1,0 +1,172 @@
+"""Configurations that together have every option of the model, and every name that an option takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+from simple_hierarchical_transformer import HierarchicalTransformer
+from simple_hierarchical_transformer.block import ACTIVATIONS
+from simple_hierarchical_transformer.levels import COMPRESSORS
+from simple_hierarchical_transformer.mixers import MIXERS
+from simple_hierarchical_transformer.mixers.attention import BACKENDS
+from simple_hierarchical_transformer.mixers.patterns import MODES, PATTERNS
+
+# heads of 32 channels: what FlexAttention serves
+BASE: dict[str, Any] = dict(
+    num_tokens=256, dim=64, depth=2, dim_head=32, heads=2, ff_mult=2, seq_len=512, ngram_rows=1024, ignore_index=-1,
+    recon_ignore_index=-1,
+)  # fmt: skip
+WINDOW = dict(window_sizes=64)
+LEVELS = dict(hierarchies=(1, 2, 8), hierarchical_stride=(1, 1, 4), window_sizes=(16, 64, None))
+TWO = dict(hierarchies=(1, 4), hierarchical_stride=(1, 2), window_sizes=(64, None))
+HOURGLASS = dict(
+    arrangement='hourglass', hierarchies=(1, 4), hierarchical_stride=(1, 4), window_sizes=(64, None), depth=(2, 1)
+)
+NO_LOSSES = dict(recon_loss_weight=0.0, next_latent_loss_weight=0.0)
+TABLES = dict(ngrams=(2, 3, 4), word_ngrams=(1, 2), recall=(3, 5), word_recall=(1,))
+# what the presets of train.py are made of
+RECIPE: dict[str, Any] = dict(
+    HOURGLASS, **TABLES, **NO_LOSSES, compressor='linear', merge='linear', ff_activation='relu2',
+    mixer_kwargs=dict(qk_norm=True), zero_init=True,
+)  # fmt: skip
+QUANTIZED = dict(quantized_loss_weight=0.1, quantizer_codebooks=2, quantizer_codebook_size=16, quantizer_dim=8)
+
+# drawn on the device: compared with the CPU in evaluation mode
+DRAWN = {'ngram_dropout', 'recon_sample'}
+# the arguments that no case has, and why
+EXEMPT = {
+    'use_flash_attn': 'it does nothing',
+    'hierarchy_merge_all': "it is another name of merge_into = 'all'",
+    'ngram_rows': 'BASE has it',
+}
+
+
+class LastByte(nn.Module):
+    """A summarizer of a user: a projection of each embedding, at the level's stride."""
+
+    def __init__(self, dim: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x[:, :: self.stride])
+
+
+def options_of(function: Any) -> dict[str, tuple[Any, ...]]:
+    """The arguments of a constructor, and of each the names that its annotation lists."""
+    hints = get_type_hints(inspect.unwrap(function))
+    hints.pop('return', None)
+    return {name: tuple(names_in(hint)) for name, hint in hints.items()}
+
+
+def names_in(hint: Any) -> Iterator[Any]:
+    if get_origin(hint) is Literal:
+        yield from get_args(hint)
+    else:
+        for part in get_args(hint):
+            yield from names_in(part)
+
+
+MODEL_OPTIONS = options_of(HierarchicalTransformer.__init__)
+# what a mixer is given by its level
+OF_LEVEL = {'dim', 'dim_head', 'heads', 'window', 'length', 'layer', 'backend'}
+MIXER_OPTIONS = {
+    name: {option: names for option, names in options_of(mixer.__init__).items() if option not in OF_LEVEL}
+    for name, mixer in MIXERS.items()
+}
+
+
+def named_cases() -> dict[str, dict[str, Any]]:
+    """A case for each name that an option takes, whatever names there are."""
+    cases: dict[str, dict[str, Any]] = {}
+    for merge in MODEL_OPTIONS['merge']:
+        cases[f'merge {merge}'] = dict(LEVELS, merge=merge)
+        cases[f'merge {merge} into all'] = dict(LEVELS, merge=merge, merge_into='all')
+    for kind in MODEL_OPTIONS['arrangement']:
+        cases[f'arrangement {kind}'] = dict(HOURGLASS, depth=2, arrangement=kind)
+    for compressor in COMPRESSORS:
+        cases[f'compressor {compressor}'] = dict(TWO, compressor=compressor)
+    for activation in ACTIVATIONS:
+        cases[f'feed-forward {activation}'] = dict(WINDOW, ff_activation=activation)
+    for backend in BACKENDS:
+        cases[f'window by {backend}'] = dict(WINDOW, attn_backend=backend)
+        # full attention reads by it with a state, and grouped queries share keys
+        cases[f'levels by {backend}'] = dict(LEVELS, attn_backend=backend, mixer_kwargs=dict(kv_heads=1))
+    for residual in MODEL_OPTIONS['residual']:
+        cases[f'residual {residual}'] = dict(WINDOW, residual=residual)
+    for loss in MODEL_OPTIONS['next_latent_loss_type']:
+        cases[f'next latent by {loss}'] = dict(TWO, next_latent_loss_type=loss)
+    for source in MODEL_OPTIONS['quantize_from']:
+        cases[f'quantized {source}'] = dict(TWO, **QUANTIZED, quantize_from=source)
+    for halting in MODEL_OPTIONS['halting']:
+        shared = dict(TWO, share_layers=True, depth=3)
+        cases[f'halting {halting}'] = dict(shared, halting=halting, ponder_loss_weight=0.1)
+    for mixer in MIXERS:
+        cases[mixer] = dict(TWO, mixer=mixer, window_sizes=None)
+        for option, names in MIXER_OPTIONS[mixer].items():
+            if option not in ('pattern', 'pattern_mode'):
+                for name in names:
+                    cases[f'{mixer}, {option} {name}'] = dict(TWO, mixer=mixer, mixer_kwargs={option: name})
+    for pattern in PATTERNS:
+        for mode in MODES:
+            kwargs = dict(pattern=pattern, pattern_mode=mode)
+            cases[f'pattern {pattern} {mode}'] = dict(mixer_kwargs=kwargs)
+    return cases
+
+
+CASES: dict[str, dict[str, Any]] = {
+    'full attention': {},
+    'no attention': dict(window_sizes=0),
+    'windows of half a level': dict(TWO, window_sizes='auto'),
+    **named_cases(),
+    'merge window': dict(LEVELS, merge='attention', merge_window=3, merge_into=(1, 8)),
+    'predict from a coarse level': dict(TWO, hierarchies=(2, 4), predict_hierarchy=2),
+    'predict from all': dict(LEVELS, predict_use_all_hierarchy=True),
+    'tables': dict(WINDOW, **TABLES),
+    'tables in training': dict(WINDOW, ngrams=(2, 3), ngram_dropout=0.5),
+    'recipe': RECIPE,
+    'shared weights': dict(LEVELS, window_sizes=(16, 64, 8), share_attention=True, share_feed_forward=True),
+    'shared layers': dict(TWO, share_layers=True),
+    'reversible': dict(LEVELS, reversible=True),
+    'checkpointing': dict(LEVELS, gradient_checkpointing=True),
+    'chunks of feed-forwards': dict(WINDOW, ff_chunks=3),
+    'autoencoder': dict(LEVELS, autoencoder=True, autoencoder_loss_weight=0.2),
+    'losses': dict(LEVELS, prophet_loss_weight=(0.0, 0.1, 0.1), recon_loss_weight=0.2, recon_sample=0.5, **QUANTIZED),
+    'rollouts': dict(
+        TWO, num_rollouts=3, rollout_weights=(1.0, 0.5, 0.25), dynamic_loss_decay=2.0, detach_summaries=False,
+        dynamics_hidden_dim=48, dynamics_num_layers=2,
+    ),
+    'rollouts of fixed weight': dict(TWO, num_rollouts=2, dynamic_rollout_loss_weight=False),
+    'summarizers': dict(TWO, chunk_summarizers=(None, LastByte(64, 2)), next_latent_loss_weight=(0.1, 0.3)),
+    'ignored ids': dict(TWO, ignore_index=101, recon_ignore_index=101, prophet_loss_weight=0.1),
+    'grouped queries': dict(TWO, mixer_kwargs=dict(kv_heads=1, qk_norm=True)),
+    'pattern of own sizes': dict(mixer_kwargs=dict(pattern='fixed', pattern_mode='union', stride=16, summary=3)),
+    'lsh of own sizes': dict(mixer='lsh', mixer_kwargs=dict(rounds=3, buckets=8, entries=32)),
+    'gateloop of few heads': dict(mixer='gateloop', mixer_kwargs=dict(state_heads=4)),
+    's4d of own sizes': dict(mixer='s4d', mixer_kwargs=dict(state_dim=16)),
+    'h3 of own sizes': dict(mixer='h3', mixer_kwargs=dict(state_dim=16, shift_dim=5)),
+    'hyena of own sizes': dict(mixer='hyena', mixer_kwargs=dict(order=3, short=5, filter_dim=16)),
+}  # fmt: skip
+
+
+def build(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> HierarchicalTransformer:
+    """On the CPU, with nothing left at the zeros and ones it starts with, in training mode unless training draws."""
+    torch.manual_seed(0)
+    model = HierarchicalTransformer(**{**BASE, **config}).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model.train(not DRAWN & config.keys())
+
+
+def words(batch: int, n: int) -> Tensor:
+    """Bytes among which words and n-grams come again."""
+    vocabulary = torch.tensor(list(b'the cat sat on a mat; Then it ate \n')).repeat(batch, -(-n // 36) + 1)
+    drawn = torch.randint(0, 256, vocabulary.shape)
+    return vocabulary.where(torch.rand(vocabulary.shape) < 0.8, drawn)[:, :n]
