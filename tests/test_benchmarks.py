@@ -152,6 +152,7 @@ def test_speed_on_a_gpu_is_measured_in_turns(gpu: Callable[..., dict[str, Any]],
     assert held['about']['copy_rate'] > 0
     assert not held['failed']
     [section] = held['sections'].values()
+    assert section['in_turns']
     assert len(section['models']) == 4
     for row in section['models'].values():
         phases = sum(row[phase] for phase in ('forward', 'backward', 'optimizer'))

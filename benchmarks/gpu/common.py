@@ -89,7 +89,7 @@ def small(settings: Settings) -> Settings:
 
 
 def build(name: str, context: int, width: int = WIDTH, toy: bool = False) -> nn.Module:
-    """One of MODELS, with weights that depend on its name alone, on the default device."""
+    """One of MODELS, on the default device. Its weights are the same each time."""
     settings = MODELS[name](width)
     settings = small(settings) if toy else settings
     torch.manual_seed(0)

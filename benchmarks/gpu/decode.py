@@ -130,10 +130,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             bench.found['left_out'].append('graphs: this version of the library has none')
             continue
         for name in args.models:
-            with bench.device:
-                model = common.build(name, common.CONTEXT, args.width, bench.toy).eval()
-            if not bench.toy:
-                model.to(torch.bfloat16)
+            dtype = torch.float32 if bench.toy else torch.bfloat16
+            model = common.build(name, common.CONTEXT, args.width, bench.toy).eval().to(bench.device, dtype)
             for batch in args.batches:
                 found = bench.part(
                     f'{name}, {way}, batch {batch}',

@@ -172,7 +172,7 @@ def noting_waits(found: Counter[str], device: torch.device) -> Iterator[None]:
     """Counts the places in the code at which the host waits for the device, as PyTorch's debug mode warns of them."""
 
     def note(message: Warning | str, *_: Any, **__: Any) -> None:
-        if 'synchroniz' in str(message):
+        if 'called a synchronizing' in str(message):
             found[place()] += 1
 
     with warnings.catch_warnings():
@@ -207,8 +207,7 @@ def is_own(path: Path) -> bool:
 def profile_step(bench: Bench, name: str, mode: str, options: Any) -> dict[str, Any]:
     """A model's step: timed as it is, with its waits noted, and under the profiler. Writes the trace."""
     context, rows = (256, 2) if bench.toy else (options.context, options.rows)
-    with bench.device:
-        model = common.build(name, context, options.width, bench.toy)
+    model = common.build(name, context, options.width, bench.toy).to(bench.device)
     trainer = Trainer(
         model,
         common.batches(rows, context, bench.device),

@@ -37,7 +37,8 @@ from simple_hierarchical_transformer.training import cost
 from simple_hierarchical_transformer.training.optim import build_optimizer
 
 SECTIONS = ('main', 'published', 'contexts', 'widths')
-TARGETS = ['preset', 'flat, window 64', 'flat, full', 'plain transformer']
+# the most important first, since time may not suffice for all
+TARGETS = ['flat, window 64', 'preset', 'plain transformer', 'flat, full']
 CONTEXTS, WIDTHS = [1024, 4096, 8192, 16384, 65536], [512, 768, 1024, 1280, 1536]
 # constant over all contexts
 BATCH_BYTES = 65536
@@ -56,17 +57,18 @@ RATIOS = {
 # models of the published package, and sequences in a batch as its README and its train.py have them
 PUBLISHED = {name: 4 if name.startswith('T:') else 1 for name in list(CONFIGS)[:4]}
 # seconds to allow for setting a model up, until the first of its kind was timed
-EXPECTED = {'eager': 15.0, 'compiled': 75.0, 'published': 40.0}
+EXPECTED = {'eager': 15.0, 'compiled': 75.0, 'plain, eager': 5.0, 'plain, compiled': 40.0, 'published': 40.0}
 
 
-def set_up(bench: Bench, args: argparse.Namespace, name: str, mode: str, shape: dict[str, int]) -> dict[str, Any]:
-    """A model after its first steps: the trainer, and what is known by then."""
+def set_up(
+    bench: Bench, args: argparse.Namespace, name: str, mode: str, shape: dict[str, int]
+) -> tuple[Trainer, dict[str, Any]]:
+    """A model after its first steps, and what is known by then. Its times, of a few steps alone, are a first guess."""
     context, rows = shape['context'], shape['rows']
     common.free(bench.device)
     before = common.allocated(bench.device)
     common.reset_peak(bench.device)
-    with bench.device:
-        model = common.build(name, context, shape['width'], bench.toy)
+    model = common.build(name, context, shape['width'], bench.toy).to(bench.device)
     trainer = Trainer(
         model,
         common.batches(rows, context, bench.device),
@@ -85,7 +87,16 @@ def set_up(bench: Bench, args: argparse.Namespace, name: str, mode: str, shape: 
     )
     if mode == 'eager' and isinstance(model, HierarchicalTransformer):
         found['memory_estimate'] = memory_estimate(name, shape, bench.toy)
-    return dict(found, trainer=trainer)
+    return trainer, rated(found, trainer.timed(3), bench.peak)
+
+
+def rated(found: dict[str, Any], times: dict[str, float], peak: float) -> dict[str, Any]:
+    """With times of a step, and what they come to."""
+    speed = dict(
+        bytes_a_second=found['rows'] * found['context'] / times['seconds'],
+        share=found['flops'] / times['seconds'] / peak,
+    )
+    return found | times | speed
 
 
 def memory_estimate(name: str, shape: dict[str, int], toy: bool) -> int:
@@ -103,31 +114,30 @@ def section(bench: Bench, args: argparse.Namespace, title: str, models: Sequence
     contestants = [(name, mode) for mode in args.modes for name in models]
     rounds, seconds = (2, 0.0) if bench.toy else (7, 0.3)
     held: dict[str, dict[str, Any]] = {}
+    trainers: dict[str, Trainer] = {}
+    result: dict[str, Any] = dict(models=held, ratios={}, in_turns=False)
+    bench.found.setdefault('sections', {})[title] = result
     for name, mode in contestants:
-        found = bench.part(
-            f'{title}: {name}, {mode}', lambda name=name, mode=mode: set_up(bench, args, name, mode, shape), kind=mode,
-            expected=EXPECTED[mode], reserve=(1.0 + rounds * seconds) * (len(held) + 1),
+        kind = f'plain, {mode}' if name == 'plain transformer' else mode
+        ready = bench.part(
+            f'{title}: {name}, {mode}', lambda name=name, mode=mode: set_up(bench, args, name, mode, shape), kind=kind,
+            expected=EXPECTED[kind], reserve=(1.0 + rounds * seconds) * (len(held) + 1),
         )  # fmt: skip
-        if found:
-            held[f'{name}, {mode}'] = found
-    trainers = {key: found.pop('trainer') for key, found in held.items()}
-    times = bench.part(f'{title}: timing', lambda: common.alternate(trainers, rounds, seconds)) or {}
-    for key, each in times.items():
-        found, middle = held[key], common.medians(each)
-        found |= middle
-        found |= dict(
-            bytes_a_second=found['rows'] * found['context'] / middle['seconds'],
-            share=found['flops'] / middle['seconds'] / bench.peak,
-        )
-    ratios = ratios_of(held, times) if times else {}
-    bench.found.setdefault('sections', {})[title] = dict(models=held, ratios=ratios)
-    bench.save()
+        if ready:
+            trainers[f'{name}, {mode}'], held[f'{name}, {mode}'] = ready
+        # what lives is what `trainers` holds
+        del ready
+        bench.save()
+    times = bench.part(f'{title}: timing', lambda: common.alternate(trainers, rounds, seconds))
+    if times:
+        held |= {key: rated(held[key], common.medians(each), bench.peak) for key, each in times.items()}
+        result |= dict(ratios=ratios_of(held, times), in_turns=True)
+        bench.save()
     trainers.clear()
     # the next shape is compiled as if it were the first
     torch._dynamo.reset()
     common.free(bench.device)
-    timed = [found for found in held.values() if 'seconds' in found]
-    return '\n\n'.join(filter(None, (speed_table(title, timed), ratio_table(ratios))))
+    return '\n\n'.join(filter(None, (speed_table(title, list(held.values())), ratio_table(result['ratios']))))
 
 
 def ratios_of(held: dict[str, dict[str, Any]], times: dict[str, list[dict[str, float]]]) -> dict[str, float]:
