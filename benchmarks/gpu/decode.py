@@ -1,0 +1,165 @@
+"""Speed of writing on one GPU: milliseconds of a step and bytes a second, for one row and for many.
+
+    python benchmarks/gpu/decode.py
+    python benchmarks/gpu/decode.py --models preset --batches 1 16 64 256 --context 4096
+
+Weights are bfloat16. After a context that was read beforehand, each mode writes so many bytes:
+
+generate    `model.generate` as a user calls it, with its sampling
+graphs      the same with CUDA graphs, if this version of the library offers them
+step        the model alone in a loop that takes the likeliest id
+compiled    the same with `torch.compile`, which runs eagerly once it has made 8 graphs: see `graphs` in decode.json
+
+Writes decode.json to the folder $OUT.
+"""
+
+from __future__ import annotations
+
+import inspect
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+# the checkout and benchmarks/ in the place of this folder, whose profile.py would hide the standard library's
+sys.path.pop(0)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu import common
+from benchmarks.gpu.common import MODELS, WIDTH, Bench
+from simple_hierarchical_transformer import HierarchicalTransformer
+from simple_hierarchical_transformer.training import cost
+
+OURS = [name for name in MODELS if name != 'plain transformer']
+WAYS = ('generate', 'graphs', 'step', 'compiled')
+DEFAULT = ['preset', 'flat, window 64', 'flat, full']
+# seconds to allow, until the first of its kind was timed
+EXPECTED = {'generate': 15.0, 'graphs': 30.0, 'step': 15.0, 'compiled': 150.0}
+
+# writes so many ids after the ids `(batch, 1)` and the state before them
+Writer = Callable[[Tensor, Any, int], object]
+
+
+def graph_option() -> str | None:
+    """The argument of `generate` that asks for CUDA graphs, None where there is none."""
+    return next(
+        (name for name in inspect.signature(HierarchicalTransformer.generate).parameters if 'graph' in name), None
+    )
+
+
+@torch.no_grad()
+def write(step: Any, ids: Tensor, state: Any, count: int) -> None:
+    """Greedy writing by the state call alone."""
+    for _ in range(count):
+        logits, state = step(ids, state=state, return_state=True)
+        ids = logits[:, -1:].argmax(dim=-1)
+
+
+def writer_for(model: HierarchicalTransformer, way: str, toy: bool) -> Writer:
+    if way in ('generate', 'graphs'):
+        option = graph_option()
+        extra: dict[str, Any] = {} if option is None else {option: way == 'graphs'}
+        return lambda ids, state, count: model.generate(ids, count, state=state, **extra)
+    step = torch.compile(model, **(dict(backend='eager') if toy else {})) if way == 'compiled' else model
+    return lambda ids, state, count: write(step, ids, state, count)
+
+
+@torch.no_grad()
+def measure(bench: Bench, model: HierarchicalTransformer, way: str, batch: int, args: Any) -> dict[str, Any]:
+    """Seconds of a step: the median of repeats, each of as many steps, from the same state."""
+    context, seconds, repeats = (32, 0.0, 1) if bench.toy else (args.context, 1.0, 5)
+    prompt = next(common.batches(batch, context, bench.device, count=1))
+    _, state = model(prompt[:, :-1], return_state=True)
+    ids, writer = prompt[:, -1:], writer_for(model, way, bench.toy)
+
+    def timed(count: int) -> float:
+        own = state.clone()
+        cost.wait(bench.device)
+        start = time.perf_counter()
+        writer(ids, own, count)
+        cost.wait(bench.device)
+        return (time.perf_counter() - start) / count
+
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    first = 4 * timed(4)
+    steps = min(max(int(seconds / timed(4)), 16), 512)
+    each = statistics.median(timed(steps) for _ in range(repeats))
+    return dict(
+        way=way, batch=batch, context=context, seconds=each, bytes_a_second=batch / each, steps=steps,
+        first_seconds=first, state_bytes=state.nbytes, graphs=counters['stats']['unique_graphs'],
+    )  # fmt: skip
+
+
+def ratios_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Bytes a second of the largest batch to those of the smallest, and of each way to those of `generate`."""
+    speed = {(row['model'], row['way'], row['batch']): row['bytes_a_second'] for row in rows}
+    found = {}
+    for model, way, batch in speed:
+        batches = [each for name, other, each in speed if (name, other) == (model, way)]
+        if batch == max(batches) > min(batches):
+            least = min(batches)
+            found[f'{model}, {way}: batch {batch} / {least}'] = speed[model, way, batch] / speed[model, way, least]
+        if way != 'generate' and (model, 'generate', batch) in speed:
+            other = speed[model, 'generate', batch]
+            found[f'{model}, batch {batch}: {way} / generate'] = speed[model, way, batch] / other
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.parser_for(__doc__)
+    parser.add_argument('--models', nargs='+', choices=OURS, default=DEFAULT)
+    parser.add_argument('--ways', nargs='+', choices=WAYS, default=WAYS)
+    parser.add_argument('--batches', nargs='+', type=int, default=[1, 64])
+    parser.add_argument('--context', type=int, default=1024, help='bytes read beforehand')
+    parser.add_argument('--width', type=int, default=WIDTH, help=f'a multiple of {common.HEAD}')
+    args, given = common.parse(parser, argv)
+    if min(args.batches) < 1:
+        parser.error(f'--batches: must be at least 1, got {min(args.batches)}')
+    bench = Bench('decode', args, given)
+    rows: list[dict[str, Any]] = []
+    bench.found |= dict(rows=rows, graph_option=graph_option(), ratios={})
+    for way in args.ways:
+        if way == 'graphs' and graph_option() is None:
+            bench.found['left_out'].append('graphs: this version of the library has none')
+            continue
+        for name in args.models:
+            dtype = torch.float32 if bench.toy else torch.bfloat16
+            model = common.build(name, common.CONTEXT, args.width, bench.toy).eval().to(bench.device, dtype)
+            for batch in args.batches:
+                found = bench.part(
+                    f'{name}, {way}, batch {batch}',
+                    lambda model=model, way=way, batch=batch: measure(bench, model, way, batch, args),
+                    kind=way, expected=EXPECTED[way],
+                )  # fmt: skip
+                if found:
+                    rows.append(dict(model=name, **common.parameter_counts(model), **found))
+            torch._dynamo.reset()
+    bench.found['ratios'] = ratios = ratios_of(rows)
+    bench.close(
+        common.table(
+            ('writing', 'parameters', 'batch', 'ms a step', 'bytes a second', 'state, MB'),
+            [
+                (
+                    f'{row["model"]}, {row["way"]}',
+                    f'{row["parameters"] / 1e6:.1f} M',
+                    row['batch'],
+                    f'{1000 * row["seconds"]:.3f}',
+                    f'{row["bytes_a_second"]:.0f}',
+                    f'{row["state_bytes"] / 1e6:.1f}',
+                )
+                for row in rows
+            ],
+        ),
+        common.table(('bytes a second', 'ratio'), [(label, f'{value:.2f}') for label, value in ratios.items()]),
+    )
+
+
+if __name__ == '__main__':
+    main()
