@@ -72,15 +72,16 @@ class Snapshot:
             yield
             return
         undo: list[tuple[Any, Any, Any]] = []
-        modes = [(module, module.training) for module, *_ in self.held]
+        modes = [(module, module.training) for module, mode, *_ in self.held if module.training is not mode]
 
         def put(table: Any, name: str, value: Any) -> None:
             undo.append((table, name, table[name]))
             table[name] = value
 
         try:
-            for module, training, parameters, buffers, children, hooks in self.held:
-                module.training = training
+            for module, training in modes:
+                module.training = not training
+            for module, _, parameters, buffers, children, hooks in self.held:
                 tables: Any = (
                     (module._parameters, parameters),
                     (module._buffers, buffers),
