@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .export import first_of
 from .levels import Level
@@ -19,6 +17,7 @@ from .linear import Chain, begin_at_zero, chain, register_plain
 from .mixers import build_mixer
 from .mixers.attention import Backend
 from .norm import RMSNorm
+from .recompute import recompute
 from .state import BlockState, keep
 
 
@@ -104,11 +103,9 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.chunks == 1 or torch._C._are_functorch_transforms_active():
+        if self.chunks == 1:
             return self.net(x)
-        again = partial(checkpoint, self.net, use_reentrant=False)
-        net = again if torch.is_grad_enabled() else self.net
-        return torch.cat([net(piece) for piece in x.chunk(self.chunks, dim=1)], dim=1)
+        return torch.cat([recompute(self.net, [self.net], piece) for piece in x.chunk(self.chunks, dim=1)], dim=1)
 
 
 class Group(NamedTuple):

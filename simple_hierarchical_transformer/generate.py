@@ -195,6 +195,8 @@ class Sampler:
 
     def __post_init__(self) -> None:
         check_number('temperature', self.temperature)
+        if not isinstance(self.generator, (torch.Generator, type(None))):
+            raise ValueError(f'generator must be a torch.Generator, got {self.generator!r}')
         if not check_number('repetition_penalty', self.repetition_penalty):
             raise ValueError('repetition_penalty must be above 0, got 0')
         if self.top_k is not None:
@@ -638,6 +640,8 @@ class Generative:
             else check_int('max_new_tokens', max_new_tokens, 0)
         )
         stops = check_stops(stop_ids, stop, self.num_tokens, text=prompts.text is not None)
+        if not isinstance(use_cache, bool):
+            raise ValueError(f'use_cache must be True or False, got {use_cache!r}')
         if state is not None and not use_cache:
             raise ValueError('use_cache = False reads from position 0, so it takes no state')
         if state is not None:

@@ -47,8 +47,11 @@ def is_plain(module: nn.Module) -> bool:
     False for subclasses and wrappers (LoRA, parametrizations), compiled or patched modules, and modules with hooks,
     their own or global ones. A fused route must call those.
     """
+    kind = type(module)
     return (
-        PLAIN.get(type(module)) is type(module).forward
+        # looked up first: modules of TorchScript have no `forward` to ask the class for
+        kind in PLAIN
+        and PLAIN[kind] is kind.forward
         and not has_hooks(module)
         and 'forward' not in module.__dict__
         and module._compiled_call_impl is None
@@ -248,8 +251,8 @@ def as_function(part: Part) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]] 
             if module.weight is not None and module.bias is not None and is_dense(module.weight, module.bias)
             else None
         )
-    if module._parameters or module._modules:
-        # a gradient could not reach these
+    if module._parameters or module._modules or getattr(module, 'inplace', False):
+        # a gradient could not reach the first two, and what is kept must stay as it is
         return None
     # `forward` and not a call, so that hooks registered after the forward pass do not fire in the backward pass
     return (partial(module.forward, **part.keywords) if isinstance(part, partial) else module.forward), ()

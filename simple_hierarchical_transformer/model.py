@@ -8,13 +8,13 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .block import ACTIVATIONS, HierarchicalBlock
 from .calls import TypedModule
@@ -56,6 +56,7 @@ from .mixers import MIXERS
 from .mixers.attention import BACKENDS
 from .ngrams import Contexts, NGramEmbedding, RecallEmbedding
 from .pretrained import Pretrained, shared_names
+from .recompute import recompute
 from .reversible import Coupling, run_couplings, run_plainly
 from .state import BlockState, State, keep, room_for
 
@@ -946,7 +947,8 @@ class HierarchicalTransformer(
         pondered = {int(j): halt.begin(inputs[int(j)]) for j, halt in halting.items()}
         for i in range(len(self.layers)):
             before = tokens
-            tokens, now.blocks[i][:], held = self.recomputed(self.run_layer, i, tokens, now)
+            parts = [self.layers[i], *now.merges[i : i + 1], self.step_embeds]
+            tokens, now.blocks[i][:], held = self.recomputed(parts, self.run_layer, i, tokens, now)
             if held is not None:
                 now.merge_states[i] = held
             for j in pondered:
@@ -1008,25 +1010,19 @@ class HierarchicalTransformer(
 
             return fn
 
-        def weights_of(module: nn.Module, j: int | None = None) -> Callable[[], list[nn.Parameter]]:
-            def own() -> list[nn.Parameter]:
-                steps = [self.step_embeds[j]] if j is not None and self.step_embeds else []
-                return [*module.parameters(), *steps]
-
-            return own
-
         for i, layer in enumerate(self.layers):
             blocks: Any = layer
             for j, block in enumerate(blocks):
                 if block.attn is not None:
-                    own = weights_of(block.attn, j)
+                    own = [block.attn, self.step_embeds]
                     couplings.append(Coupling(of_block(i, j, block.mixed), [second[j]], [first[j]], own))
-                couplings.append(Coupling(of_block(i, j, block.fed), [first[j]], [second[j]], weights_of(block.ff, j)))
+                own = [block.ff, self.step_embeds]
+                couplings.append(Coupling(of_block(i, j, block.fed), [first[j]], [second[j]], own))
             merge: Any = now.merges[i] if now.merges else None
             if merge is not None:
                 wanted = now.ends if i == len(self.layers) - 1 else None
                 fn = of_merge(i, merge, wanted)
-                couplings.append(Coupling(fn, second, merge.receiving(wanted), weights_of(merge)))
+                couplings.append(Coupling(fn, second, merge.receiving(wanted), [merge]))
 
         for name, module in self.named_modules():
             if isinstance(module, (HierarchicalBlock, HierarchicalMerge)) and has_hooks(module):
@@ -1036,7 +1032,7 @@ class HierarchicalTransformer(
                 )
         # what leaves more behind than updates is run once, and replicas of nn.DataParallel do not know their weights
         once = now.state is not None or now.contributions is not None or getattr(self, '_is_replica', False)
-        run = run_plainly if once else run_couplings
+        run = run_plainly if once else partial(run_couplings, modules=[self.layers])
         streams = run(couplings, [*inputs, *inputs])
         return [(streams[j] + streams[second[j]]) / 2 for j in levels]
 
@@ -1062,17 +1058,16 @@ class HierarchicalTransformer(
                 if merge is not None:
                     before = now.state and now.state.merges[k]
                     (x, _), now.merge_states[k] = self.recomputed(
-                        merge, [x, inner], before, start, now.silent, now.contributions
+                        [merge], merge, [x, inner], before, start, now.silent, now.contributions
                     )
-            x, now.blocks[i][j] = self.recomputed(self.run_block, i, j, x, now)
+            parts = [self.layers[i][j], self.step_embeds]  # type: ignore[index]
+            x, now.blocks[i][j] = self.recomputed(parts, self.run_block, i, j, x, now)
         tokens[j] = x
         return x
 
-    def recomputed(self, fn: Callable[..., Any], *args: Any) -> Any:
+    def recomputed(self, modules: Sequence[Any], fn: Callable[..., Any], *args: Any) -> Any:
         """`fn(*args)`, computed again in the backward pass where `gradient_checkpointing` asks for that."""
-        if not self.gradient_checkpointing or not torch.is_grad_enabled():
-            return fn(*args)
-        return checkpoint(fn, *args, use_reentrant=False)
+        return recompute(fn, modules, *args) if self.gradient_checkpointing else fn(*args)
 
     def compress_all(
         self, embeds: Tensor, state: State | None, position: int

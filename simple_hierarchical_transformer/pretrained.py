@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .levels import plain
+from .linear import DENSE
 from .version import __version__
 
 CONFIG_FILE = 'config.json'
@@ -119,7 +120,9 @@ class Pretrained(ModelHubMixin):
         Returns the address of the commit on the hub, or None without `push_to_hub`.
 
         Raises:
-            ValueError: the model was built with something that JSON cannot hold: a callable, a module.
+            ValueError: the model was built with something that JSON cannot hold: a callable, a module; modules were
+                replaced since, or wrapped, so that the folder would load as another model; `state_dict` is not the
+                model's, or has tensors that are quantized or have no values.
             OSError: the folder cannot be written, or the disk is full.
         """
         if self._not_in_config:
@@ -130,13 +133,21 @@ class Pretrained(ModelHubMixin):
         if config is not None:
             raise ValueError('config is made of the arguments of the model, and was given')
 
+        if changed := self.changed_modules():
+            raise ValueError(
+                f'{shorten(", ".join(changed), 200)} are not as the constructor makes them, and from_pretrained would '
+                'build those: merge adapters first, replace modules in the constructor of a subclass, or save the '
+                'state dict'
+            )
+        weights = held_weights(self, state_dict)  # type: ignore[arg-type]
+
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         settings = dict(zip(HEADER, (FORMAT, __version__), strict=True), **(self._hub_mixin_config or {}))  # type: ignore[arg-type]
         with TemporaryDirectory(dir=folder, prefix='.partial-') as name:
             partial = Path(name)
             (partial / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + '\n', encoding='utf-8')
-            save_weights(self, partial / WEIGHTS_FILE, state_dict)  # type: ignore[arg-type]
+            save_weights(weights, shared_names(self), partial / WEIGHTS_FILE)  # type: ignore[arg-type]
             if not (folder / CARD_FILE).exists():
                 card = str(self.generate_model_card(**(model_card_kwargs or {})))
                 # names of files may hold bytes that are no UTF-8
@@ -147,6 +158,31 @@ class Pretrained(ModelHubMixin):
         if not push_to_hub:
             return None
         return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
+
+    def changed_modules(self: Any) -> list[str]:
+        """The names of modules of another kind than the constructor makes, or that it does not make, or that lack."""
+
+        def described(model: nn.Module) -> dict[str, tuple[type, str]]:
+            named = model.named_modules(remove_duplicate=False)
+            return {name: (type(module), module.extra_repr()) for name, module in named if name}
+
+        try:
+            # a constructor may draw random numbers although there is nothing to fill
+            with torch.random.fork_rng(devices=[]), torch.device('meta'):
+                made = described(type(self)(**self._hub_mixin_config))
+        except BUILD_ERRORS:
+            # a subclass that computes with values
+            return []
+        own = described(self)
+        # FSDP gives modules a class that extends theirs
+        return [
+            name
+            for name in {**own, **made}
+            if name not in own
+            or name not in made
+            or own[name][1] != made[name][1]
+            or not (own[name][0] is made[name][0] or is_sharding(own[name][0], made[name][0]))
+        ]
 
     def generate_model_card(self, *_: Any, **kwargs: Any) -> ModelCard:
         """The text that stands beside the weights: what the model is, how it is loaded, how it was trained."""
@@ -203,6 +239,11 @@ class Pretrained(ModelHubMixin):
                 argument is not allowed.
             OSError: a file cannot be read, or not be downloaded.
         """
+        given = pretrained_model_name_or_path
+        if not isinstance(given, (str, os.PathLike)) or not str(given):
+            raise ValueError(
+                f'pretrained_model_name_or_path must be a folder or the name of a repository, got {given!r}'
+            )
         source = str(pretrained_model_name_or_path)
         device, wanted = check_device(map_location, device_map), check_dtype(dtype, torch_dtype)
 
@@ -340,7 +381,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def check_config(config: Mapping[str, Any], source: str, known: set[str]) -> None:
     """Refuses, with a ValueError, settings that a newer version wrote, or that are not ours."""
     written = config.get('format', FORMAT)
-    if not isinstance(written, int) or written > FORMAT:
+    if type(written) is not int or not 1 <= written <= FORMAT:
         raise ValueError(
             f'{CONFIG_FILE} of {source} has format {written!r}, by version {config.get("library_version", "unknown")} '
             f'of the library; this is version {__version__}, which reads formats up to {FORMAT}'
@@ -368,14 +409,40 @@ def further_names(named: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: kept for name, tensor in named.items() if (kept := first.setdefault(id(tensor), name)) != name}
 
 
-def save_weights(model: nn.Module, path: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
-    """Writes a safetensors file, each shared tensor once, its further names in the file's metadata.
+def is_sharding(kind: type, base: type) -> bool:
+    """Whether `kind` is the class that FSDP gives modules of `base`."""
+    return hasattr(kind, 'reshard') and issubclass(kind, base)
 
-    Raises OSError where it cannot.
+
+def held_weights(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The tensors of a model that a file holds, of its own or a given state dict: each shared one once.
+
+    Raises ValueError where they are not the model's, or cannot be written.
     """
-    shared = shared_names(model)
-    state = model.state_dict() if state_dict is None else state_dict
-    held = {name: tensor.detach().contiguous() for name, tensor in state.items() if name not in shared}
+    shared, own = shared_names(model), model.state_dict()
+    state = own if state_dict is None else state_dict
+    missing, unknown = (', '.join(sorted(set(a) - set(b) - set(shared))) for a, b in ((own, state), (state, own)))
+    if missing or unknown:
+        found = f'missing {missing or "none"}; unknown {unknown or "none"}'
+        raise ValueError(f'state_dict must hold the weights of the model: {shorten(found)}')
+    held = {name: tensor for name, tensor in state.items() if name not in shared}
+    for name, tensor in held.items():
+        if type(tensor) not in DENSE:
+            raise ValueError(
+                f'{name} is no plain tensor, got {type(tensor).__name__}: quantize after loading, gather shards'
+            )
+        if tensor.shape != own[name].shape:
+            raise ValueError(
+                f'state_dict has {name} {tuple(tensor.shape)}, which must be {tuple(own[name].shape)} as in the model'
+            )
+        if tensor.is_meta:
+            raise ValueError(f"{name} has no values to save: it is on 'meta'")
+    return held
+
+
+def save_weights(weights: Mapping[str, Tensor], shared: Mapping[str, str], path: Path) -> None:
+    """Writes a safetensors file, with further names of shared tensors in its metadata. Raises OSError if it cannot."""
+    held = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
     # one entry, since several stand in the file in an order that differs from process to process
     write_tensors(held, path, {SHARED: json.dumps(shared, sort_keys=True)} if shared else {'format': 'pt'})
 

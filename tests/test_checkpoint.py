@@ -354,7 +354,8 @@ def test_weights_need_not_fit_where_that_is_asked_for(tmp_path: Path) -> None:
     model = HierarchicalTransformer(**GOOD).bfloat16()
     state = dict(model.state_dict(), stranger=torch.zeros(3))
     del state['norms.1.weight']
-    model.save_pretrained(tmp_path, state_dict=state)
+    model.save_pretrained(tmp_path)
+    write_tensors(state, tmp_path / 'model.safetensors')
     with pytest.warns(UserWarning, match=r'missing norms\.1\.weight; unknown here stranger'):
         again = HierarchicalTransformer.from_pretrained(tmp_path, strict=False)
     assert torch.equal(again.token_emb.weight, model.token_emb.weight)
@@ -519,3 +520,96 @@ def test_files_are_utf8_whatever_the_locale(tmp_path: Path) -> None:
     text = (tmp_path / 'README.md').read_bytes().decode('utf-8')
     assert '# caf\u00e9' in text
     assert 'of \\udcff' in text
+
+
+def give_activation(model: Any) -> None:
+    model.layers[0][0].ff.net[2] = nn.ReLU()
+
+
+def set_activation(model: Any) -> None:
+    model.layers[0][0].ff.net[2] = nn.GELU(approximate='tanh')
+
+
+def parametrize(model: Any) -> None:
+    nn.utils.parametrizations.weight_norm(model.layers[0][0].ff.net[1])
+
+
+def append_layer(model: Any) -> None:
+    model.layers[0][0].ff.net.append(nn.Dropout(0.1))
+
+
+@pytest.mark.parametrize('change', [give_activation, set_activation, parametrize, append_layer])
+def test_a_model_whose_modules_were_replaced_is_not_saved_as_another(change: Any, tmp_path: Path) -> None:
+    model = HierarchicalTransformer(**GOOD)
+    change(model)
+    torch.manual_seed(1)
+    with pytest.raises(ValueError, match=r'layers\.0\.0\.ff\.net\S* .*from_pretrained would build'):
+        model.save_pretrained(tmp_path / 'model')
+    assert not (tmp_path / 'model').exists()
+    # looking draws no random number
+    drawn = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(1), drawn)
+
+
+def test_a_subclass_that_replaces_modules_itself_is_saved(tmp_path: Path) -> None:
+    model = Replacing(**GOOD)
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(0, 11, (1, 9))
+    torch.testing.assert_close(Replacing.from_pretrained(tmp_path)(ids), model.eval()(ids))
+
+
+class Replacing(HierarchicalTransformer):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        give_activation(self)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'said'),
+    [
+        ({'token_emb.weight': None}, r'state_dict must hold the weights of the model: missing token_emb\.weight'),
+        ({'module.x': torch.ones(1)}, r'missing none; unknown module\.x'),
+        ({'token_emb.weight': torch.ones(3, 8)}, r'token_emb\.weight \(3, 8\), which must be \(11, 8\)'),
+        ({'token_emb.weight': torch.ones(11, 8, device='meta')}, r'token_emb\.weight has no values'),
+        ({'token_emb.weight': 3}, r'token_emb\.weight is no plain tensor'),
+    ],
+)
+def test_a_state_dict_that_is_not_the_models_is_not_saved(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    model = HierarchicalTransformer(**GOOD)
+    weights = {**model.state_dict(), **changes}
+    weights = {name: tensor for name, tensor in weights.items() if tensor is not None}
+    with pytest.raises(ValueError, match=said):
+        model.save_pretrained(tmp_path, state_dict=weights)
+    assert not list(tmp_path.iterdir())
+
+
+def test_int8_weights_are_not_saved(tmp_path: Path) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = HierarchicalTransformer(**GOOD)
+    quantize_(model, Int8WeightOnlyConfig())
+    with pytest.raises(ValueError, match=r'is no plain tensor|from_pretrained would build'):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('number', [True, 0, -1, '1'])
+def test_a_format_that_is_none_is_refused(number: Any, tmp_path: Path) -> None:
+    HierarchicalTransformer(**GOOD).save_pretrained(tmp_path)
+    path = tmp_path / 'config.json'
+    path.write_text(json.dumps({**json.loads(path.read_text()), 'format': number}))
+    with pytest.raises(ValueError, match='has format'):
+        HierarchicalTransformer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize('name', ['', None])
+def test_a_name_of_nothing_is_refused(name: Any) -> None:
+    with pytest.raises(ValueError, match='must be a folder or the name of a repository'):
+        HierarchicalTransformer.from_pretrained(name)
+
+
+def test_a_seed_that_is_too_large_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    HierarchicalTransformer(**{**GOOD, 'num_tokens': 256}).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match='--seed must be'):
+        sample.main([str(tmp_path), '--seed', str(10**30)])

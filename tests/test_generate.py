@@ -532,3 +532,11 @@ def test_text_is_for_models_of_bytes() -> None:
         message = f'{name} can be text only where num_tokens is 256, 257 or 258, and it is 11'
         with pytest.raises(ValueError, match=message):
             model().generate(prompt, 2, **settings)
+
+
+@pytest.mark.parametrize('wrong', [dict(generator=3), dict(use_cache='no')], ids=str)
+def test_a_setting_of_the_wrong_kind_is_named(wrong: dict[str, Any]) -> None:
+    model = HierarchicalTransformer(num_tokens=11, dim=8, depth=1, seq_len=16, heads=2, dim_head=4)
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f'{name} must be'):
+        model.generate(torch.ones(1, 2, dtype=torch.long), 2, **wrong)

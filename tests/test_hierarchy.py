@@ -435,7 +435,7 @@ def test_reversible_gradients_are_those_of_the_plain_form(
     model, ids = build(config), torch.randint(0, 11, (2, 30))
     loss, _ = model(ids, return_loss=True)
     ours = torch.autograd.grad(loss, list(model.parameters()))
-    monkeypatch.setattr(model_module, 'run_couplings', run_plainly)
+    monkeypatch.setattr(model_module, 'run_couplings', lambda *args, modules: run_plainly(*args))
     plain, _ = model(ids, return_loss=True)
     torch.testing.assert_close(loss, plain)
     torch.testing.assert_close(ours, torch.autograd.grad(plain, list(model.parameters())), rtol=1e-9, atol=1e-12)
@@ -484,14 +484,6 @@ def test_pieces_of_a_feed_forward_are_small_in_reversible_layers_too() -> None:
             model(torch.randint(0, 11, (1, 257)), return_loss=True)[0].backward()
         sizes.append(largest.size)
     assert sizes[1] < sizes[0] / 4
-
-
-def test_reversible_layers_whose_weights_were_swapped_say_so() -> None:
-    model, ids = build(dict(BASE, reversible=True)), torch.randint(0, 11, (2, 25))
-    others = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    loss, _ = torch.func.functional_call(model, others, (ids,), dict(return_loss=True))
-    with pytest.raises(RuntimeError, match='their weights were swapped for others since'):
-        loss.backward()
 
 
 def test_reversible_runs_in_half_precision() -> None:

@@ -36,8 +36,14 @@ def words(batch: int, n: int) -> Tensor:
 
 @pytest.mark.parametrize(
     'config',
-    [RECIPE, LOSSES, dict(SMALL, reversible=True, share_layers=True), dict(SMALL, mixer='lsh')],
-    ids=['recipe', 'losses', 'reversible', 'lsh'],
+    [
+        RECIPE,
+        LOSSES,
+        dict(SMALL, reversible=True, share_layers=True),
+        dict(SMALL, gradient_checkpointing=True, ff_chunks=2),
+        dict(SMALL, mixer='lsh'),
+    ],
+    ids=['recipe', 'losses', 'reversible', 'computed again', 'lsh'],
 )
 def test_vmap_gives_the_gradients_of_each_sample(config: dict[str, Any]) -> None:
     model, samples = build(config), torch.stack([words(2, 21) for _ in range(3)])

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from local_attention import LocalAttention
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.utils.checkpoint import checkpoint
 
 from ..export import first_of
 from ..levels import check_choice, check_int
 from ..linear import chain
 from ..norm import RMSNorm
+from ..recompute import recompute
 from ..state import Position, grow, room_for
 from .patterns import MODES, PARTS, PATTERNS, attend_pattern, attended, keys_of_pattern
 from .rotary import Rotary
@@ -367,7 +367,7 @@ class Attention(nn.Module):
         for first in range(0, q.shape[-2], FAR_BLOCK):
             end = min(first + FAR_BLOCK, q.shape[-2])
             parts = q[:, :, first:end], k[:, :, :end], v[:, :, :end]
-            outs.append(checkpoint(block, *parts, use_reentrant=False, preserve_rng_state=False))
+            outs.append(recompute(block, [self.rotary_emb], *parts, preserve_rng_state=False))
         return torch.cat(outs, dim=2)
 
     def attend_with_cache(self, qk: Tensor, v: Tensor, cache: Cache, start: int) -> tuple[Tensor, Cache]:
