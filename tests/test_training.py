@@ -328,6 +328,27 @@ def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
     assert found[1]['step'] == 100
 
 
+def test_a_run_may_have_the_name_of_a_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / 'checkpoint-test'
+    checkpoints.save(run, 5, write_config, {}, {}, scratch=run / 'partial')
+    found = checkpoints.find(str(run), None, tmp_path, print)
+    assert found
+    assert found[0] == run / 'checkpoint-5'
+    with pytest.raises(ValueError, match='there is no such folder'):
+        checkpoints.find(str(tmp_path / 'checkpoint-5'), None, tmp_path, print)
+
+
+def test_the_run_at_work_last_may_have_no_checkpoint_yet(tmp_path: Path) -> None:
+    checkpoints.save(tmp_path / 'first', 5, write_config, {}, {}, scratch=tmp_path / 'first' / 'partial')
+    checkpoints.claim(tmp_path / 'second', dict(identity='0123abcd'), resumes=False, found=False).close()
+    for last in ('first', 'second'):
+        for i, name in enumerate(sorted(('first', 'second'), key=lambda name: name == last)):
+            os.utime(tmp_path / name, (i, i))
+        found = checkpoints.find('latest', None, tmp_path, print)
+        assert found
+        assert found[0] == (tmp_path / 'first' / 'checkpoint-5' if last == 'first' else tmp_path / 'second')
+
+
 @pytest.mark.parametrize('keep', [1, 2, 3])
 def test_torn_checkpoints_are_not_kept_instead_of_whole_ones(tmp_path: Path, keep: int) -> None:
     for step in (5, 10, 15, 20, 25, 30):
@@ -343,16 +364,25 @@ def test_torn_checkpoints_are_not_kept_instead_of_whole_ones(tmp_path: Path, kee
     assert found[1]['step'] == 22
 
 
+CLAIM = """
+import sys
+from pathlib import Path
+from simple_hierarchical_transformer.training import checkpoints
+checkpoints.claim(Path(sys.argv[1]), dict(identity='0123abcd'), resumes=True, found=False)
+"""
+
+
 def test_one_process_has_the_folder(tmp_path: Path) -> None:
-    held = checkpoints.lock(tmp_path / 'run.json')
-    file = str(tmp_path / 'run.json')
-    code = f'from simple_hierarchical_transformer.training import checkpoints; checkpoints.lock(Path({file!r}))'
-    other = [sys.executable, '-c', f'from pathlib import Path; {code}']
-    result = subprocess.run(other, capture_output=True, text=True)
-    assert 'another run is at work in this folder' in result.stderr
-    assert held
-    held.close()
-    assert subprocess.run(other).returncode == 0
+    out = tmp_path / 'run'
+    other = [sys.executable, '-c', CLAIM, str(out)]
+    # as it begins, and as it goes on
+    for resumes in (False, True):
+        held = checkpoints.claim(out, dict(identity='0123abcd'), resumes=resumes, found=False)
+        result = subprocess.run(other, capture_output=True, text=True)
+        assert 'another run is at work in this folder' in result.stderr
+        assert checkpoints.read_mark(out) is not None
+        held.close()
+        assert subprocess.run(other).returncode == 0
 
 
 def test_a_whole_checkpoint_stays_and_a_torn_one_is_written_again(tmp_path: Path) -> None:
