@@ -425,6 +425,7 @@ def test_refuses_before_work_is_lost(
         (('--workers', -1), 'argument --workers: must be from 0 to 1024, got -1'),
         (('--split', 'test'), '--split is for --eval, which was not given'),
         (('--eval', out / 'final', '--lr', 1), '--lr is for training, --eval does none'),
+        (('--eval', out / 'final', '--dry-run'), '--dry-run is for training, --eval does none'),
         (('--eval', out / 'final', '--resume', out), '--resume is for training, --eval does none'),
         (('--eval', out / 'final', '--seq-len', 256, '--data', corpus), '--seq-len must be at most the 128'),
         (('--data', corpus, '--segment-length', 10**6, '--out', new), 'too few'),
@@ -535,7 +536,17 @@ def test_the_sampling_command_refuses_too(
         with pytest.raises(SystemExit) as end:
             sample.main(list(map(str, args)))
         assert message in str(end.value.code)
-    assert capsys.readouterr().out == ''
+    for option, value, message in (
+        ('--seed', 10**30, 'must be from -9.22337e+18 to 1.84467e+19, got 1'),
+        ('--seed', 'x', "invalid int value: 'x'"),
+        ('--length', -3, 'must be from 0 to 1e+12, got -3'),
+        ('--length', 10**13, 'must be from 0 to 1e+12, got 1'),
+    ):
+        with pytest.raises(SystemExit):
+            sample.main([str(final), f'{option}={value}'])
+        said = capsys.readouterr()
+        assert f'argument {option}: {message}' in said.err
+        assert said.out == ''
     result = run(tmp_path / 'torn', module='simple_hierarchical_transformer.sample')
     assert result.returncode == 1
     assert 'Traceback' not in result.stderr

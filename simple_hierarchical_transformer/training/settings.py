@@ -6,13 +6,13 @@ import argparse
 import ast
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..batches import IGNORED, PAD
+from ..terminal import Number
 from .optim import OPTIMIZERS, SCHEDULES
 from .sources import NAMED
 from .trackers import TRACKERS
@@ -144,7 +144,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
         'or from the one that was at work last. A finished run is trained longer with more --steps or --minutes, in '
         'all: each schedule goes on with the rate that a run of that length has there',
     )  # fmt: skip
-    run.add_argument('--dry-run', action='store_true', help='say what the run costs, and do not begin it')
+    run.add_argument('--dry-run', action='store_true', default=None, help='say what the run costs, and do not begin it')
 
     data = parser.add_argument_group('data')
     data.add_argument(
@@ -196,34 +196,13 @@ def parse_args(argv: list[str] | None, description: str | None) -> argparse.Name
     if args.split and not args.eval:
         parser.error('--split is for --eval, which was not given')
     if args.eval:
-        scores = {'eval', 'split', 'data', 'text_key', 'seq_len', 'batch_size', 'dry_run'}
+        scores = {'eval', 'split', 'data', 'text_key', 'seq_len', 'batch_size'}
         for name, value in vars(args).items():
             if value is not None and name not in scores:
                 parser.error(f'--{name.replace("_", "-")} is for training, --eval does none')
     if args.model:
         args.model = dict(parse_setting(parser, text) for text in args.model)
     return args
-
-
-@dataclass(frozen=True)
-class Number:
-    """A number on the command line, from `least` to `most`."""
-
-    kind: type
-    least: float
-    most: float
-
-    @property
-    def __name__(self) -> str:
-        # what argparse calls it where the text is no number
-        return self.kind.__name__
-
-    def __call__(self, text: str) -> Any:
-        value = self.kind(text)
-        # nan is in no range
-        if not self.least <= value <= self.most:
-            raise argparse.ArgumentTypeError(f'must be from {self.least:g} to {self.most:g}, got {text}')
-        return value
 
 
 def named(text: str) -> str:
