@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -383,6 +385,42 @@ def test_one_process_has_the_folder(tmp_path: Path) -> None:
         assert checkpoints.read_mark(out) is not None
         held.close()
         assert subprocess.run(other).returncode == 0
+
+
+@pytest.mark.parametrize('room', [0, 30])
+def test_a_folder_that_cannot_be_marked_is_named_and_stays_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    out, mark = tmp_path / 'run', dict(identity='0123abcd')
+
+    def write(file: int, text: bytes, whole: Any = os.write) -> int:
+        if not room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return whole(file, text[:room])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'write', write)
+        with pytest.raises(OSError, match=rf'^{re.escape(str(out))}/run\.json could not be written: .*No space left'):
+            checkpoints.claim(out, mark, resumes=False, found=False)
+    checkpoints.claim(out, mark, resumes=False, found=False).close()
+    assert checkpoints.read_mark(out) is not None
+
+
+def test_pipes_are_no_records(tmp_path: Path) -> None:
+    """Opening one would wait for another process for ever."""
+    code = f"""
+from pathlib import Path
+from simple_hierarchical_transformer.training import checkpoints
+run = Path({str(tmp_path)!r})
+print(checkpoints.read_mark(run), checkpoints.run_of(run / 'final'))
+checkpoints.refuse_foreign(run / 'final', '0123abcd')
+"""
+    (tmp_path / 'final').mkdir()
+    for name in ('run.json', 'final/training.json'):
+        os.mkfifo(tmp_path / name)
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60)
+    assert result.stdout == 'None None\n'
+    assert 'is not as this run wrote it' in result.stderr
 
 
 def test_a_whole_checkpoint_stays_and_a_torn_one_is_written_again(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ the run where its record says so. Nothing else is overwritten or removed.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -520,10 +521,14 @@ def claim(run: Path, mark: dict[str, Any], *, resumes: bool, found: bool) -> IO[
     if known is None:
         text = (json.dumps(dict(format=FORMAT, written_by=WRITER, **mark), indent=1) + '\n').encode()
         # not replaced by another file, which would not be locked; all of it or none
-        if os.write(held.fileno(), text) < len(text):
-            os.truncate(file, 0)
-            raise OSError(f'{file} could not be written')
-        os.fsync(held.fileno())
+        try:
+            if os.write(held.fileno(), text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(held.fileno())
+        except OSError as error:
+            held.truncate(0)
+            held.close()
+            raise OSError(f'{file} could not be written: {error}') from error
     return held
 
 
