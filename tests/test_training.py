@@ -311,6 +311,33 @@ def test_the_peak_is_one_that_products_reach() -> None:
 # checkpoints
 
 
+@pytest.mark.parametrize('damage', ['gone', 'misshapen', 'of another rule', 'of no parameter'])
+def test_tensors_of_another_optimizer_are_refused(damage: str) -> None:
+    model = HierarchicalTransformer(**SMALL, ngrams=(2,), ngram_rows=16)
+    optimizer = optim.build_optimizer(model, 'muon', lr=1e-3, weight_decay=0.1)
+    model(torch.randint(11, (2, 17)), return_loss=True)[0].backward()
+    optimizer.step()
+    whole = checkpoints.gather_optimizer(model, optimizer)
+    restored = optim.build_optimizer(model, 'muon', lr=1e-3, weight_decay=0.1)
+    checkpoints.restore_optimizer(model, restored, whole)
+    assert whole.keys() == checkpoints.gather_optimizer(model, restored).keys()
+    # of a run that has not learnt yet there are none
+    checkpoints.restore_optimizer(model, restored, {})
+
+    for name, tensor in whole.items():
+        held = dict(whole)
+        if damage == 'gone':
+            del held[name]
+        elif damage == 'misshapen':
+            held[name] = torch.zeros(*tensor.shape, 2)
+        elif damage == 'of another rule':
+            held[f'{name}s'] = held.pop(name)
+        else:
+            held[f'optimizer.nothing.{name}'] = tensor
+        with pytest.raises(ValueError, match='optimizer'):
+            checkpoints.restore_optimizer(model, restored, held)
+
+
 def write_config(folder: Path) -> None:
     (folder / 'config.json').write_text('{}')
 

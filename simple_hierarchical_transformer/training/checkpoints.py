@@ -14,7 +14,6 @@ import errno
 import json
 import os
 import shutil
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from ..data import file_digest
 from ..model import HierarchicalTransformer
 from ..pretrained import WEIGHTS_FILE, shared_names, write_tensors
 from ..state import State
-from .optim import WeightAverage
+from .optim import WeightAverage, state_shapes
 from .sharded import fill, full, reshard, shard_like
 
 RECORD_FILE = 'training.json'
@@ -97,20 +96,28 @@ def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, *, keep
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    held: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name, tensor in tensors.items():
-        owner, _, key = name.rpartition('.')
-        held[owner][key] = tensor
-
+    """Puts back what `gather_optimizer` returned. Raises ValueError where it is not of this optimizer."""
+    held = {name: tensor for name, tensor in tensors.items() if name.startswith(f'{OPTIMIZER}.')}
+    if not held:
+        # it had taken no step
+        return
+    shapes = state_shapes(optimizer)
+    named = {
+        f'{OPTIMIZER}.{name}.{key}': (p, key, shape)
+        for name, p in model.named_parameters()
+        for key, shape in shapes[p].items()
+    }
+    if unlike := sorted(held.keys() ^ named.keys()):
+        raise ValueError(f'the optimizer of this run has other tensors: {", ".join(unlike[:3])}')
     on_device = {p for g in optimizer.param_groups if g.get('fused') or g.get('capturable') for p in g['params']}
-    for name, p in model.named_parameters():
-        for key, tensor in held[f'{OPTIMIZER}.{name}'].items():
-            if tensor.shape[:1] == p.shape[:1]:
-                # one number for each weight, or for each row
-                optimizer.state[p][key] = shard_like(tensor, p).clone()
-            else:
-                # a count of steps
-                optimizer.state[p][key] = tensor.to(p.device if p in on_device else 'cpu', copy=True)
+    for name, (p, key, shape) in named.items():
+        if held[name].shape != shape:
+            raise ValueError(f'{name} must have the shape {shape}, got {tuple(held[name].shape)}')
+        if key == 'step':
+            optimizer.state[p][key] = held[name].to(p.device if p in on_device else 'cpu', copy=True)
+        else:
+            # one number for each weight, or for each row
+            optimizer.state[p][key] = shard_like(held[name], p).clone()
 
 
 def gather_segments(states: Sequence[State], gather_rows: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
