@@ -504,6 +504,15 @@ def test_what_python_cannot_read_is_a_string(value: str) -> None:
     assert parsed('--model', f'dim={value}')[0]['model']['dim'] == value
 
 
+@pytest.mark.parametrize('precision', ['fp8', 'half', ''])
+def test_the_launchers_precision_is_checked(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, refuse: Callable[..., str], precision: str
+) -> None:
+    monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', precision)
+    said = refuse('--data', corpus, *FEW, '--dry-run')
+    assert f'ACCELERATE_MIXED_PRECISION must be one of no, bf16, fp16, got {precision!r}' in said
+
+
 def test_a_tracker_that_is_not_there_is_named(
     corpus: Path, refuse: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

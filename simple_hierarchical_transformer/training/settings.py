@@ -27,6 +27,8 @@ LEAST, MOST = 1e-12, 10**12
 MOST_SEED = 2**32 - 1
 MOST_WORKERS = 1024
 
+PRECISIONS = ('no', 'bf16', 'fp16')
+
 DEFAULTS: dict[str, Any] = dict(
     data=None, documents=False, text_key='text', segment_length=None, steps=None, minutes=None,
     optimizer='adamw', table_lr=None, weight_decay=0.1, clip=1.0, warmup=0.03, schedule='cosine', ema=None,
@@ -169,7 +171,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     learning.add_argument('--weight-decay', type=share, help='of matrices')
     option(learning, 'clip', type=float, help='largest norm of the gradient')
     learning.add_argument('--ema', type=share, help='decay of averaged weights, which are scored and saved')
-    learning.add_argument('--mixed-precision', choices=('no', 'bf16', 'fp16'))
+    learning.add_argument('--mixed-precision', choices=PRECISIONS)
     switch(learning, 'compile', 'torch.compile the training step')
     switch(learning, 'gradient-checkpointing', 'less memory, a third more time')
 
@@ -262,7 +264,9 @@ def new_settings(args: argparse.Namespace) -> dict[str, Any]:
         settings |= dict(steps=given.get('steps'), minutes=given.get('minutes'))
     if settings['mixed_precision'] is None:
         half = 'bf16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else 'no'
-        settings['mixed_precision'] = os.environ.get('ACCELERATE_MIXED_PRECISION', half)
+        settings['mixed_precision'] = precision = os.environ.get('ACCELERATE_MIXED_PRECISION', half)
+        if precision not in PRECISIONS:
+            raise ValueError(f'ACCELERATE_MIXED_PRECISION must be one of {", ".join(PRECISIONS)}, got {precision!r}')
     return as_json(settings)
 
 
