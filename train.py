@@ -41,7 +41,14 @@ from simple_hierarchical_transformer.state import State
 from simple_hierarchical_transformer.terminal import UNREAD, abandon, prepare, printable
 from simple_hierarchical_transformer.training import checkpoints, cost, report
 from simple_hierarchical_transformer.training.optim import WeightAverage, build_optimizer, learning_rate
-from simple_hierarchical_transformer.training.processes import Stop, check_processes, from_main, meet, say
+from simple_hierarchical_transformer.training.processes import (
+    Stop,
+    check_processes,
+    from_main,
+    meet,
+    outlive_signals,
+    say,
+)
 from simple_hierarchical_transformer.training.record import check_record
 from simple_hierarchical_transformer.training.scores import STREAMS, bits_per_byte, sample_text, validation_scores
 from simple_hierarchical_transformer.training.settings import (
@@ -108,11 +115,12 @@ class Run:
         found = from_main(lambda: self.find(args)) if args.resume else None
         settings = old_settings(args, found[1], found[0]) if found else new_settings(args)
         check_trackers(settings['log_with'])
-        self.out = args.out or (found[0].parent if found else RUNS / time.strftime('%Y%m%d-%H%M%S'))
+        checkpoint = found if found and 'progress' in found[1] else None
+        self.out = args.out or RUNS / time.strftime('%Y%m%d-%H%M%S')
+        if found and not args.out:
+            self.out = found[0].parent if checkpoint else found[0]
         # beginning anew where a run was ended before its first checkpoint, and going on, need no empty folder
-        self.found_here = (
-            found is not None and 'progress' in found[1] and self.out.resolve() == found[0].parent.resolve()
-        )
+        self.found_here = checkpoint is not None and checkpoint[0].parent.resolve() == self.out.resolve()
         self.joins = args.resume == 'latest' or self.found_here
 
         self.accelerator = accelerator = Accelerator(
@@ -142,8 +150,8 @@ class Run:
         self.sample = ''
         with said_of(found and found[0]):
             self.build()
-        if found and 'progress' in found[1]:
-            self.restore(*found)
+        if checkpoint:
+            self.restore(*checkpoint)
         else:
             self.progress = Progress(identity=found[1]['identity'] if found else uuid.uuid4().hex[:8])
         # what nobody else has in the folder
@@ -511,6 +519,7 @@ class Run:
                 batch_size=None,
                 sampler=range(progress.step, 1 << 62),
                 num_workers=s.workers,
+                worker_init_fn=outlive_signals,
                 pin_memory=self.device.type == 'cuda',
             )
         )

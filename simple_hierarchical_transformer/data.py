@@ -335,20 +335,35 @@ def load_corpus(name: str, files: Sequence[Path], cache_dir: Path, *, text_key: 
     A single plain file is read where it lies. Others are unpacked once, into a folder of `cache_dir` whose name changes
     with them. A text is a file, a member of an archive, or a row's column `text_key` in a .jsonl or .parquet.
 
-    Raises ValueError where a file is broken or of a format that is not read, or where all hold no byte.
+    Raises ValueError where a file is broken, changes while it is unpacked or is of a format that is not read, or where
+    all hold no byte.
     """
     if len(files) == 1 and kind_of_file(files[0]) is None:
         check_bytes(files, os.path.getsize(files[0]))
         return Corpus(name, files[0])
-    facts = [file_facts(file) for file in files]
-    key = hashlib.sha256(repr((facts, text_key)).encode()).hexdigest()[:16]
-    return open_unpacked(name, files, cache_dir / key, text_key)
+    folder = cache_dir / cache_key(files, text_key)
+    try:
+        return open_unpacked(name, files, folder, text_key)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # a disk that is full or broken, of which the system names no file
+        raise OSError(f'data: {all_shown(files)} could not be unpacked to {cache_dir}: {error}') from error
 
 
 def check_bytes(files: Sequence[Path], size: int) -> None:
     if not size:
-        others = ' and the files beside it' if len(files) > 1 else ''
-        raise ValueError(f'data: {shown(files[0])}{others} hold no byte')
+        raise ValueError(f'data: {all_shown(files)} hold no byte')
+
+
+def all_shown(files: Sequence[Path]) -> str:
+    return shown(files[0]) + (' and the files beside it' if len(files) > 1 else '')
+
+
+def cache_key(files: Sequence[Path], text_key: str) -> str:
+    """The name of the folder that these files are unpacked to. It changes with each of them."""
+    facts = [file_facts(file) for file in files]
+    return hashlib.sha256(repr((facts, text_key)).encode()).hexdigest()[:16]
 
 
 def file_facts(path: Path) -> tuple[object, ...]:
@@ -437,6 +452,8 @@ def unpack(files: Sequence[Path], folder: Path, text_key: str) -> None:
             for source in files:
                 texts.add_file(source)
             check_bytes(files, to.tell())
+            if cache_key(files, text_key) != folder.name:
+                raise ValueError(f'data: {all_shown(files)} changed during unpacking: try again')
             for file in (to, ends):
                 file.flush()
                 os.fsync(file.fileno())

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from .generate import BYTE_VOCABULARIES
+from .levels import MOST
 from .model import HierarchicalTransformer
 from .pretrained import CONFIG_FILE
-from .terminal import UNREAD, abandon, prepare, unread
+from .terminal import UNREAD, Number, abandon, prepare, unread
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -29,7 +30,8 @@ def main(argv: list[str] | None = None) -> None:
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument('--prompt', help='text to go on from (default: a new line)')
     prompt.add_argument('--prompt-file', type=Path, help='a file to go on from')
-    parser.add_argument('--length', type=int, default=256, help='how many bytes to write, unless the text ends before')
+    lengths = Number(int, 0, MOST)
+    parser.add_argument('--length', type=lengths, default=256, help='bytes to write, unless the text ends before')
     parser.add_argument('--stop', action='append', metavar='TEXT', help='text to end with; may be given several times')
     parser.add_argument('--temperature', type=float, default=1.0, help='0 takes the likeliest byte each time')
     parser.add_argument('--filter-thres', type=float, default=0.9, help='share of the bytes that is never drawn')
@@ -39,7 +41,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         '--repetition-penalty', type=float, default=1.0, help='above 1, bytes that were there become less likely'
     )
-    parser.add_argument('--seed', type=int, help='for the same text again')
+    # what generators of random numbers take
+    seeds = Number(int, -(2**63), 2**64 - 1)
+    parser.add_argument('--seed', type=seeds, help='for the same text again')
     args = parser.parse_args(argv)
 
     try:

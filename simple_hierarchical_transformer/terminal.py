@@ -1,16 +1,39 @@
-"""What the command lines write, whatever the terminal can show and whoever reads it."""
+"""What the command lines take, and what they write, whatever the terminal can show and whoever reads it."""
 
 from __future__ import annotations
 
+import argparse
 import errno
 import io
 import os
 import signal
 import sys
+from dataclasses import dataclass
 from typing import IO, Any
 
 # the exit code of a process that nobody reads from any more
 UNREAD = 128 + getattr(signal, 'SIGPIPE', 13)
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number on the command line, from `least` to `most`."""
+
+    kind: type
+    least: float
+    most: float
+
+    @property
+    def __name__(self) -> str:
+        # what argparse calls it where the text is no number
+        return self.kind.__name__
+
+    def __call__(self, text: str) -> Any:
+        value = self.kind(text)
+        # nan is in no range
+        if not self.least <= value <= self.most:
+            raise argparse.ArgumentTypeError(f'must be from {self.least:g} to {self.most:g}, got {text}')
+        return value
 
 
 def prepare() -> None:

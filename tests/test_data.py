@@ -25,7 +25,7 @@ import torch
 from conftest import ROOT
 from torch.utils.data import DataLoader
 
-from simple_hierarchical_transformer import data
+from simple_hierarchical_transformer import data, formats
 from simple_hierarchical_transformer.batches import Batches
 from simple_hierarchical_transformer.data import Download
 from simple_hierarchical_transformer.training import sources
@@ -381,6 +381,48 @@ def test_a_copy_that_is_not_whole_is_made_again(tmp_path: Path) -> None:
         else:
             (folder / damage).unlink()
         assert text_of(load(path, cache=cache)) == 1000 * b'a'
+
+
+@pytest.mark.parametrize('change', ['grows', 'is replaced', 'shrinks', 'goes'])
+def test_a_file_that_changes_while_it_is_unpacked_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    source = tree(tmp_path / 'source', first='a' * 1000, second='b' * 1000)
+    whole = formats.Texts.add_file
+
+    def add_file(texts: formats.Texts, path: Path) -> None:
+        whole(texts, path)
+        if path.name == 'second':
+            if change == 'grows':
+                with open(source / 'first', 'a') as file:
+                    file.write('more')
+            elif change == 'is replaced':
+                (source / 'new').write_text('c' * 1000)
+                os.replace(source / 'new', source / 'first')
+            elif change == 'shrinks':
+                os.truncate(source / 'first', 10)
+            else:
+                (source / 'first').unlink()
+
+    monkeypatch.setattr(formats.Texts, 'add_file', add_file)
+    message = 'No such file' if change == 'goes' else rf'^data: {source / "first"} .* changed during unpacking'
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        data.load_corpus('source', data.find_files(source), tmp_path / 'cache')
+    assert list((tmp_path / 'cache').iterdir()) == []
+
+
+def test_a_full_disk_is_told_of_with_what_was_unpacked(tmp_path: Path) -> None:
+    code = """
+import resource, sys
+from pathlib import Path
+from simple_hierarchical_transformer import data
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+data.load_corpus('a', [Path(sys.argv[1])], Path(sys.argv[2]))
+"""
+    path, cache = unpacked(tmp_path, 'a', 1 << 18), tmp_path / 'cache'
+    result = subprocess.run([sys.executable, '-c', code, path, cache], capture_output=True, text=True, cwd=ROOT)
+    assert f'OSError: data: {path} could not be unpacked to {cache}: ' in result.stderr
+    assert list(cache.iterdir()) == []
 
 
 def test_without_locks_nothing_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import importlib
 import json
+import os
 import re
 import resource
 import shutil
@@ -300,6 +301,7 @@ def test_what_does_not_fit_is_refused_and_nothing_touched(
             f'{tmp_path / "checkpoint-1" / "training.json"}: settings is missing',
         ),
         (('--resume', tmp_path / 'foreign'), 'there is no whole checkpoint in'),
+        (('--resume', unbroken / 'final'), f'is a model alone: --resume {unbroken} goes on with its run'),
         (('--resume', halfway, '--data', tmp_path / 'other.txt'), '--data ['),
         (('--resume', halfway, '--out', unbroken), 'is not empty'),
         (('--resume', '--out', unbroken.parent), 'is not empty'),
@@ -466,15 +468,22 @@ def test_several_in_a_row_end_the_run(corpus: Path, tmp_path: Path) -> None:
 # told to stop by what is lost
 
 
-def test_a_terminal_that_closes_has_it_save_first(corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(('number', 'times', 'code'), [(signal.SIGHUP, 2, 129), (signal.SIGTERM, 1, 143)])
+def test_what_tells_all_of_its_processes_to_stop_has_it_save_first(
+    corpus: Path, tmp_path: Path, number: signal.Signals, times: int, code: int
+) -> None:
+    """A terminal that closes, `timeout`, and what schedules jobs: they tell workers, too."""
     out = tmp_path / 'run'
-    process = start('--data', corpus, '--out', out, *PLAIN, '--steps', 10**6)
-    while not (out / 'metrics.csv').exists() and process.poll() is None:
+    args = ('--data', corpus, '--out', out, *PLAIN, '--steps', 10**6, '--every', 2, '--workers', 1)
+    process = start(*args, start_new_session=True)
+    metrics = out / 'metrics.csv'
+    # a worker is at work once there is a second row
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2) and process.poll() is None:
         time.sleep(0.002)
-    for _ in range(2):
-        process.send_signal(signal.SIGHUP)
+    for _ in range(times):
+        os.killpg(process.pid, number)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 129, said
+    assert process.returncode == code, said
     assert 'Traceback' not in said
     assert checkpoints.newest(out, print)
 
@@ -616,7 +625,8 @@ EDITS: list[tuple[str, Any]] = [
         'segment_length': (-16, 'x'),
         'batch_size': (0, None, 'two'),
         'grad_accum': (0, 1.5),
-        'optimizer': ('sgd', None, 3),
+        'optimizer': ('sgd', None, 3, 'adamw'),
+        'fuel': (1,),
         'schedule': ('cubic', {}),
         'mixed_precision': ('fp8', None),
         'data': ('text.txt', [], [3], {}),

@@ -425,6 +425,7 @@ def test_refuses_before_work_is_lost(
         (('--workers', -1), 'argument --workers: must be from 0 to 1024, got -1'),
         (('--split', 'test'), '--split is for --eval, which was not given'),
         (('--eval', out / 'final', '--lr', 1), '--lr is for training, --eval does none'),
+        (('--eval', out / 'final', '--dry-run'), '--dry-run is for training, --eval does none'),
         (('--eval', out / 'final', '--resume', out), '--resume is for training, --eval does none'),
         (('--eval', out / 'final', '--seq-len', 256, '--data', corpus), '--seq-len must be at most the 128'),
         (('--data', corpus, '--segment-length', 10**6, '--out', new), 'too few'),
@@ -503,6 +504,15 @@ def test_what_python_cannot_read_is_a_string(value: str) -> None:
     assert parsed('--model', f'dim={value}')[0]['model']['dim'] == value
 
 
+@pytest.mark.parametrize('precision', ['fp8', 'half', ''])
+def test_the_launchers_precision_is_checked(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, refuse: Callable[..., str], precision: str
+) -> None:
+    monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', precision)
+    said = refuse('--data', corpus, *FEW, '--dry-run')
+    assert f'ACCELERATE_MIXED_PRECISION must be one of no, bf16, fp16, got {precision!r}' in said
+
+
 def test_a_tracker_that_is_not_there_is_named(
     corpus: Path, refuse: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -535,7 +545,17 @@ def test_the_sampling_command_refuses_too(
         with pytest.raises(SystemExit) as end:
             sample.main(list(map(str, args)))
         assert message in str(end.value.code)
-    assert capsys.readouterr().out == ''
+    for option, value, message in (
+        ('--seed', 10**30, 'must be from -9.22337e+18 to 1.84467e+19, got 1'),
+        ('--seed', 'x', "invalid int value: 'x'"),
+        ('--length', -3, 'must be from 0 to 1e+12, got -3'),
+        ('--length', 10**13, 'must be from 0 to 1e+12, got 1'),
+    ):
+        with pytest.raises(SystemExit):
+            sample.main([str(final), f'{option}={value}'])
+        said = capsys.readouterr()
+        assert f'argument {option}: {message}' in said.err
+        assert said.out == ''
     result = run(tmp_path / 'torn', module='simple_hierarchical_transformer.sample')
     assert result.returncode == 1
     assert 'Traceback' not in result.stderr

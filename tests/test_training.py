@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -309,6 +311,33 @@ def test_the_peak_is_one_that_products_reach() -> None:
 # checkpoints
 
 
+@pytest.mark.parametrize('damage', ['gone', 'misshapen', 'of another rule', 'of no parameter'])
+def test_tensors_of_another_optimizer_are_refused(damage: str) -> None:
+    model = HierarchicalTransformer(**SMALL, ngrams=(2,), ngram_rows=16)
+    optimizer = optim.build_optimizer(model, 'muon', lr=1e-3, weight_decay=0.1)
+    model(torch.randint(11, (2, 17)), return_loss=True)[0].backward()
+    optimizer.step()
+    whole = checkpoints.gather_optimizer(model, optimizer)
+    restored = optim.build_optimizer(model, 'muon', lr=1e-3, weight_decay=0.1)
+    checkpoints.restore_optimizer(model, restored, whole)
+    assert whole.keys() == checkpoints.gather_optimizer(model, restored).keys()
+    # of a run that has not learnt yet there are none
+    checkpoints.restore_optimizer(model, restored, {})
+
+    for name, tensor in whole.items():
+        held = dict(whole)
+        if damage == 'gone':
+            del held[name]
+        elif damage == 'misshapen':
+            held[name] = torch.zeros(*tensor.shape, 2)
+        elif damage == 'of another rule':
+            held[f'{name}s'] = held.pop(name)
+        else:
+            held[f'optimizer.nothing.{name}'] = tensor
+        with pytest.raises(ValueError, match='optimizer'):
+            checkpoints.restore_optimizer(model, restored, held)
+
+
 def write_config(folder: Path) -> None:
     (folder / 'config.json').write_text('{}')
 
@@ -328,6 +357,27 @@ def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
     assert found[1]['step'] == 100
 
 
+def test_a_run_may_have_the_name_of_a_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / 'checkpoint-test'
+    checkpoints.save(run, 5, write_config, {}, {}, scratch=run / 'partial')
+    found = checkpoints.find(str(run), None, tmp_path, print)
+    assert found
+    assert found[0] == run / 'checkpoint-5'
+    with pytest.raises(ValueError, match='there is no such folder'):
+        checkpoints.find(str(tmp_path / 'checkpoint-5'), None, tmp_path, print)
+
+
+def test_the_run_at_work_last_may_have_no_checkpoint_yet(tmp_path: Path) -> None:
+    checkpoints.save(tmp_path / 'first', 5, write_config, {}, {}, scratch=tmp_path / 'first' / 'partial')
+    checkpoints.claim(tmp_path / 'second', dict(identity='0123abcd'), resumes=False, found=False).close()
+    for last in ('first', 'second'):
+        for i, name in enumerate(sorted(('first', 'second'), key=lambda name: name == last)):
+            os.utime(tmp_path / name, (i, i))
+        found = checkpoints.find('latest', None, tmp_path, print)
+        assert found
+        assert found[0] == (tmp_path / 'first' / 'checkpoint-5' if last == 'first' else tmp_path / 'second')
+
+
 @pytest.mark.parametrize('keep', [1, 2, 3])
 def test_torn_checkpoints_are_not_kept_instead_of_whole_ones(tmp_path: Path, keep: int) -> None:
     for step in (5, 10, 15, 20, 25, 30):
@@ -343,16 +393,61 @@ def test_torn_checkpoints_are_not_kept_instead_of_whole_ones(tmp_path: Path, kee
     assert found[1]['step'] == 22
 
 
+CLAIM = """
+import sys
+from pathlib import Path
+from simple_hierarchical_transformer.training import checkpoints
+checkpoints.claim(Path(sys.argv[1]), dict(identity='0123abcd'), resumes=True, found=False)
+"""
+
+
 def test_one_process_has_the_folder(tmp_path: Path) -> None:
-    held = checkpoints.lock(tmp_path / 'run.json')
-    file = str(tmp_path / 'run.json')
-    code = f'from simple_hierarchical_transformer.training import checkpoints; checkpoints.lock(Path({file!r}))'
-    other = [sys.executable, '-c', f'from pathlib import Path; {code}']
-    result = subprocess.run(other, capture_output=True, text=True)
-    assert 'another run is at work in this folder' in result.stderr
-    assert held
-    held.close()
-    assert subprocess.run(other).returncode == 0
+    out = tmp_path / 'run'
+    other = [sys.executable, '-c', CLAIM, str(out)]
+    # as it begins, and as it goes on
+    for resumes in (False, True):
+        held = checkpoints.claim(out, dict(identity='0123abcd'), resumes=resumes, found=False)
+        result = subprocess.run(other, capture_output=True, text=True)
+        assert 'another run is at work in this folder' in result.stderr
+        assert checkpoints.read_mark(out) is not None
+        held.close()
+        assert subprocess.run(other).returncode == 0
+
+
+@pytest.mark.parametrize('room', [0, 30])
+def test_a_folder_that_cannot_be_marked_is_named_and_stays_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    out, mark = tmp_path / 'run', dict(identity='0123abcd')
+
+    def write(file: int, text: bytes, whole: Any = os.write) -> int:
+        if not room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return whole(file, text[:room])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'write', write)
+        with pytest.raises(OSError, match=rf'^{re.escape(str(out))}/run\.json could not be written: .*No space left'):
+            checkpoints.claim(out, mark, resumes=False, found=False)
+    checkpoints.claim(out, mark, resumes=False, found=False).close()
+    assert checkpoints.read_mark(out) is not None
+
+
+def test_pipes_are_no_records(tmp_path: Path) -> None:
+    """Opening one would wait for another process for ever."""
+    code = f"""
+from pathlib import Path
+from simple_hierarchical_transformer.training import checkpoints
+run = Path({str(tmp_path)!r})
+print(checkpoints.read_mark(run), checkpoints.run_of(run / 'final'))
+checkpoints.refuse_foreign(run / 'final', '0123abcd')
+"""
+    (tmp_path / 'final').mkdir()
+    for name in ('run.json', 'final/training.json'):
+        os.mkfifo(tmp_path / name)
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60)
+    assert result.stdout == 'None None\n'
+    assert 'is not as this run wrote it' in result.stderr
 
 
 def test_a_whole_checkpoint_stays_and_a_torn_one_is_written_again(tmp_path: Path) -> None:

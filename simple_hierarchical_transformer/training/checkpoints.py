@@ -10,10 +10,10 @@ the run where its record says so. Nothing else is overwritten or removed.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from ..data import file_digest
 from ..model import HierarchicalTransformer
 from ..pretrained import WEIGHTS_FILE, shared_names, write_tensors
 from ..state import State
-from .optim import WeightAverage
+from .optim import WeightAverage, state_shapes
 from .sharded import fill, full, reshard, shard_like
 
 RECORD_FILE = 'training.json'
@@ -96,20 +96,28 @@ def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, *, keep
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    held: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name, tensor in tensors.items():
-        owner, _, key = name.rpartition('.')
-        held[owner][key] = tensor
-
+    """Puts back what `gather_optimizer` returned. Raises ValueError where it is not of this optimizer."""
+    held = {name: tensor for name, tensor in tensors.items() if name.startswith(f'{OPTIMIZER}.')}
+    if not held:
+        # it had taken no step
+        return
+    shapes = state_shapes(optimizer)
+    named = {
+        f'{OPTIMIZER}.{name}.{key}': (p, key, shape)
+        for name, p in model.named_parameters()
+        for key, shape in shapes[p].items()
+    }
+    if unlike := sorted(held.keys() ^ named.keys()):
+        raise ValueError(f'the optimizer of this run has other tensors: {", ".join(unlike[:3])}')
     on_device = {p for g in optimizer.param_groups if g.get('fused') or g.get('capturable') for p in g['params']}
-    for name, p in model.named_parameters():
-        for key, tensor in held[f'{OPTIMIZER}.{name}'].items():
-            if tensor.shape[:1] == p.shape[:1]:
-                # one number for each weight, or for each row
-                optimizer.state[p][key] = shard_like(tensor, p).clone()
-            else:
-                # a count of steps
-                optimizer.state[p][key] = tensor.to(p.device if p in on_device else 'cpu', copy=True)
+    for name, (p, key, shape) in named.items():
+        if held[name].shape != shape:
+            raise ValueError(f'{name} must have the shape {shape}, got {tuple(held[name].shape)}')
+        if key == 'step':
+            optimizer.state[p][key] = held[name].to(p.device if p in on_device else 'cpu', copy=True)
+        else:
+            # one number for each weight, or for each row
+            optimizer.state[p][key] = shard_like(held[name], p).clone()
 
 
 def gather_segments(states: Sequence[State], gather_rows: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -288,6 +296,12 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def read_file(file: Path) -> bytes:
+    """Raises ValueError where it is no regular file: a pipe would block."""
+    pretrained.check_file(file)
+    return file.read_bytes()
+
+
 def read_record(folder: Path, *, digests: bool = True) -> dict[str, Any]:
     """What stands in training.json, once every file it names is seen to be as it was written.
 
@@ -300,7 +314,7 @@ def read_record(folder: Path, *, digests: bool = True) -> dict[str, Any]:
         what = f'there is no {RECORD_FILE} in it' if folder.is_dir() else 'there is no such folder'
         raise Torn(f'{folder} is no checkpoint of train.py: {what}')
     try:
-        record = json.loads(file.read_text(encoding='utf-8'))
+        record = json.loads(read_file(file))
         step, written = int(record['step']), record['format']
         if not isinstance(written, int) or written > FORMAT:
             raise NewerFormat(f'{folder} has format {written!r}, by a newer version; this one reads up to {FORMAT}')
@@ -339,7 +353,7 @@ def refuse_foreign(folder: Path, identity: object, *, whole: bool = False) -> di
     record does not name, and, with `whole`, where a file was changed since.
     """
     try:
-        record = json.loads((folder / RECORD_FILE).read_text(encoding='utf-8'))
+        record = json.loads(read_file(folder / RECORD_FILE))
         names = {path.name for path in folder.iterdir()}
         if record['step'] >= 0 and identity_of(record) == identity and names <= {RECORD_FILE, *record['files']}:
             return read_record(folder) if whole else record
@@ -392,16 +406,19 @@ def find(
     """Where a run goes on from, and the record there; None where the run in `out` has yet to begin.
 
     `resume` is a run's folder, one of its checkpoints, or 'latest': the run in `out`, or else the one below
-    `runs_folder` that was at work last. A run that was ended before its first checkpoint goes on from its mark, which
-    has no progress.
+    `runs_folder` that was at work last. Such a run that was ended before its first checkpoint goes on from its mark,
+    which has no progress.
 
     Raises ValueError where nothing whole is there, or something newer, or where checkpoints of a finished run are gone.
     """
     out = out and out.resolve()
     if resume != 'latest':
         folder = Path(resume).resolve()
-        if folder.name.startswith('checkpoint-') or (folder / RECORD_FILE).exists():
+        of_checkpoint = folder.name.startswith('checkpoint-') and not steps_of(folder)
+        if of_checkpoint or (folder / RECORD_FILE).exists():
             record = read_record(folder)
+            if folder.name == FINAL:
+                raise ValueError(f'{folder} is a model alone: --resume {folder.parent} goes on with its run')
             # what is not newer has no need to be read through again
             newer = newest(folder.parent, warn, above=record['step'])
             if newer and out in (None, folder.parent):
@@ -410,22 +427,33 @@ def find(
                     'give --out for a branch of its own'
                 )
             return folder, record
-        runs = [folder]
-    elif out:
-        if not steps_of(out):
-            mark = read_mark(out)
-            if mark and (out / FINAL).exists():
-                raise ValueError(f'--resume: {out} has a finished run, but none of its checkpoints: give another --out')
-            return (out, mark) if mark else None
-        runs = [out]
+        run = folder
     else:
-        found_in = {folder.parent for folder in runs_folder.glob('*/checkpoint-*') if (folder / RECORD_FILE).is_file()}
-        runs = [run for run in found_in if steps_of(run)]
-        runs.sort(key=lambda run: run.stat().st_mtime)
-    found = newest(runs[-1], warn) if runs else None
+        run = out or run_at_work_last(runs_folder)
+        if not steps_of(run):
+            mark = read_mark(run)
+            if mark and (run / FINAL).exists():
+                raise ValueError(f'--resume: {run} has a finished run, but none of its checkpoints: give another --out')
+            return (run, mark) if mark else None
+    found = newest(run, warn)
     if found is None:
-        raise ValueError(f'--resume: there is no whole checkpoint in {runs[-1] if runs else runs_folder}')
+        raise ValueError(f'--resume: there is no whole checkpoint in {run}')
     return found
+
+
+def run_at_work_last(runs_folder: Path) -> Path:
+    """The folder of the run that wrote last and can go on. Raises ValueError where there is none."""
+
+    def can_go_on(run: Path) -> bool:
+        folders = steps_of(run).values()
+        if not folders:
+            return read_mark(run) is not None and not (run / FINAL).exists()
+        return any((folder / RECORD_FILE).is_file() for folder in folders)
+
+    runs = [run for run in runs_folder.glob('*') if can_go_on(run)]
+    if not runs:
+        raise ValueError(f'--resume: there is no whole checkpoint in {runs_folder}')
+    return max(runs, key=lambda run: run.stat().st_mtime)
 
 
 def prune(run: Path, step: int, keep: int, best: int | None, *, scratch: Path) -> None:
@@ -454,13 +482,20 @@ def prune(run: Path, step: int, keep: int, best: int | None, *, scratch: Path) -
 def read_mark(run: Path) -> dict[str, Any] | None:
     """What a run wrote into its folder when it began: settings, identity, data. None where none did."""
     try:
-        mark = json.loads((run / RUN_FILE).read_text(encoding='utf-8'))
-        return mark if mark['written_by'] == WRITER and isinstance(mark['identity'], str) else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return parse_mark(read_file(run / RUN_FILE))
+    except (OSError, ValueError):
         return None
 
 
-def claim(run: Path, mark: dict[str, Any], *, resumes: bool, found: bool) -> IO[str]:
+def parse_mark(text: bytes) -> dict[str, Any] | None:
+    try:
+        mark = json.loads(text)
+        return mark if mark['written_by'] == WRITER and isinstance(mark['identity'], str) else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def claim(run: Path, mark: dict[str, Any], *, resumes: bool, found: bool) -> IO[bytes]:
     """Makes the folder `run` this run's own, for as long as the returned file is held.
 
     The folder is new, empty, or this run's already. `resumes` is whether the run may go on in a folder that is marked
@@ -477,10 +512,10 @@ def claim(run: Path, mark: dict[str, Any], *, resumes: bool, found: bool) -> IO[
     file = run / RUN_FILE
     # locked before it is looked at, since who has it may be writing; nothing that is there is changed by it
     held = lock(file) if file.is_file() else None
+    text = held.read() if held else b''
+    known = parse_mark(text)
     names = {path.name for path in run.iterdir()}
-    known = read_mark(run)
-    unmarked = RUN_FILE not in names or (known is None and file.is_file() and file.stat().st_size == 0)
-    if known is None and unmarked:
+    if not text and (held or RUN_FILE not in names):
         # in a folder of an earlier version, a checkpoint is what shows whose it is
         allowed = found or not names - {RUN_FILE}
     else:
@@ -493,19 +528,27 @@ def claim(run: Path, mark: dict[str, Any], *, resumes: bool, found: bool) -> IO[
     if known is None:
         text = (json.dumps(dict(format=FORMAT, written_by=WRITER, **mark), indent=1) + '\n').encode()
         # not replaced by another file, which would not be locked; all of it or none
-        if os.write(held.fileno(), text) < len(text):
-            os.truncate(file, 0)
-            raise OSError(f'{file} could not be written')
-        sync(file)
+        try:
+            if os.write(held.fileno(), text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(held.fileno())
+        except OSError as error:
+            held.truncate(0)
+            held.close()
+            raise OSError(f'{file} could not be written: {error}') from error
     return held
 
 
-def lock(file: Path) -> IO[str]:
-    """Opens a file to append to, and keeps it for this process for as long as the returned file is held.
+def lock(file: Path) -> IO[bytes]:
+    """Opens a file to read and to append to, and keeps it for this process for as long as the returned file is held.
+
+    The lock ends as soon as this process closes the file, also where it opened it a second time. So a file that is
+    held is read through the returned one alone.
 
     Raises OSError where another process has it. Where the system or the disk knows no locks, all may.
     """
-    held = open(file, 'a', encoding='utf-8')  # noqa: SIM115
+    held = open(file, 'a+b')  # noqa: SIM115
+    held.seek(0)
     try:
         import fcntl
 
@@ -525,7 +568,7 @@ def run_of(model: Path) -> tuple[dict[str, Any], Path] | None:
     places += [folder / RECORD_FILE for folder in reversed(steps_of(model.parent).values())]
     for file in places:
         try:
-            record = json.loads(file.read_text(encoding='utf-8'))
+            record = json.loads(read_file(file))
             if 'settings' in record and (file.name == RECORD_FILE or read_mark(model.parent)):
                 return record, file
         except (OSError, ValueError, TypeError, RecursionError):

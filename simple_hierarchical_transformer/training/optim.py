@@ -125,6 +125,19 @@ class MixedOptimizer(torch.optim.AdamW):
                 p.addcdiv_(p.grad, held.sqrt() + eps, value=-lr)
 
 
+def state_shapes(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, dict[str, tuple[int, ...]]]:
+    """Of each parameter of a `MixedOptimizer` the tensors that a step keeps for it, by name, and their shapes."""
+
+    def of(p: nn.Parameter, rule: str) -> dict[str, tuple[int, ...]]:
+        if rule == 'muon':
+            return dict(momentum=tuple(p.shape))
+        if rule == 'rows':
+            return dict(mean_square=(len(p), 1))
+        return dict(step=(), exp_avg=tuple(p.shape), exp_avg_sq=tuple(p.shape))
+
+    return {p: of(p, group['rule']) for group in optimizer.param_groups for p in group['params']}
+
+
 def mean_squares(before: Tensor, grad: Tensor, decay: float) -> Tensor:
     """The running mean of each row's mean square, `(rows, 1)`; where the gradient is zero it stays."""
     # the norm reads a table once, where squares would be written and read

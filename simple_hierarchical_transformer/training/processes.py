@@ -76,6 +76,28 @@ def from_main(do: Callable[[], Found]) -> Found:
     return came[0]
 
 
+def stop_signals() -> list[signal.Signals]:
+    """Those that tell a run to stop."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    # nohup has it ignored
+    if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return numbers
+
+
+def outlive_signals(_: int) -> None:
+    """Has a data loader's worker outlive a signal that all processes of a run get: the run takes one more step.
+
+    The run ends its workers itself. It sends SIGTERM to those that hang, so a second one ends a worker.
+    """
+
+    def end_next_time(number: int, _: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in stop_signals():
+        signal.signal(number, end_next_time if number == signal.SIGTERM else signal.SIG_IGN)
+
+
 class Stop:
     """Notes what tells a run to stop, for the end of the step: a signal, or a stdout that nobody reads.
 
@@ -87,11 +109,7 @@ class Stop:
     def __init__(self) -> None:
         self.number = 0
         """Of the signal; 0 as long as there was none."""
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        # nohup has it ignored
-        if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            numbers.append(signal.SIGHUP)
-        self.before = {number: signal.signal(number, self.take) for number in numbers}
+        self.before = {number: signal.signal(number, self.take) for number in stop_signals()}
         Stop.at_work = self
 
     def take(self, number: int, _: Any) -> None:

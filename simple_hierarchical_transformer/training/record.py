@@ -122,6 +122,8 @@ def check_settings(settings: dict[str, Any], file: Path) -> None:
     settings = {**DEFAULTS, **settings}
     needed = {*PRESETS['cpu'], *DEFAULTS} - {name for name, value in DEFAULTS.items() if value is None}
     needed |= {'preset', 'mixed_precision'}
+    if unknown := sorted(set(settings) - {*needed, *DEFAULTS}):
+        refuse(f'{", ".join(map(brief, unknown))} is not known to this version')
     if missing := sorted(name for name in needed if settings.get(name) is None and name not in LENGTH):
         refuse(f'{", ".join(missing)} must be given')
     if sum(settings[name] is not None for name in LENGTH) != 1:

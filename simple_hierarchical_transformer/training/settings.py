@@ -6,13 +6,13 @@ import argparse
 import ast
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..batches import IGNORED, PAD
+from ..terminal import Number
 from .optim import OPTIMIZERS, SCHEDULES
 from .sources import NAMED
 from .trackers import TRACKERS
@@ -26,6 +26,8 @@ LEAST, MOST = 1e-12, 10**12
 # what generators of random numbers take
 MOST_SEED = 2**32 - 1
 MOST_WORKERS = 1024
+
+PRECISIONS = ('no', 'bf16', 'fp16')
 
 DEFAULTS: dict[str, Any] = dict(
     data=None, documents=False, text_key='text', segment_length=None, steps=None, minutes=None,
@@ -144,7 +146,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
         'or from the one that was at work last. A finished run is trained longer with more --steps or --minutes, in '
         'all: each schedule goes on with the rate that a run of that length has there',
     )  # fmt: skip
-    run.add_argument('--dry-run', action='store_true', help='say what the run costs, and do not begin it')
+    run.add_argument('--dry-run', action='store_true', default=None, help='say what the run costs, and do not begin it')
 
     data = parser.add_argument_group('data')
     data.add_argument(
@@ -169,7 +171,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     learning.add_argument('--weight-decay', type=share, help='of matrices')
     option(learning, 'clip', type=float, help='largest norm of the gradient')
     learning.add_argument('--ema', type=share, help='decay of averaged weights, which are scored and saved')
-    learning.add_argument('--mixed-precision', choices=('no', 'bf16', 'fp16'))
+    learning.add_argument('--mixed-precision', choices=PRECISIONS)
     switch(learning, 'compile', 'torch.compile the training step')
     switch(learning, 'gradient-checkpointing', 'less memory, a third more time')
 
@@ -196,34 +198,13 @@ def parse_args(argv: list[str] | None, description: str | None) -> argparse.Name
     if args.split and not args.eval:
         parser.error('--split is for --eval, which was not given')
     if args.eval:
-        scores = {'eval', 'split', 'data', 'text_key', 'seq_len', 'batch_size', 'dry_run'}
+        scores = {'eval', 'split', 'data', 'text_key', 'seq_len', 'batch_size'}
         for name, value in vars(args).items():
             if value is not None and name not in scores:
                 parser.error(f'--{name.replace("_", "-")} is for training, --eval does none')
     if args.model:
         args.model = dict(parse_setting(parser, text) for text in args.model)
     return args
-
-
-@dataclass(frozen=True)
-class Number:
-    """A number on the command line, from `least` to `most`."""
-
-    kind: type
-    least: float
-    most: float
-
-    @property
-    def __name__(self) -> str:
-        # what argparse calls it where the text is no number
-        return self.kind.__name__
-
-    def __call__(self, text: str) -> Any:
-        value = self.kind(text)
-        # nan is in no range
-        if not self.least <= value <= self.most:
-            raise argparse.ArgumentTypeError(f'must be from {self.least:g} to {self.most:g}, got {text}')
-        return value
 
 
 def named(text: str) -> str:
@@ -283,7 +264,9 @@ def new_settings(args: argparse.Namespace) -> dict[str, Any]:
         settings |= dict(steps=given.get('steps'), minutes=given.get('minutes'))
     if settings['mixed_precision'] is None:
         half = 'bf16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else 'no'
-        settings['mixed_precision'] = os.environ.get('ACCELERATE_MIXED_PRECISION', half)
+        settings['mixed_precision'] = precision = os.environ.get('ACCELERATE_MIXED_PRECISION', half)
+        if precision not in PRECISIONS:
+            raise ValueError(f'ACCELERATE_MIXED_PRECISION must be one of {", ".join(PRECISIONS)}, got {precision!r}')
     return as_json(settings)
 
 
