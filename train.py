@@ -21,7 +21,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +40,7 @@ from simple_hierarchical_transformer.pretrained import CONFIG_FILE, shared_names
 from simple_hierarchical_transformer.state import State
 from simple_hierarchical_transformer.terminal import UNREAD, abandon, prepare, printable
 from simple_hierarchical_transformer.training import checkpoints, cost, report
+from simple_hierarchical_transformer.training.compiled import compile_blocks
 from simple_hierarchical_transformer.training.optim import WeightAverage, build_optimizer, learning_rate
 from simple_hierarchical_transformer.training.processes import (
     Stop,
@@ -203,9 +204,9 @@ class Run:
     def make_model(self, device: str) -> Any:
         s = self.s
         own: dict[str, Any] = dict(seq_len=s.seq_len, gradient_checkpointing=s.gradient_checkpointing)
-        if device == 'meta' and s.model.get('attn_backend') == 'flex':
-            # which trains on CUDA alone
-            own['attn_backend'] = 'auto'
+        if device == 'meta' and self.device.type == 'cuda' and s.model.get('attn_backend', 'auto') == 'auto':
+            # which is what it takes there
+            own['attn_backend'] = 'flex'
         try:
             with torch.device(device):
                 return HierarchicalTransformer(**(TEXTS if s.documents else BYTES), **{**s.model, **own})
@@ -273,7 +274,8 @@ class Run:
         self.model = self.accelerator.unwrap_model(self.wrapped)
         # a table that moves by rows takes no notice of how long its gradient is
         self.clipped = [p for group in self.optimizer.param_groups if group['rule'] != 'rows' for p in group['params']]
-        self.call = torch.compile(self.wrapped) if s.compile else self.wrapped
+        if s.compile:
+            compile_blocks(self.model)
         self.average = WeightAverage(self.model, s.ema) if s.ema else None
         # curves that runs of other settings have too, then each part that is on
         always = [
@@ -307,9 +309,15 @@ class Run:
         """The sum over all processes."""
         return self.accelerator.reduce(tensor, 'sum')
 
-    def averaged(self) -> Any:
-        """Around what scores and samples: the averaged weights in their place."""
-        return self.average.applied() if self.average else nullcontext()
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Around what scores and samples: the averaged weights in their place, and nothing compiled for it."""
+        with ExitStack() as around:
+            if self.average:
+                around.enter_context(self.average.applied())
+            if self.s.compile:
+                around.enter_context(torch.compiler.set_stance('force_eager'))
+            yield
 
     def done(self) -> float:
         """The share of the run that is behind."""
@@ -336,7 +344,7 @@ class Run:
                 if self.s.segment_length:
                     # the context of earlier segments, without their gradients
                     extra = dict(state=before[i] and before[i].detach(), return_state=True)
-                loss, parts, *after = self.call(batch.to(self.device), return_loss=True, counts=counts, **extra)
+                loss, parts, *after = self.wrapped(batch.to(self.device), return_loss=True, counts=counts, **extra)
                 self.states += after
                 # gradients are averaged over processes, and each loss is a share of the sum
                 self.accelerator.backward(loss * self.world)

@@ -147,7 +147,9 @@ def is_served(x: Tensor, weight: Tensor) -> bool:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast, if it is on, has matrices multiplied in. Not every device knows it: 'meta' does not."""
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+    # a question that not every version of the compiler can trace; 'meta' is not compiled for
+    asks = not torch.compiler.is_compiling()
+    if (asks and not torch.amp.is_autocast_available(device.type)) or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 

@@ -416,7 +416,9 @@ class AttentionMerge(HierarchicalMerge):
                 token = level.token + level.apart * torch.arange(groups.shape[1], device=query.device)
                 score = score.masked_fill((token[:, None] < back)[:, None, None], -torch.inf)
             scores.append(score.flatten(1, 2)[:, level.lead : level.lead + count])
-        found = torch.stack(scores, dim=-2).to(to.bias.dtype) + to.bias[:, members]
+        # an index made of a list would be copied to the device, for which the host waits
+        bias = torch.stack([to.bias[:, j] for j in members], dim=1) if silent else to.bias
+        found = torch.stack(scores, dim=-2).to(bias.dtype) + bias
         found = found.flatten(-2).softmax(dim=-1).view_as(found)
 
         out: Any = 0

@@ -6,7 +6,7 @@ classes here hold tensors and a position, nothing else. All rows of a batch stan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -20,8 +20,22 @@ from .levels import is_int, plain
 ROOM = 1024
 
 
+class Clock:
+    """What the positions of one captured step share.
+
+    Args:
+        rounds: int64 `()`, on the device. A replay reads it.
+        alike: for modules whose results agree the one that computes for all.
+    """
+
+    def __init__(self, rounds: Tensor, alike: Mapping[Any, Any] | None = None) -> None:
+        self.rounds = rounds
+        self.alike = {} if alike is None else alike
+        self.results: dict[Any, Any] = {}
+
+
 class Position(int):
-    """A position whose value is also in the memory of a device: `rounds * scale + offset`.
+    """A position whose value is also in the memory of a device: `clock.rounds * scale + offset`.
 
     It counts as the int that it is. A CUDA graph that is captured with it serves every value of `rounds`, if what is
     captured depends on `tensor`, or on remainders by divisors of `scale`, and not on the int. Sums, and quotients by
@@ -29,40 +43,53 @@ class Position(int):
 
     Args:
         value: the int.
-        rounds: int64 `()`, on the device.
+        clock: what it shares with other positions of the step.
         scale: how far positions of one remainder stand apart.
         offset: the remainder.
     """
 
-    rounds: Tensor
+    clock: Clock
     scale: int
     offset: int
 
-    def __new__(cls, value: int, rounds: Tensor, scale: int, offset: int) -> Position:
+    def __new__(cls, value: int, clock: Clock, scale: int, offset: int) -> Position:
         self = super().__new__(cls, value)
-        self.rounds, self.scale, self.offset = rounds, scale, offset
+        self.clock, self.scale, self.offset = clock, scale, offset
         return self
 
     @property
     def tensor(self) -> Tensor:
         """int64 `(1,)`."""
-        return torch.full((1,), self.offset, device=self.rounds.device).add_(self.rounds, alpha=self.scale)
+        rounds = self.clock.rounds
+        return self.once('tensor', lambda: torch.full((1,), self.offset, device=rounds.device) + rounds * self.scale)
+
+    def once(self, what: Hashable, make: Callable[[], Any], module: Any = None) -> Any:
+        """`make()`, a function of the position and of `what`, computed once in a step.
+
+        With `module` it depends on that too, and is shared by the modules that are `alike`.
+        """
+        key = (self.scale, self.offset, what, self.clock.alike.get(module, module))
+        if key not in self.clock.results:
+            self.clock.results[key] = make()
+        return self.clock.results[key]
 
     def __neg__(self) -> Position:
-        return Position(-int(self), self.rounds, -self.scale, -self.offset)
+        return Position(-int(self), self.clock, -self.scale, -self.offset)
 
     def __add__(self, other: int) -> Position:
-        return Position(int(self) + other, self.rounds, self.scale, self.offset + other)
+        return Position(int(self) + other, self.clock, self.scale, self.offset + other)
 
     def __floordiv__(self, divisor: int) -> Position:
-        if self.scale % divisor:
-            raise NotImplementedError(f'positions {self.scale} apart have no common remainder by {divisor}')
-        return Position(int(self) // divisor, self.rounds, self.scale // divisor, self.offset // divisor)
+        self.check_divisor(divisor)
+        return Position(int(self) // divisor, self.clock, self.scale // divisor, self.offset // divisor)
 
     def __mod__(self, divisor: int) -> int:
+        self.check_divisor(divisor)
+        return self.offset % divisor
+
+    def check_divisor(self, divisor: int) -> None:
         if self.scale % divisor:
             raise NotImplementedError(f'positions {self.scale} apart have no common remainder by {divisor}')
-        return self.offset % divisor
 
 
 def room_for(tokens: int, limit: int) -> int:

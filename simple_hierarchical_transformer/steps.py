@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .linear import autocast_dtype, has_hooks, is_dense
-from .mixers.rotary import BLOCK
-from .state import Position, State
+from .mixers.rotary import BLOCK, Rotary
+from .state import Clock, Position, State
 
 # more residues would take longer to capture than most texts take to write
 MOST_RESIDUES = 64
@@ -89,8 +89,12 @@ class CapturedSteps:
             if block is not None and getattr(getattr(block.attn, 'rotary_emb', None), 'xpos', False)
         }
         self.rounds = torch.zeros((), dtype=torch.long, device=device)
+        # layers of a level turn by the same angles, unless somebody changed one
+        self.alike: dict[Any, Any] = {}
+        rotaries = [module for module in model.modules() if isinstance(module, Rotary)]
+        for module in rotaries:
+            self.alike[module] = next(other for other in rotaries if other.agrees(module))
         self.stream: Any = torch.cuda.Stream(device) if device.type == 'cuda' else None
-        self.pool: Any = torch.cuda.graph_pool_handle() if device.type == 'cuda' else None
         self.reserved = False
         self.fingerprint = fingerprint(model)
         self.forget()
@@ -105,6 +109,8 @@ class CapturedSteps:
         return True
 
     def forget(self) -> None:
+        # memory that no graph uses any more is given back, and its pool is gone
+        self.pool: Any = torch.cuda.graph_pool_handle() if self.stream is not None else None
         self.warm: set[int] = set()
         self.graphs: dict[int, Any] = {}
         self.held: list[int] = []
@@ -113,8 +119,11 @@ class CapturedSteps:
 
     def __call__(self, ids: Tensor, state: State, steps: int = 0, watched: bool = False) -> tuple[Tensor, State]:
         """`steps` is how many are to come at most. With `watched` the model may have changed since the last step."""
-        if watched and not self.is_unchanged():
-            return self.model(ids, state=state, return_state=True)
+        if watched:
+            # whoever changes values may change those of one layer
+            self.alike = {}
+            if not self.is_unchanged():
+                return self.model(ids, state=state, return_state=True)
         position, residue = state.position, state.position % self.cycle
         if position < self.settled or any(position % block < block // BLOCK for block in self.blocks):
             return self.model(ids, state=state, return_state=True)
@@ -148,7 +157,7 @@ class CapturedSteps:
     def step(self, state: State) -> Tensor:
         """The logits of a step from the tensors that replays read."""
         residue = state.position % self.cycle
-        position = Position(state.position, self.rounds, self.cycle, residue)
+        position = Position(state.position, Clock(self.rounds, self.alike), self.cycle, residue)
         # autocast would keep copies of weights that are made in a graph for what comes after
         dtype = autocast_dtype(self.rounds.device)
         kind = self.rounds.device.type

@@ -28,6 +28,7 @@ import simple_hierarchical_transformer
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.data import standard_library
 from simple_hierarchical_transformer.training import cost
+from simple_hierarchical_transformer.training.compiled import compile_blocks
 from simple_hierarchical_transformer.training.optim import build_optimizer
 from simple_hierarchical_transformer.training.report import write_text
 from simple_hierarchical_transformer.training.settings import BYTES, PRESETS
@@ -40,7 +41,7 @@ WIDTH, HEAD = PRESET['model']['dim'], 64
 WINDOW = PRESET['model']['window_sizes'][0]
 TABLES = ('ngrams', 'word_ngrams', 'ngram_dropout', 'recall', 'word_recall')
 PHASES = ('forward', 'backward', 'optimizer')
-MODES = ('eager', 'compiled')
+MODES = ('eager', 'compiled', 'whole')
 WARM_UP = 3
 GIGABYTE = 1e9
 
@@ -109,9 +110,16 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     return dict(parameters=sum(p.numel() for p in model.parameters()) - tables, table_parameters=tables)
 
 
-def compile_model(model: nn.Module, mode: str, toy: bool = False) -> Any:
-    """`torch.compile` for one shape. At toy size the graph is traced and runs without a compiler, which is quicker."""
-    return torch.compile(model, dynamic=False, **(dict(backend='eager') if toy else dict(mode=mode)))
+def compile_model(model: nn.Module, how: str, mode: str, toy: bool = False) -> Any:
+    """Compiled for one shape: 'compiled' has blocks compiled, as train.py does, 'whole' the model in one graph.
+
+    At toy size graphs are traced and run without a compiler, which is quicker.
+    """
+    settings: dict[str, Any] = dict(dynamic=False, **(dict(backend='eager') if toy else dict(mode=mode)))
+    if how == 'compiled' and isinstance(model, HierarchicalTransformer):
+        compile_blocks(model, **settings)
+        return model
+    return torch.compile(model, **settings)
 
 
 # text
@@ -202,21 +210,22 @@ class Trainer:
     Args:
         model: on the device, `model(ids, return_loss=True)` gives the loss first.
         batches: ids of each step.
-        compile_mode: for `torch.compile`; None trains eagerly.
+        how: one of MODES.
+        compile_mode: for `torch.compile`.
     """
 
     def __init__(
-        self, model: nn.Module, batches: Iterator[Tensor], *, compile_mode: str | None = None, toy: bool = False
+        self, model: nn.Module, batches: Iterator[Tensor], *, how: str, compile_mode: str = 'default', toy: bool = False
     ) -> None:
         self.model, self.batches = model, batches
         self.device = next(model.parameters()).device
         self.optimizer = build_optimizer(
             model, PRESET['optimizer'], lr=PRESET['lr'], table_lr=PRESET['table_lr'], weight_decay=0.1,
-            sparse=compile_mode is None,
+            sparse=how == 'eager',
         )  # fmt: skip
         # as in train.py: rows of tables move by a rule that knows no length of a gradient
         self.clipped = [p for group in self.optimizer.param_groups if group['rule'] != 'rows' for p in group['params']]
-        self.call = model if compile_mode is None else compile_model(model, compile_mode, toy)
+        self.call = model if how == 'eager' else compile_model(model, how, compile_mode, toy)
         self.clock = Clock(self.device)
 
     def step(self) -> Tensor:

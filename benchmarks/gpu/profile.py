@@ -211,7 +211,8 @@ def profile_step(bench: Bench, name: str, mode: str, options: Any) -> dict[str, 
     trainer = Trainer(
         model,
         common.batches(rows, context, bench.device),
-        compile_mode=options.compile_mode if mode == 'compiled' else None,
+        how=mode,
+        compile_mode=options.compile_mode,
         toy=bench.toy,
     )
     found: dict[str, Any] = dict(model=name, mode=mode, context=context, rows=rows, **trainer.warm_up())

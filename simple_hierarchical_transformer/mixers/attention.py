@@ -52,6 +52,9 @@ def attend_window(q: Tensor, k: Tensor, v: Tensor, window: int, backend: Backend
         # the kernel's products want 16 channels, and no float64
         serves = q.is_cuda and q.shape[-1] >= 16 and q.dtype != torch.float64 and q.shape[-2] >= MIN_FLEX
         backend = 'flex' if serves else 'sdpa'
+    if backend == 'flex' and q.is_meta:
+        # a plan of memory: a fused kernel keeps no mask
+        return F.scaled_dot_product_attention(q, k, v)
     if backend == 'flex':
         return attend_window_flex(q, k, v, window)
     if backend == 'local-attention':
@@ -164,6 +167,15 @@ def attend_window_local(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     past = k.shape[-2] - q.shape[-2]
     attend = LocalAttention(window_size=window, causal=True, exact_windowsize=True, autopad=True)
     return attend(F.pad(q, (0, 0, past, 0)), k, v)[:, :, past:]
+
+
+def places(position: Tensor, slots: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The slot `(1,)` of a ring where the token at `position` `(1,)` is written, and what is added to its scores.
+
+    That is `(1, slots)`: zero, and minus infinity for slots that were never written.
+    """
+    empty = torch.arange(slots, device=position.device) > position
+    return position % slots, torch.zeros(1, slots, dtype=dtype, device=position.device).masked_fill(empty, -math.inf)
 
 
 class Attention(nn.Module):
@@ -390,11 +402,13 @@ class Attention(nn.Module):
         recorded = torch.compiler.is_compiling() or isinstance(start, Position)
         if n == 1 and in_place and recorded and self.patterns is None:
             # one graph for every position: nothing but the contents of tensors depends on `start`
-            at: Any = start.tensor if isinstance(start, Position) else start
-            slot = at % slots if isinstance(start, Position) else torch.full((1,), start % slots, device=k.device)
+            if isinstance(start, Position):
+                slot, filled = start.once(('slots', slots, q.dtype), lambda: places(start.tensor, slots, q.dtype))
+            else:
+                slot = torch.full((1,), start % slots, device=k.device)
+                filled = (torch.arange(slots, device=k.device) <= start)[None]
             keys, values = keys.index_copy_(2, slot, k.to(held)), values.index_copy_(2, slot, v.to(held))
-            filled = torch.arange(slots, device=k.device) <= at
-            return self.step(q, keys, values, mask=filled[None]), (keys, values)
+            return self.step(q, keys, values, mask=filled), (keys, values)
 
         if n == 1 and in_place and not recorded:
             keys[:, :, start % slots], values[:, :, start % slots] = k[:, :, 0], v[:, :, 0]

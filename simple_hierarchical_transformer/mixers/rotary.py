@@ -67,6 +67,11 @@ class Rotary(KeepsExact):
             return math.inf
         return XPOS_SCALE_BASE * (8 if dtype == torch.float16 else 64)
 
+    def agrees(self, other: Rotary) -> bool:
+        """Whether both turn alike. On a GPU the host waits for the answer."""
+        own, theirs = (self.pairs, self.xpos, self.freqs.shape), (other.pairs, other.xpos, other.freqs.shape)
+        return own == theirs and self.freqs.device == other.freqs.device and torch.equal(self.freqs, other.freqs)
+
     def relative_to_block(self, qk: Tensor, start: int) -> Tensor:
         """Like `forward`, with the beginning of their block as the origin, for a cache to rely on.
 
@@ -74,8 +79,9 @@ class Rotary(KeepsExact):
         """
         n = qk.shape[-2]
         if isinstance(start, Position):
-            place = start.tensor
-            return self.turn(qk, *self.factors_at(self.freqs, qk.dtype, place, place % BLOCK))
+            place, kind = start.tensor, ('factors', qk.dtype)
+            made = start.once(kind, lambda: self.factors_at(self.freqs, qk.dtype, place, place % BLOCK), self)
+            return self.turn(qk, *made)
         origin = start // BLOCK * BLOCK
         # on other devices nothing is kept, and a table would be made for each step
         if n > 1 or torch.is_grad_enabled() or torch.compiler.is_compiling() or qk.device.type != 'cpu':

@@ -92,7 +92,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         minutes=10.0,
         valid_bytes=1 << 14,
     ),
-    # the smallest of benchmarks/plan.py; no GPU has run it. Operations go to the fine level and its small window, which
+    # the smallest of benchmarks/plan.py. Operations go to the fine level and its small window, which
     # benchmarks/scaling.py found to give most for them; the coarse level hears the whole context for 3 % more of
     # them. Muon's rate is that of 'cpu' over the root of how much wider levels are: so the spectral norm of its steps,
     # 0.2 * lr * sqrt(width), stays what it was (Yang et al. 2023, arXiv 2310.17813). That of tables, among which is the
@@ -111,6 +111,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         seq_len=8192,
         batch_size=4,
         grad_accum=4,
+        compile=True,
         optimizer='muon',
         lr=2e-3,
         table_lr=6e-3,
@@ -172,7 +173,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     option(learning, 'clip', type=float, help='largest norm of the gradient')
     learning.add_argument('--ema', type=share, help='decay of averaged weights, which are scored and saved')
     learning.add_argument('--mixed-precision', choices=PRECISIONS)
-    switch(learning, 'compile', 'torch.compile the training step')
+    switch(learning, 'compile', 'torch.compile the blocks')
     switch(learning, 'gradient-checkpointing', 'less memory, a third more time')
 
     watching = parser.add_argument_group('watching')

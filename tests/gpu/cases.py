@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -158,7 +159,8 @@ CASES: dict[str, dict[str, Any]] = {
 def build(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> HierarchicalTransformer:
     """On the CPU, with nothing left at the zeros and ones it starts with, in training mode unless training draws."""
     torch.manual_seed(0)
-    model = HierarchicalTransformer(**{**BASE, **config}).to(dtype)
+    # modules among the arguments are this model's own
+    model = HierarchicalTransformer(**deepcopy({**BASE, **config})).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))

@@ -136,7 +136,7 @@ def test_planned_memory_is_what_a_step_takes(config: dict[str, Any], half: bool,
     config = {**BASE, **config, **(LARGE if device.type == 'cuda' else {})}
     rows, length = (16, 2048) if device.type == 'cuda' else (4, 256)
     with torch.device('meta'):
-        planned = HierarchicalTransformer(**config)
+        planned = HierarchicalTransformer(**config, attn_backend='flex' if device.type == 'cuda' else 'auto')
     planned_optimizer = build_optimizer(planned, 'muon', lr=1e-3, weight_decay=0.1, device=device, sparse=False)
     memory = cost.step_memory(planned, planned_optimizer, rows=rows, length=length, half=half)
 
