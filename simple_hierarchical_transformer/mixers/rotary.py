@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..export import is_exporting
 from ..state import Position
 from .exact import KeepsExact, exact_dtype
 from .kept import LastResult
@@ -24,6 +25,47 @@ TABLE = 256
 def frequencies(dim: int, device: str | None = None) -> Tensor:
     """By how many radians each pair of channels turns from a position to the next, `(dim / 2,)`."""
     return THETA ** -(torch.arange(0, dim, 2, dtype=exact_dtype(), device=device) / dim)
+
+
+def decay(dim: int, distance: Tensor) -> Tensor:
+    """xPos' factor of each pair of channels at each distance: `(n,)` to `(n, dim / 2)`."""
+    channel = torch.arange(0, dim, 2, device=distance.device, dtype=distance.dtype)
+    base = (channel + 0.4 * dim) / (1.4 * dim)
+    return base ** (distance / XPOS_SCALE_BASE)[:, None]
+
+
+def factors_at(
+    freqs: Tensor, dtype: torch.dtype, position: Tensor, distance: Tensor, xpos: bool
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine at integer positions `(n,)`, as `Rotary.factors` has them.
+
+    With `xpos` times the decay at these distances `(n,)` from the origin.
+    """
+    dtype = torch.promote_types(dtype, torch.float32)
+    exact = torch.float32 if freqs.device.type == 'mps' else torch.float64
+    angles = torch.outer(position.to(exact), freqs.to(exact))
+    cos, sin = angles.cos(), angles.sin()
+    if xpos:
+        factor = decay(2 * len(freqs), distance.to(exact))
+        factor = torch.stack((factor, 1 / factor))[:, None, None]
+        cos, sin = cos * factor, sin * factor
+    return cos.to(dtype), sin.to(dtype)
+
+
+factors_once = torch.library.custom_op(
+    'simple_hierarchical_transformer::rotary_factors',
+    factors_at,
+    mutates_args=(),
+    schema='(Tensor freqs, ScalarType dtype, Tensor position, Tensor distance, bool xpos) -> (Tensor, Tensor)',
+)
+"""`factors_at` as one operation to a compiler, which it computes once."""
+
+
+@factors_once.register_fake
+def _(freqs: Tensor, dtype: torch.dtype, position: Tensor, distance: Tensor, xpos: bool) -> tuple[Tensor, Tensor]:
+    lead = (2, 1, 1) if xpos else ()
+    made = freqs.new_empty(*lead, *position.shape, *freqs.shape, dtype=torch.promote_types(dtype, torch.float32))
+    return made, torch.empty_like(made)
 
 
 class Rotary(KeepsExact):
@@ -80,7 +122,7 @@ class Rotary(KeepsExact):
         n = qk.shape[-2]
         if isinstance(start, Position):
             place, kind = start.tensor, ('factors', qk.dtype)
-            made = start.once(kind, lambda: self.factors_at(self.freqs, qk.dtype, place, place % BLOCK), self)
+            made = start.once(kind, lambda: factors_at(self.freqs, qk.dtype, place, place % BLOCK, self.xpos), self)
             return self.turn(qk, *made)
         origin = start // BLOCK * BLOCK
         # on other devices nothing is kept, and a table would be made for each step
@@ -102,27 +144,9 @@ class Rotary(KeepsExact):
 
     def factors_of(self, freqs: Tensor, dtype: torch.dtype, start: int, n: int, origin: int) -> tuple[Tensor, Tensor]:
         position = torch.arange(start, start + n, device=freqs.device)
-        return self.factors_at(freqs, dtype, position, position - origin)
-
-    def factors_at(
-        self, freqs: Tensor, dtype: torch.dtype, position: Tensor, distance: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The same of integer positions `(n,)`, at these distances from the origin."""
-        dtype = torch.promote_types(dtype, torch.float32)
-        exact = torch.float32 if freqs.device.type == 'mps' else torch.float64
-        angles = torch.outer(position.to(exact), freqs.to(exact))
-        cos, sin = angles.cos(), angles.sin()
-        if self.xpos:
-            decay = self.decay(distance.to(exact))
-            factor = torch.stack((decay, 1 / decay))[:, None, None]
-            cos, sin = cos * factor, sin * factor
-        return cos.to(dtype), sin.to(dtype)
-
-    def decay(self, distance: Tensor) -> Tensor:
-        """xPos' factor of each pair of channels at each distance: `(n,)` to `(n, dim / 2)`."""
-        channel = torch.arange(0, self.dim, 2, device=distance.device, dtype=distance.dtype)
-        base = (channel + 0.4 * self.dim) / (1.4 * self.dim)
-        return base ** (distance / XPOS_SCALE_BASE)[:, None]
+        # a compiler would form sines in float64 again for each head and row
+        opaque = torch.compiler.is_compiling() and not is_exporting()
+        return (factors_once if opaque else factors_at)(freqs, dtype, position, position - origin, self.xpos)
 
     def pieces(self, start: int, n: int) -> list[int]:
         """Lengths into which a chunk falls, so that each piece has one origin from which its factors are small."""
@@ -137,7 +161,7 @@ class Rotary(KeepsExact):
         if not self.xpos or isinstance(start, Position) or start % BLOCK or not start:
             return keys
         distance = torch.full((1,), BLOCK, device=keys.device, dtype=torch.promote_types(keys.dtype, torch.float32))
-        factor = self.decay(distance)[0].repeat_interleave(2)
+        factor = decay(self.dim, distance)[0].repeat_interleave(2)
         return keys * factor.to(keys.dtype) if torch.is_grad_enabled() else keys.mul_(factor)
 
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
