@@ -210,7 +210,10 @@ class HierarchicalBlock(nn.Module):
         parts: list[tuple[int, BlockState]] = []
         if state is not None and (with_room := getattr(self.attn, 'with_room', None)) is not None:
             # all phases at once, before views of some are taken
-            state = replace(state, mixer=with_room(state.mixer, -(-(start + n) // p)))
+            mixer = with_room(state.mixer, -(-(start + n) // p))
+            # the compiler cannot trace the question
+            if torch.compiler.is_compiling() or mixer is not state.mixer:
+                state = replace(state, mixer=mixer)
 
         for group in phase_groups(start, n, p):
             # phases go first, as in the state; (batch, rounds, dim, phases) is a view
@@ -251,9 +254,9 @@ class HierarchicalBlock(nn.Module):
         mixer: Any = self.attn
         shifted, last = shift_tokens(x, None if state is None else state.mixer_shift)
         update, after = mixer(shifted, None if state is None else state.mixer, start)
-        return update, state and replace(state, mixer_shift=keep(state.mixer_shift, last), mixer=after)
+        return update, state and state.after(mixer_shift=keep(state.mixer_shift, last), mixer=after)
 
     def fed(self, x: Tensor, state: BlockState | None, start: int) -> tuple[Tensor, BlockState | None]:
         """What the feed-forward adds to the stream."""
         shifted, last = shift_tokens(x, None if state is None else state.ff_shift)
-        return self.ff(shifted), state and replace(state, ff_shift=keep(state.ff_shift, last))
+        return self.ff(shifted), state and state.after(ff_shift=keep(state.ff_shift, last))

@@ -240,7 +240,9 @@ class Sampler:
             probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= self.top_p, 0)
         if self.min_p is not None:
             probs = probs.masked_fill(probs < self.min_p * probs[:, :1], 0)
-        return ids.gather(-1, torch.multinomial(probs, 1, generator=self.generator)).squeeze(-1)
+        # what torch.multinomial computes, without its checks, for which a GPU's host waits twice
+        waits = torch.empty_like(probs).exponential_(generator=self.generator)
+        return ids.gather(-1, (probs / waits).argmax(dim=-1, keepdim=True)).squeeze(-1)
 
 
 def check_largest(logits: Tensor) -> None:

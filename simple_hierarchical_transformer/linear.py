@@ -38,7 +38,8 @@ PLAIN: dict[type[nn.Module], Callable[..., Any]] = {
     kind: kind.forward for kind in (nn.Linear, nn.Conv1d, nn.LayerNorm, RMSNorm, nn.GELU, nn.SiLU, nn.ReLU, nn.Tanh)
 }
 # tensors that the kernels here may read; quantized and sharded ones are subclasses with operations of their own
-DENSE = (Tensor, nn.Parameter)
+DENSE = {Tensor, nn.Parameter}
+DENSE_OR_NONE = {*DENSE, type(None)}
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -68,7 +69,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 def is_dense(*tensors: Tensor | None) -> bool:
     """Whether the kernels here may read these tensors: none of them is a tensor subclass."""
-    return all(tensor is None or type(tensor) in DENSE for tensor in tensors)
+    return DENSE_OR_NONE.issuperset(map(type, tensors))
 
 
 def chain(x: Tensor, *parts: Part) -> Tensor:
@@ -102,9 +103,11 @@ def matrix_of(part: Part) -> Matrix | None:
     kind = type(part)
     if (kind is not nn.Linear and kind is not nn.Conv1d) or not is_plain(part):  # type: ignore[arg-type]
         return None
-    weight, bias = part.weight, part.bias  # type: ignore[attr-defined]
-    if not is_dense(weight, bias):
+    # an attribute of a module takes longer to find
+    weights = part._parameters  # type: ignore[attr-defined]
+    if weights.get('weight') is None or 'bias' not in weights or not is_dense(*weights.values()):
         return None
+    weight, bias = weights['weight'], weights['bias']
     if kind is nn.Conv1d and (part.groups, part.padding, part.dilation) != (1, (0,), (1,)):  # type: ignore[attr-defined]
         return None
     return (weight if kind is nn.Linear else weight.flatten(1)), bias

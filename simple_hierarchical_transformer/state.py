@@ -149,6 +149,10 @@ class BlockState:
     def held(self) -> list[Tensor | None]:
         return [self.mixer_shift, self.ff_shift, *self.mixer]
 
+    def after(self, **kept: Any) -> BlockState:
+        """With what a chunk leaves, by the names of the fields. Without gradients that was written in place."""
+        return replace(self, **kept) if torch.is_grad_enabled() else self
+
     def map(self, fn: Callable[[Tensor], Tensor]) -> BlockState:
         return BlockState.of([None if tensor is None else fn(tensor) for tensor in self.held])
 

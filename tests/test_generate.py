@@ -540,3 +540,14 @@ def test_a_setting_of_the_wrong_kind_is_named(wrong: dict[str, Any]) -> None:
     (name,) = wrong
     with pytest.raises(ValueError, match=f'{name} must be'):
         model.generate(torch.ones(1, 2, dtype=torch.long), 2, **wrong)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_the_sampler_draws_what_multinomial_draws(dtype: torch.dtype) -> None:
+    logits = torch.randn(5, 11).to(dtype)
+    for seed in range(20):
+        drawn = Sampler(top_k=7, temperature=0.8, generator=torch.Generator().manual_seed(seed))(logits)
+        values, ids = logits.float().topk(7, dim=-1)
+        probs = ((values - values[:, :1]).double() / 0.8).softmax(dim=-1)
+        index = torch.multinomial(probs, 1, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(drawn, ids.gather(-1, index)[:, 0])
