@@ -47,8 +47,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     try:
-        if args.seed is not None and not -(1 << 63) <= args.seed < 1 << 63:
-            raise ValueError(f'--seed must be an integer of 64 bits, got {args.seed}')
         if not (args.checkpoint / CONFIG_FILE).is_file():
             raise ValueError(f'{args.checkpoint} is no saved model: there is no {CONFIG_FILE} in it')
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device('cpu')

@@ -607,9 +607,3 @@ def test_a_format_that_is_none_is_refused(number: Any, tmp_path: Path) -> None:
 def test_a_name_of_nothing_is_refused(name: Any) -> None:
     with pytest.raises(ValueError, match='must be a folder or the name of a repository'):
         HierarchicalTransformer.from_pretrained(name)
-
-
-def test_a_seed_that_is_too_large_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    HierarchicalTransformer(**{**GOOD, 'num_tokens': 256}).save_pretrained(tmp_path)
-    with pytest.raises(SystemExit, match='--seed must be'):
-        sample.main([str(tmp_path), '--seed', str(10**30)])
