@@ -14,11 +14,13 @@ from conftest import SEQ_LEN, build, configs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.profiler import ProfilerActivity, profile
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.mixers import MIXERS, attention
 from simple_hierarchical_transformer.training import cost
+from simple_hierarchical_transformer.training.compiled import compile_blocks
 from simple_hierarchical_transformer.training.optim import build_optimizer
 
 SMALL: dict[str, Any] = dict(
@@ -48,6 +50,29 @@ def test_training_step_compiles_whole(changes: dict[str, Any], checkpointing: bo
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     torch.testing.assert_close(gradients(model, compiled, ids), gradients(model, model, ids))
+
+
+@pytest.mark.parametrize(
+    ('changes', 'graphs'),
+    [
+        ({}, 2),
+        (dict(gradient_checkpointing=True), 2),
+        (dict(arrangement='hourglass', hierarchical_stride=(1, 4)), 2),
+        # parts of blocks by themselves, without gradients at first
+        (dict(reversible=True), 6),
+    ],
+    ids=['parallel', 'checkpointed', 'hourglass', 'reversible'],
+)
+def test_blocks_are_compiled_once_for_each_level(changes: dict[str, Any], graphs: int) -> None:
+    config = dict(num_tokens=11, dim=16, depth=4, dim_head=8, heads=2, seq_len=64, hierarchies=(1, 4), window_sizes=4)
+    model, ids = build({**config, **changes}), torch.randint(1, 11, (2, 41))
+    names, exact = list(model.state_dict()), gradients(model, model, ids)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend('aot_eager')
+    compile_blocks(model, backend=counter)
+    torch.testing.assert_close(gradients(model, model, ids), exact)
+    assert counter.frame_count == graphs
+    assert list(model.state_dict()) == names
 
 
 @pytest.mark.skipif(not shutil.which('g++'), reason='no C++ compiler')
