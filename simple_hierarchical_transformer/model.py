@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -1316,7 +1316,7 @@ class HierarchicalTransformer(
             ),
         )
 
-    @cached_property
+    @property
     def _state_spec(self) -> tuple[Any, ...]:
         """What the shape of a state hangs on, and what it means."""
         layout = (

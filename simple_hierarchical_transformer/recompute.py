@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -28,6 +29,8 @@ class Snapshot:
         # each with its mode, parameters, buffers, submodules, and tables of hooks if it has any
         self.held: list[tuple[nn.Module, bool, dict[str, Any], dict[str, Any], dict[str, Any], Any]] = []
         self.generators: list[torch.Generator] = []
+        # buffers that a forward pass may write, of modules that are not this package's: with their values
+        self.written: list[tuple[dict[str, Any], str, Tensor]] = []
         self.has_hooks = False
         modules, seen = [*roots], set()
         found: list[Any] = []
@@ -43,6 +46,10 @@ class Snapshot:
             found += parameters.values()
             modules += children.values()
             kind: Any = type(module)
+            if buffers and not kind.__module__.startswith(f'{__package__}.'):
+                self.written += [
+                    (buffers, name, each.detach().clone()) for name, each in buffers.items() if each is not None
+                ]
             if not is_known(kind):
                 self.generators += [value for value in vars(module).values() if isinstance(value, torch.Generator)]
         self.parameters: list[Tensor] = list({id(p): p for p in found if p is not None}.values())
@@ -68,7 +75,7 @@ class Snapshot:
         It holds for weights that `functional_call` put in for a call, for another mode (`train()`, `eval()`), and for
         modules, hooks and buffers that were replaced, added or removed.
         """
-        if self.is_current():
+        if self.is_current() and not self.written:
             yield
             return
         undo: list[tuple[Any, Any, Any]] = []
@@ -94,7 +101,11 @@ class Snapshot:
                             put(table, name, value)
                 if hooks or has_hooks(module):
                     for name, _ in tables_of_hooks(module):
-                        put(vars(module), name, {} if hooks is None else hooks[name])
+                        put(vars(module), name, OrderedDict() if hooks is None else hooks[name])
+            for table, name, value in self.written:
+                # a copy is written in place of the buffer, which the forward pass has written already
+                if name in table:
+                    put(table, name, value.clone())
             yield
         finally:
             for table, name, value in reversed(undo):

@@ -38,8 +38,9 @@ class Position(int):
     """A position whose value is also in the memory of a device: `clock.rounds * scale + offset`.
 
     It counts as the int that it is. A CUDA graph that is captured with it serves every value of `rounds`, if what is
-    captured depends on `tensor`, or on remainders by divisors of `scale`, and not on the int. Sums, and quotients by
-    divisors of `scale`, are positions again. A remainder that depends on `rounds` raises NotImplementedError.
+    captured depends on `tensor`, or on remainders by divisors of `scale`, and not on the int. Sums with ints, products,
+    and quotients by divisors of `scale` are positions again. A remainder that depends on `rounds` raises
+    NotImplementedError.
 
     Args:
         value: the int.
@@ -76,8 +77,21 @@ class Position(int):
     def __neg__(self) -> Position:
         return Position(-int(self), self.clock, -self.scale, -self.offset)
 
-    def __add__(self, other: int) -> Position:
+    def __add__(self, other: Any) -> Any:
+        if isinstance(other, Position) or not isinstance(other, int):
+            # a tensor counts it as an int
+            return NotImplemented
         return Position(int(self) + other, self.clock, self.scale, self.offset + other)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Any:
+        if isinstance(other, Position) and other.scale == self.scale:
+            return self.offset - other.offset
+        return self + -other if isinstance(other, int) else NotImplemented
+
+    def __mul__(self, factor: int) -> Position:
+        return Position(int(self) * factor, self.clock, self.scale * factor, self.offset * factor)
 
     def __floordiv__(self, divisor: int) -> Position:
         self.check_divisor(divisor)

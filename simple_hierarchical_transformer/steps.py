@@ -22,7 +22,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .linear import autocast_dtype, has_hooks, is_dense
 from .mixers.rotary import BLOCK, Rotary
-from .state import Clock, Position, State
+from .norm import is_traced
+from .state import ROOM, Clock, Position, State
 
 # more residues would take longer to capture than most texts take to write
 MOST_RESIDUES = 64
@@ -36,7 +37,7 @@ def is_capturable(model: Any) -> bool:
     False where a module is neither of this package nor of torch.nn, has hooks, or is patched or compiled: what it does
     in Python would not happen in a replay. False for mixers whose work depends on the position.
     """
-    if not isinstance(getattr(model, 'levels', None), (list, tuple)) or _has_any_global_hook():
+    if not isinstance(getattr(model, 'levels', None), (list, tuple)) or _has_any_global_hook() or is_traced():
         return False
     package = __name__.split('.')[0]
     for module in model.modules():
@@ -62,9 +63,10 @@ def pays_to_capture(model: Any, steps: int) -> bool:
 
 
 def fingerprint(model: nn.Module) -> list[Any]:
-    """What replays rely on: the memory of weights, what is ablated, and whether the model trains."""
+    """What replays rely on: modules, their modes and settings, the memory of weights, what is ablated, autocast."""
     tensors = chain(model.parameters(), model.buffers())
-    return [model.silent, model.training, *(tensor.data_ptr() for tensor in tensors)]
+    modules = [(module, module.training, module.extra_repr()) for module in model.modules()]
+    return [model.silent, autocast_dtype(next(model.parameters()).device), *modules, *(t.data_ptr() for t in tensors)]
 
 
 class CapturedSteps:
@@ -93,9 +95,9 @@ class CapturedSteps:
         self.alike: dict[Any, Any] = {}
         rotaries = [module for module in model.modules() if isinstance(module, Rotary)]
         for module in rotaries:
-            self.alike[module] = next(other for other in rotaries if other.agrees(module))
+            self.alike[module] = next((other for other in rotaries if other.agrees(module)), module)
         self.stream: Any = torch.cuda.Stream(device) if device.type == 'cuda' else None
-        self.reserved = False
+        self.reserved = 0
         self.fingerprint = fingerprint(model)
         self.forget()
 
@@ -129,8 +131,10 @@ class CapturedSteps:
             return self.model(ids, state=state, return_state=True)
         state.check_valid()
         state = state.writable()
-        if not self.reserved:
-            state, self.reserved = self.model.reserve(state, steps), True
+        if not position < self.reserved:
+            # not for all steps, of which few may come
+            more = max(min(steps, ROOM), 1)
+            state, self.reserved = self.model.reserve(state, more), position + more
         held = [tensor.data_ptr() for tensor in state.tensors()]
         if held != self.held:
             self.forget()

@@ -13,6 +13,7 @@ from local_attention import LocalMHA
 from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simple_hierarchical_transformer.mixers import Attention, attention, rotary
 from simple_hierarchical_transformer.mixers.attention import Backend, attend_window
@@ -148,3 +149,23 @@ def test_half_precision_model_keeps_its_frequencies_exact() -> None:
     expected, _ = Rotary(64, pairs='halves')(torch.stack((q, q)).float())
     torch.testing.assert_close(turned.float(), expected, rtol=1e-2, atol=2e-2)
     assert rotary.double().freqs.dtype == torch.float64
+
+
+@torch.no_grad()
+def test_what_is_made_under_a_mode_that_pretends_is_not_kept() -> None:
+    q, k, v = (t.float() for t in qkv(40, dim=16))
+    attention.kept_window_mask.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        attend_window(q, k, v, 8, 'flex')
+    out = attend_window(q, k, v, 8, 'flex')
+    torch.testing.assert_close(out, attend_window(q, k, v, 8, 'sdpa'), rtol=1e-4, atol=1e-5)
+
+
+def test_learned_frequencies_have_a_gradient_when_compiled() -> None:
+    attn = Attention(dim=12, dim_head=8, heads=2, window=4)
+    attn.rotary_emb.freqs = torch.nn.Parameter(attn.rotary_emb._buffers.pop('freqs'))  # type: ignore[assignment]
+    x, found = torch.randn(2, 9, 12), []
+    for call in (attn, torch.compile(attn, backend='aot_eager')):
+        found.append(torch.autograd.grad(call(x)[0].square().sum(), attn.rotary_emb.freqs)[0])
+    assert found[0].norm() > 0
+    torch.testing.assert_close(*found)

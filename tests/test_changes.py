@@ -626,3 +626,29 @@ def test_an_activation_that_works_in_place_trains(keep: Any) -> None:
 def test_a_scripted_part_is_called(keep: Any) -> None:
     parts = iter((nn.GELU, lambda: torch.jit.script(nn.GELU())))
     assert_same_gradients(keep, lambda: recomputing({}, next(parts)))
+
+
+@pytest.mark.parametrize(
+    'option', [dict(gradient_checkpointing=True), dict(reversible=True)], ids=['checkpointing', 'reversible']
+)
+def test_buffers_that_a_forward_pass_writes_are_written_once(option: dict[str, Any]) -> None:
+    """Recomputation with other buffers would have other gradients."""
+    config = dict(
+        num_tokens=11, dim=8, depth=2, dim_head=4, heads=2, seq_len=32, hierarchies=(1, 2), window_sizes=4,
+        reversible='reversible' in option,
+    )  # fmt: skip
+    ids, found = torch.randint(0, 11, (2, 24)), []
+    for plainly in (False, True):
+        torch.manual_seed(0)
+        model = HierarchicalTransformer(**{**config, **({} if plainly else option)}).double()
+        for name, module in list(model.named_modules()):
+            if name.endswith('ff.net.1'):
+                torch.nn.utils.parametrizations.spectral_norm(module)
+        # with a state, reversible layers keep what they compute
+        extra = dict(return_state=True) if plainly else {}
+        loss, *_ = model(ids, return_loss=True, **extra)
+        loss.backward()
+        found.append(({n: p.grad for n, p in model.named_parameters()}, dict(model.named_buffers())))
+    (gradients, buffers), (expected, written) = found
+    torch.testing.assert_close(buffers, written)
+    torch.testing.assert_close(gradients, expected)

@@ -155,6 +155,15 @@ def real_peak(step: Callable[[], None]) -> int:
     return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
+def test_memory_is_planned_by_versions_that_do_not_count_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.device('meta'):
+        model = HierarchicalTransformer(**PLANNED)
+    optimizer = build_optimizer(model, 'muon', lr=1e-3, weight_decay=0.1, device=torch.device('cpu'))
+    exact = sum(cost.step_memory(model, optimizer, rows=2, length=64).values())
+    monkeypatch.setattr(cost, 'USE_COUNT', None)
+    assert exact <= sum(cost.step_memory(model, optimizer, rows=2, length=64).values()) < 1.2 * exact
+
+
 @pytest.mark.parametrize('name', STEPS)
 def test_planned_memory_is_what_a_step_takes(name: str) -> None:
     """Counted on 'meta', against what the allocator gives out during a real step."""

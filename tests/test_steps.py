@@ -150,14 +150,14 @@ def test_what_a_replay_would_leave_out_is_not_captured() -> None:
 @torch.no_grad()
 def test_changes_between_watched_steps_take_effect() -> None:
     model = build(HOURGLASS).eval()
-    steps, ids = RecordedSteps(model), torch.randint(1, 11, (2, 90))
+    steps, ids = RecordedSteps(model), torch.randint(1, 11, (2, 130))
     _, state = model(ids[:, :9], return_state=True)
     expected, heard = state.clone(), []
 
     def compare(begin: int, end: int) -> None:
         nonlocal state, expected
         for at in range(begin, end):
-            ours, state = steps(ids[:, at : at + 1], state, 90 - at, watched=True)
+            ours, state = steps(ids[:, at : at + 1], state, 130 - at, watched=True)
             theirs, expected = model(ids[:, at : at + 1], state=expected, return_state=True)
             torch.testing.assert_close(ours, theirs)
 
@@ -174,6 +174,12 @@ def test_changes_between_watched_steps_take_effect() -> None:
     assert len(heard) == 10
     hook.remove()
     compare(80, 90)
+    model.layers[0][0].ff.net[2] = nn.ReLU()
+    compare(90, 105)
+    model.norms[0].eps = 1.0
+    compare(105, 120)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        compare(120, 130)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from ..export import first_of
 from ..levels import check_choice, check_int
 from ..linear import chain
-from ..norm import RMSNorm
+from ..norm import RMSNorm, is_traced
 from ..recompute import recompute
 from ..state import Position, grow, room_for
 from .patterns import MODES, PARTS, PATTERNS, attend_pattern, attended, keys_of_pattern
@@ -108,7 +108,9 @@ def attend_window_flex(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     if torch.compiler.is_compiling():
         # part of the graph that is being made: an exporter's tensors must not be kept
         return flex_attention(q, k, v, block_mask=window_mask(n, past, window, q.device))
-    mask = kept_window_mask(n, past, window, q.device)
+    # what is made under a mode that pretends to compute must not be kept
+    make = window_mask if is_traced() else kept_window_mask
+    mask = make(n, past, window, q.device)
     if not q.is_cuda:
         return flex_attention(q, k, v, block_mask=mask)
     return compiled_flex(q.dtype, *q.shape[1::2], past > 0, torch.is_grad_enabled())(q, k, v, mask)

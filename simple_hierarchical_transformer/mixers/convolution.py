@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..export import power_of_two
 from ..levels import check_choice
+from ..norm import is_traced
 
 FFTS = ('torch', 'monarch')
 
@@ -72,8 +73,8 @@ def monarch_product(x: Tensor, kernel: Tensor, size: int) -> Tensor:
     points over rows: two block-diagonal matrices and a permutation, a Monarch matrix. The permutation is left out, as
     the product of spectra does not ask for an order. Fu et al. 2023, arXiv 2311.05908, section 3.1.
     """
-    # a compiler makes them part of its graph
-    factors = monarch_factors.__wrapped__ if torch.compiler.is_compiling() else monarch_factors
+    # a compiler makes them part of its graph, and a mode that pretends to compute makes none that may be kept
+    factors = monarch_factors.__wrapped__ if is_traced() else monarch_factors
     with torch.inference_mode(False):
         columns, rows, twiddles = factors(size, torch.promote_types(x.dtype, torch.complex64), x.device)
 

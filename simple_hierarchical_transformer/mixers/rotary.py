@@ -145,7 +145,7 @@ class Rotary(KeepsExact):
     def factors_of(self, freqs: Tensor, dtype: torch.dtype, start: int, n: int, origin: int) -> tuple[Tensor, Tensor]:
         position = torch.arange(start, start + n, device=freqs.device)
         # a compiler would form sines in float64 again for each head and row
-        opaque = torch.compiler.is_compiling() and not is_exporting()
+        opaque = torch.compiler.is_compiling() and not is_exporting() and not freqs.requires_grad
         return (factors_once if opaque else factors_at)(freqs, dtype, position, position - origin, self.xpos)
 
     def pieces(self, start: int, n: int) -> list[int]:

@@ -43,6 +43,8 @@ LEVEL_AT = {
 # as many tokens are planned with before the rest are counted in proportion
 FEW_TOKENS = 1 << 19
 MOST_BYTES = 1 << 62
+# older versions of PyTorch for a CPU do not have it
+USE_COUNT = getattr(torch._C, '_storage_Use_Count', None)
 
 
 def level_of(name: str) -> int | None:
@@ -197,7 +199,7 @@ def is_sum_of_gradients(a: Tensor, b: Any) -> bool:
         return False
     alone = a.shape == b.shape and not a._is_view() and a.layout == torch.strided
     # the tensor's own reference, and that of the Python object
-    return alone and torch._C._storage_Use_Count(a.untyped_storage()._cdata) <= 2
+    return alone and USE_COUNT is not None and USE_COUNT(a.untyped_storage()._cdata) <= 2
 
 
 class Alive(TorchDispatchMode):

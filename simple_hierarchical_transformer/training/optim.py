@@ -90,7 +90,7 @@ class MixedOptimizer(torch.optim.AdamW):
         grads, momenta = [p.grad for p in params], [self.state[p]['momentum'] for p in params]
         torch._foreach_lerp_(momenta, grads, 1 - group['momentum'])
         # Nesterov's: where the momentum will be after another such gradient
-        ahead = torch._foreach_lerp(grads, momenta, group['momentum'])
+        ahead = [grad.lerp(momentum, group['momentum']) for grad, momentum in zip(grads, momenta, strict=True)]
 
         by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
         for p, each in zip(params, ahead, strict=True):
