@@ -667,7 +667,7 @@ def test_a_state_hangs_on_no_loss(merging: dict[str, Any]) -> None:
 @torch._dynamo.config.patch(recompile_limit=32)
 @pytest.mark.parametrize(
     'option',
-    [{}, dict(depth=1, merge='attention', merge_window=2, merge_into='all', compressor='attention')],
+    [dict(depth=1), dict(depth=1, merge='attention', merge_window=1, compressor='attention')],
     ids=['plain', 'attention'],
 )
 def test_compiled_steps_need_a_graph_for_each_phase_and_no_more(option: dict[str, Any]) -> None:
