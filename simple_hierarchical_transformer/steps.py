@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -29,6 +30,7 @@ from .state import ROOM, Clock, Position, State
 MOST_RESIDUES = 64
 # from how many steps for each residue on capturing pays
 PAYS = 3
+CAPTURING = threading.Lock()
 
 
 def is_capturable(model: Any) -> bool:
@@ -187,18 +189,20 @@ class CapturedSteps:
     def capture(self, state: State) -> Any:
         """A graph of a step, which is not run yet."""
         graph = torch.cuda.CUDAGraph()
-        collects = gc.isenabled()
-        # what a collection frees must not become part of a graph
-        gc.disable()
-        try:
-            with self.beside():
-                graph.capture_begin(pool=self.pool, capture_error_mode='thread_local')
-                try:
-                    assert self.logits is not None
-                    self.logits.copy_(self.step(state))
-                finally:
-                    graph.capture_end()
-        finally:
-            if collects:
-                gc.enable()
+        # one thread at a time: garbage collection is switched off for all of them
+        with CAPTURING:
+            collects = gc.isenabled()
+            # what a collection frees must not become part of a graph
+            gc.disable()
+            try:
+                with self.beside():
+                    graph.capture_begin(pool=self.pool, capture_error_mode='thread_local')
+                    try:
+                        assert self.logits is not None
+                        self.logits.copy_(self.step(state))
+                    finally:
+                        graph.capture_end()
+            finally:
+                if collects:
+                    gc.enable()
         return graph
