@@ -51,13 +51,13 @@ def is_plain(module: nn.Module) -> bool:
     kind = type(module)
     return (
         # looked up first: modules of TorchScript have no `forward` to ask the class for
-        kind in PLAIN
-        and PLAIN[kind] is kind.forward
-        and not has_hooks(module)
-        and 'forward' not in module.__dict__
-        and module._compiled_call_impl is None
-        and not _has_any_global_hook()
+        kind in PLAIN and PLAIN[kind] is kind.forward and is_untouched(module) and not _has_any_global_hook()
     )
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether calling the module runs the `forward` of its class: it has no hooks, and is not patched or compiled."""
+    return not has_hooks(module) and 'forward' not in module.__dict__ and module._compiled_call_impl is None
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .linear import autocast_dtype, has_hooks, is_dense
+from .linear import autocast_dtype, is_dense, is_untouched
 from .mixers.rotary import BLOCK, Rotary
 from .norm import is_traced
 from .state import ROOM, Clock, Position, State
@@ -41,13 +41,9 @@ def is_capturable(model: Any) -> bool:
     """
     if not isinstance(getattr(model, 'levels', None), (list, tuple)) or _has_any_global_hook() or is_traced():
         return False
-    package = __name__.split('.')[0]
     for module in model.modules():
-        known = type(module).__module__.split('.')[0] == package or type(module).__module__.startswith(
-            'torch.nn.modules'
-        )
-        plain = not has_hooks(module) and 'forward' not in module.__dict__ and module._compiled_call_impl is None
-        if not known or not plain or not getattr(module, 'static_step', True):
+        known = type(module).__module__.startswith((f'{__package__}.', 'torch.nn.modules'))
+        if not known or not is_untouched(module) or not getattr(module, 'static_step', True):
             return False
     return is_dense(*model.parameters()) and math.lcm(*compressions(model)) <= MOST_RESIDUES
 

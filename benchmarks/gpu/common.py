@@ -423,6 +423,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return '\n'.join([lines[0], '|' + '|'.join('-' * (width + 2) for width in widths) + '|', *lines[1:]])
 
 
+def trainer_of(bench: Bench, name: str, *, how: str, compile_mode: str, context: int, rows: int, width: int) -> Trainer:
+    """One of MODELS in training on the bench's device."""
+    model = build(name, context, width, bench.toy).to(bench.device)
+    data = batches(rows, context, bench.device)
+    return Trainer(model, data, how=how, compile_mode=compile_mode, toy=bench.toy)
+
+
 def parser_for(description: str | None) -> argparse.ArgumentParser:
     """With the options that all scripts have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -207,13 +207,8 @@ def is_own(path: Path) -> bool:
 def profile_step(bench: Bench, name: str, mode: str, options: Any) -> dict[str, Any]:
     """A model's step: timed as it is, with its waits noted, and under the profiler. Writes the trace."""
     context, rows = (256, 2) if bench.toy else (options.context, options.rows)
-    model = common.build(name, context, options.width, bench.toy).to(bench.device)
-    trainer = Trainer(
-        model,
-        common.batches(rows, context, bench.device),
-        how=mode,
-        compile_mode=options.compile_mode,
-        toy=bench.toy,
+    trainer = common.trainer_of(
+        bench, name, how=mode, compile_mode=options.compile_mode, context=context, rows=rows, width=options.width
     )
     found: dict[str, Any] = dict(model=name, mode=mode, context=context, rows=rows, **trainer.warm_up())
     found |= trainer.timed(common.steps_within(trainer, 0.0 if bench.toy else 2.0))

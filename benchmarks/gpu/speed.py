@@ -71,14 +71,10 @@ def set_up(
     common.free(bench.device)
     before = common.allocated(bench.device)
     common.reset_peak(bench.device)
-    model = common.build(name, context, shape['width'], bench.toy).to(bench.device)
-    trainer = Trainer(
-        model,
-        common.batches(rows, context, bench.device),
-        how=mode,
-        compile_mode=args.compile_mode,
-        toy=bench.toy,
+    trainer = common.trainer_of(
+        bench, name, how=mode, compile_mode=args.compile_mode, context=context, rows=rows, width=shape['width']
     )
+    model = trainer.model
     counters = torch._dynamo.utils.counters
     counters.clear()
     found: dict[str, Any] = dict(mode=mode, model=name, **shape, **common.parameter_counts(model), **trainer.warm_up())
