@@ -34,10 +34,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.batches import END, Batches, evaluation_batches, find_windows, seed_of, split_bytes
-from simple_hierarchical_transformer.data import Corpus
+from simple_hierarchical_transformer.data.batches import (
+    END,
+    Batches,
+    evaluation_batches,
+    find_windows,
+    seed_of,
+    split_bytes,
+)
+from simple_hierarchical_transformer.data.corpus import Corpus
+from simple_hierarchical_transformer.memory import State
 from simple_hierarchical_transformer.pretrained import CONFIG_FILE, shared_names
-from simple_hierarchical_transformer.state import State
 from simple_hierarchical_transformer.terminal import UNREAD, abandon, prepare, printable
 from simple_hierarchical_transformer.training import checkpoints, cost, report
 from simple_hierarchical_transformer.training.compiled import compile_blocks

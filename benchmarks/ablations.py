@@ -18,7 +18,7 @@ import torch
 from side_by_side import ROOT
 
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.batches import evaluation_batches, split_bytes
+from simple_hierarchical_transformer.data.batches import evaluation_batches, split_bytes
 from simple_hierarchical_transformer.training.report import write_text
 from simple_hierarchical_transformer.training.scores import bits_per_byte
 from simple_hierarchical_transformer.training.sources import load_sources

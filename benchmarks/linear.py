@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from side_by_side import machine, timed
 from torch import Tensor
 
-from simple_hierarchical_transformer.linear import SLICES
+from simple_hierarchical_transformer.ops.linear import SLICES
 
 # (dim_in, dim_out)
 SIZES = ((256, 256), (256, 1024), (512, 1536), (512, 2048), (2048, 512), (1024, 4096), (4096, 1024))

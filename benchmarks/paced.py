@@ -26,7 +26,7 @@ from side_by_side import ROOT, machine, timed
 from torch import nn
 
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.batches import split_bytes
+from simple_hierarchical_transformer.data.batches import split_bytes
 from simple_hierarchical_transformer.training.optim import WeightAverage, build_optimizer
 from simple_hierarchical_transformer.training.report import replace_file, write_text
 from simple_hierarchical_transformer.training.settings import PRESETS, flag

@@ -32,7 +32,7 @@ from side_by_side import ROOT, machine
 from torch import Tensor
 
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.batches import split_bytes
+from simple_hierarchical_transformer.data.batches import split_bytes
 from simple_hierarchical_transformer.training.report import write_text
 from simple_hierarchical_transformer.training.sources import load_sources
 

@@ -18,7 +18,7 @@ import torch
 from side_by_side import writing
 
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.levels import per_level
+from simple_hierarchical_transformer.checks import per_level
 from simple_hierarchical_transformer.training import cost
 from simple_hierarchical_transformer.training.settings import PRESETS
 

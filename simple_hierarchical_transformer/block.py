@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .export import first_of
 from .levels import Level
-from .linear import Chain, begin_at_zero, chain, register_plain
+from .memory import BlockState, keep
 from .mixers import build_mixer
 from .mixers.attention import Backend
-from .norm import RMSNorm
-from .recompute import recompute
-from .state import BlockState, keep
+from .ops.export import first_of
+from .ops.linear import Chain, begin_at_zero, chain, register_plain
+from .ops.norm import RMSNorm
+from .ops.recompute import recompute
 
 
 def shift_tokens(x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:

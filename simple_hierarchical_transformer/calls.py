@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 from torch import Tensor, nn
 
-from .losses import LossParts
-from .merge import Contribution
-from .state import State
+from .memory import State
+from .merges.base import Contribution
+from .objectives.base import LossParts
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
         ablate_hierarchical_merge: bool
         state: State | None
+        logits_to_keep: int
 
     class TypedModule(nn.Module):
         """A module whose calls have the arguments of `HierarchicalTransformer.forward`."""
@@ -168,6 +169,7 @@ if TYPE_CHECKING:
             counts: Tensor | None = None,
             state: State | None = None,
             return_state: bool = False,
+            logits_to_keep: int = 0,
         ) -> Any: ...
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 

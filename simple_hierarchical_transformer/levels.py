@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
-from numbers import Integral, Real
-from typing import Any, ParamSpec
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-P = ParamSpec('P')
+from .checks import MOST, MOST_IN_TURN, MOST_PARTS, check_int, check_number, is_int, per_level
 
 
 @dataclass(frozen=True)
@@ -63,113 +61,8 @@ class Level:
 
 
 COMPRESSORS = ('conv', 'attention', 'mean', 'linear')
-# no tensor has a longer dimension
-MOST = 10**12
-# of what is built or run one after the other
-MOST_IN_TURN = 1 << 16
-# of this float32 still has the products
-LARGEST = 1e30
 # what a module from outside counts as
 OWN = 'module'
-# the most layers, rollout steps or codebooks of a model: more would take minutes to build, and are a mistake
-MOST_PARTS = 4096
-
-
-def plain(value: Any) -> Any:
-    """The value as Python's own numbers, lists, tuples and dicts, which JSON can hold.
-
-    Numbers may come from NumPy or other libraries. Tensors and arrays become numbers or lists, other sequences tuples,
-    other mappings dicts. Modules, classes, callables and strings stay as they are.
-    """
-    if value is None or isinstance(value, (str, bytes, bytearray, bool, type, nn.Module)):
-        return value
-    if isinstance(value, Integral):
-        return int(value)
-    if isinstance(value, Real):
-        return float(value)
-    if isinstance(value, Mapping):
-        return {key: plain(each) for key, each in value.items()}
-    if isinstance(value, Sequence):
-        return (list if isinstance(value, list) else tuple)(plain(each) for each in value)
-    # tensors, arrays and NumPy's booleans
-    if hasattr(value, 'tolist') and not getattr(value, 'is_meta', False):
-        return value.tolist()
-    return value
-
-
-def plain_arguments(function: Callable[P, None]) -> Callable[P, None]:
-    """Decorates a constructor so that it gets `plain` keyword arguments."""
-
-    @wraps(function)
-    def with_plain_arguments(*args: P.args, **kwargs: P.kwargs) -> None:
-        function(*args, **{name: plain(value) for name, value in kwargs.items()})
-
-    return with_plain_arguments
-
-
-def is_int(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def check_int(name: str, value: Any, minimum: int = 1, maximum: int = MOST) -> int:
-    """The value as an int. Raises ValueError where it is none, or out of bounds."""
-    number = plain(value)
-    if not is_int(number) or number < minimum:
-        raise ValueError(f'{name} must be an integer of at least {minimum}, got {value!r}')
-    if number > maximum:
-        raise ValueError(f'{name} must be at most {maximum:,}, got {value!r}')
-    return number
-
-
-def check_number(name: str, value: Any, minimum: float = 0.0, maximum: float = LARGEST) -> float:
-    """The value as an int or a float. Raises ValueError where it is none, below the minimum or not finite."""
-    number = plain(value)
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not minimum <= number < float('inf'):
-        raise ValueError(f'{name} must be a finite number of at least {minimum:g}, got {value!r}')
-    if number > maximum:
-        raise ValueError(f'{name} must be at most {maximum:g}, got {value!r}')
-    return number
-
-
-def check_int_list(name: str, value: Any, stop: int) -> list[int]:
-    """The integers in `[0, stop)` of an int, or of an iterable, array or tensor of ints."""
-    found = plain(value)
-    if is_int(found):
-        found = [found]
-    if not isinstance(found, Iterable) or isinstance(found, (str, bytes, bytearray, Mapping)):
-        raise ValueError(f'{name} must be integers in [0, {stop}), got {value!r}')
-    found = [plain(each) for each in found]
-    for each in found:
-        if not is_int(each) or not 0 <= each < stop:
-            raise ValueError(f'{name} must be in [0, {stop}), got {each!r}')
-    return found
-
-
-def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f'{name} must be one of {", ".join(allowed)}, got {value!r}')
-
-
-def check_output(name: str, out: Any, expected: tuple[int, ...], given: Tensor) -> Tensor:
-    """What a module from outside returned, where it has the shape `expected`."""
-    if not isinstance(out, Tensor) or out.shape != expected:
-        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(f'{name} must return shape {tuple(expected)} for an input {tuple(given.shape)}, got {got}')
-    return out
-
-
-def check_sequence(name: str, value: Any) -> None:
-    if not isinstance(value, (tuple, list)):
-        raise ValueError(f'{name} must be a tuple or list, got {value!r}')
-
-
-def per_level(name: str, value: Any, count: int) -> tuple[Any, ...]:
-    """One value for every level, or a tuple (list) that has one for each."""
-    if not isinstance(value, (tuple, list)):
-        return (value,) * count
-    if len(value) != count:
-        raise ValueError(f'{name} must be one value or one for each of the {count} hierarchies, got {value!r}')
-    return tuple(value)
 
 
 def build_levels(

@@ -18,15 +18,10 @@ from torch import Tensor, nn
 
 from .block import ACTIVATIONS, HierarchicalBlock
 from .calls import TypedModule
-from .compress import Autoencoder, Compressor
-from .generate import BYTE_VOCABULARIES, Generative, check_ids
-from .halting import AdaptiveHalting
-from .levels import (
+from .checks import (
     MOST,
     MOST_IN_TURN,
     MOST_PARTS,
-    Level,
-    build_levels,
     check_choice,
     check_int,
     check_number,
@@ -36,8 +31,24 @@ from .levels import (
     per_level,
     plain_arguments,
 )
-from .linear import begin_at_zero, chain, has_hooks
-from .losses import (
+from .compressors import Autoencoder, Compressor
+from .embeddings import Contexts, NGramEmbedding, RecallEmbedding
+from .generation.loop import BYTE_VOCABULARIES, Generative, check_ids
+from .halting import AdaptiveHalting
+from .levels import Level, build_levels
+from .memory import BlockState, State, keep, room_for
+from .merges.base import (
+    AttentionMerge,
+    Contribution,
+    HierarchicalMerge,
+    LinearMerge,
+    MergeState,
+    concat_levels,
+    without,
+)
+from .mixers import MIXERS
+from .mixers.attention import BACKENDS
+from .objectives.base import (
     ChunkSummarizer,
     LatentDynamics,
     LossParts,
@@ -51,14 +62,10 @@ from .losses import (
     rollout_counts,
     seen_ids,
 )
-from .merge import AttentionMerge, Contribution, HierarchicalMerge, LinearMerge, MergeState, concat_levels, without
-from .mixers import MIXERS
-from .mixers.attention import BACKENDS
-from .ngrams import Contexts, NGramEmbedding, RecallEmbedding
+from .ops.coupling import Coupling, run_couplings, run_plainly
+from .ops.linear import begin_at_zero, chain, has_hooks
+from .ops.recompute import recompute
 from .pretrained import Pretrained, shared_names
-from .recompute import recompute
-from .reversible import Coupling, run_couplings, run_plainly
-from .state import BlockState, State, keep, room_for
 
 # what the published package's windowed attention calls its rotary frequencies
 WINDOWED_FREQS = re.compile(r'(layers\.\d+\.\d+\.attn\.)attn_fn\.rel_pos\.inv_freq')
@@ -720,6 +727,7 @@ class HierarchicalTransformer(
         counts: Tensor | None = None,
         state: State | None = None,
         return_state: bool = False,
+        logits_to_keep: int = 0,
     ) -> Any:
         """Reads ids `(batch, n)` of any integer dtype and returns next-token logits `(batch, n, num_tokens)`.
 
@@ -748,6 +756,8 @@ class HierarchicalTransformer(
                 place and handed back, and refused if it is given again, also after a chunk that failed halfway.
                 Auxiliary losses see the chunk alone.
             return_state: return the state after these ids, too. A state is not read without being returned.
+            logits_to_keep: return logits of the last so many positions only, `(batch, logits_to_keep, num_tokens)`.
+                0 keeps all. Generation asks for one.
 
         Raises:
             ValueError: ids or labels of the wrong rank, dtype, length or range; more than one thing to return; a
@@ -765,6 +775,9 @@ class HierarchicalTransformer(
             raise ValueError(f'forward returns one thing, got {", ".join(name for name in wanted if wanted[name])}')
         if return_quantized_ids and not self.quantizers:
             raise ValueError('return_quantized_ids needs a quantized_loss_weight above 0, which no level has')
+        check_int('logits_to_keep', logits_to_keep, 0)
+        if logits_to_keep and return_loss:
+            raise ValueError(f'logits_to_keep is for logits, got {logits_to_keep} with return_loss = True')
         for name, given in (('labels', labels), ('counts', counts)):
             if given is not None and not return_loss:
                 raise ValueError(f'{name} are for return_loss = True, which was not given')
@@ -804,14 +817,15 @@ class HierarchicalTransformer(
         elif return_quantized_ids:
             output = (self.quantize(self.quantized(read)),)
         elif return_logits_and_embeds:
-            output = (chain(read.predict_from, self.to_logits), read.tokens)
+            output = (chain(read.predict_from[:, -logits_to_keep:], self.to_logits), read.tokens)
         elif return_contributions:
             # a copy: where layers are computed again, they tell again what they gave
             merges = list(contributions or ())
             # an hourglass runs its inner merges first
-            output = (chain(read.predict_from, self.to_logits), merges[:: -1 if self.arrangement == 'hourglass' else 1])
+            logits = chain(read.predict_from[:, -logits_to_keep:], self.to_logits)
+            output = (logits, merges[:: -1 if self.arrangement == 'hourglass' else 1])
         elif labels is None:
-            output = (chain(read.predict_from, self.to_logits),)
+            output = (chain(read.predict_from[:, -logits_to_keep:], self.to_logits),)
         else:
             output = self.losses(read, ids, labels, position, counts)
 

@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .levels import plain
-from .linear import DENSE
+from .checks import plain
+from .ops.linear import DENSE
 from .version import __version__
 
 CONFIG_FILE = 'config.json'

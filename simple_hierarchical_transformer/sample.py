@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from .generate import BYTE_VOCABULARIES
-from .levels import MOST
+from .checks import MOST
+from .generation.loop import BYTE_VOCABULARIES
 from .model import HierarchicalTransformer
 from .pretrained import CONFIG_FILE
 from .terminal import UNREAD, Number, abandon, prepare, unread

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.batches import (
+from simple_hierarchical_transformer.data.batches import (
     END,
     IGNORED,
     PAD,
@@ -26,7 +26,7 @@ from simple_hierarchical_transformer.batches import (
     split_bytes,
     streaming_rows,
 )
-from simple_hierarchical_transformer.data import Corpus
+from simple_hierarchical_transformer.data.corpus import Corpus
 from simple_hierarchical_transformer.training.settings import TEXTS
 
 Make = Callable[..., Corpus]

@@ -19,12 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.block import FeedForward, HierarchicalBlock
-from simple_hierarchical_transformer.compress import by_window
-from simple_hierarchical_transformer.linear import Chain, chain
-from simple_hierarchical_transformer.losses import cross_entropy
-from simple_hierarchical_transformer.mixers.scan import scan
-from simple_hierarchical_transformer.norm import RMSNorm
-from simple_hierarchical_transformer.reversible import run_plainly
+from simple_hierarchical_transformer.compressors import by_window
+from simple_hierarchical_transformer.objectives.base import cross_entropy
+from simple_hierarchical_transformer.ops.coupling import run_plainly
+from simple_hierarchical_transformer.ops.linear import Chain, chain
+from simple_hierarchical_transformer.ops.norm import RMSNorm
+from simple_hierarchical_transformer.ops.scan import scan
 from simple_hierarchical_transformer.training.settings import PRESETS
 
 SMALL: dict[str, Any] = dict(

@@ -25,9 +25,10 @@ import torch
 from conftest import ROOT
 from torch.utils.data import DataLoader
 
-from simple_hierarchical_transformer import data, formats
-from simple_hierarchical_transformer.batches import Batches
-from simple_hierarchical_transformer.data import Download
+from simple_hierarchical_transformer.data import corpus as data
+from simple_hierarchical_transformer.data import formats
+from simple_hierarchical_transformer.data.batches import Batches
+from simple_hierarchical_transformer.data.corpus import Download
 from simple_hierarchical_transformer.training import sources
 
 TEXT = bytes(range(256)) * 40
@@ -224,8 +225,8 @@ def test_a_file_that_is_truncated_while_it_is_read_is_an_error(tmp_path: Path) -
     code = f"""
         import os, torch
         from pathlib import Path
-        from simple_hierarchical_transformer.data import Corpus
-        from simple_hierarchical_transformer.batches import Batches
+        from simple_hierarchical_transformer.data.corpus import Corpus
+        from simple_hierarchical_transformer.data.batches import Batches
         corpus = Corpus('text', Path({str(path)!r}))
         batches = Batches([corpus], [range(len(corpus))], rows=4, seq_len=64)
         batches[0]
@@ -309,7 +310,7 @@ def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not
     code = f"""
         import os, threading
         from pathlib import Path
-        from simple_hierarchical_transformer import data
+        from simple_hierarchical_transformer.data import corpus as data
         fifo = Path({str(tmp_path)!r}, str(os.getpid()))
         os.mkfifo(fifo)
         def write():
@@ -415,7 +416,7 @@ def test_a_full_disk_is_told_of_with_what_was_unpacked(tmp_path: Path) -> None:
     code = """
 import resource, sys
 from pathlib import Path
-from simple_hierarchical_transformer import data
+from simple_hierarchical_transformer.data import corpus as data
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 data.load_corpus('a', [Path(sys.argv[1])], Path(sys.argv[2]))
 """

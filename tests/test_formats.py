@@ -25,7 +25,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from simple_hierarchical_transformer import data, formats
+from simple_hierarchical_transformer.data import corpus as data
+from simple_hierarchical_transformer.data import formats
 
 # longer than what is read at once
 TEXT = random.Random(0).randbytes(100_000) * 2
@@ -344,7 +345,7 @@ def test_a_row_that_nests_without_end_ends_no_process(tmp_path: Path) -> None:
     path.write_bytes(b'{"text": ' + b'[' * 1_000_000)
     code = f"""
         from pathlib import Path
-        from simple_hierarchical_transformer import data
+        from simple_hierarchical_transformer.data import corpus as data
         try:
             data.load_corpus('a', [Path({str(path)!r})], Path({str(tmp_path / 'cache')!r}))
         except ValueError as error:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.generate import Sampler
+from simple_hierarchical_transformer.generation.loop import Sampler
 
 
 def model() -> HierarchicalTransformer:

@@ -19,15 +19,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from vector_quantize_pytorch import RandomProjectionQuantizer as PublishedQuantizer
 
-from simple_hierarchical_transformer import HierarchicalTransformer, LossParts, losses
+from simple_hierarchical_transformer import HierarchicalTransformer, LossParts
 from simple_hierarchical_transformer import model as model_module
 from simple_hierarchical_transformer.block import GRUGate
-from simple_hierarchical_transformer.compress import Compressor
+from simple_hierarchical_transformer.compressors import Compressor
 from simple_hierarchical_transformer.halting import AdaptiveHalting
 from simple_hierarchical_transformer.levels import Level
-from simple_hierarchical_transformer.losses import RandomProjectionQuantizer
-from simple_hierarchical_transformer.merge import AttentionMerge, HierarchicalMerge
-from simple_hierarchical_transformer.reversible import run_plainly
+from simple_hierarchical_transformer.merges.base import AttentionMerge, HierarchicalMerge
+from simple_hierarchical_transformer.objectives import base as losses
+from simple_hierarchical_transformer.objectives.base import RandomProjectionQuantizer
+from simple_hierarchical_transformer.ops.coupling import run_plainly
 from simple_hierarchical_transformer.training.cost import bytes_kept, level_of
 
 BASE: dict[str, Any] = dict(

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simple_hierarchical_transformer import linear as module
-from simple_hierarchical_transformer.compress import Windows
-from simple_hierarchical_transformer.linear import HAS_ONEDNN, MIN_WEIGHT, Chain, chain, linear
-from simple_hierarchical_transformer.norm import EPS, RMSNorm
+from simple_hierarchical_transformer.compressors import Windows
+from simple_hierarchical_transformer.ops import linear as module
+from simple_hierarchical_transformer.ops.linear import HAS_ONEDNN, MIN_WEIGHT, Chain, chain, linear
+from simple_hierarchical_transformer.ops.norm import EPS, RMSNorm
 
 
 @pytest.mark.parametrize('shape', [(512,), (1, 512), (2, 1, 512), (7, 512), (2, 3, 512), (2, 0, 512)])

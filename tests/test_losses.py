@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from simple_hierarchical_transformer import HierarchicalTransformer, losses
-from simple_hierarchical_transformer.losses import cross_entropy, linear_cross_entropy, seen_ids
+from simple_hierarchical_transformer import HierarchicalTransformer
+from simple_hierarchical_transformer.objectives import base as losses
+from simple_hierarchical_transformer.objectives.base import cross_entropy, linear_cross_entropy, seen_ids
 
 
 def head_of(weight: Tensor) -> nn.Linear:
@@ -116,7 +117,7 @@ def test_a_large_vocabulary_takes_no_memory_for_its_logits() -> None:
     """4 x 4,096 x 50,000 logits in float32 take 3.3 GB, and their gradient as much again."""
     code = """
         import resource, sys, torch
-        from simple_hierarchical_transformer.losses import cross_entropy, seen_ids
+        from simple_hierarchical_transformer.objectives.base import cross_entropy, seen_ids
         kib = 1 if sys.platform == 'darwin' else 1024
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib
         x, head = torch.randn(1, 4096, 8, requires_grad=True), torch.nn.Linear(8, 4 * 50_000, bias=False)

@@ -31,12 +31,12 @@ from simple_hierarchical_transformer.mixers import (
     LSHAttention,
     SimpleGateLoop,
 )
-from simple_hierarchical_transformer.mixers.convolution import causal_conv
-from simple_hierarchical_transformer.mixers.kept import LastResult
 from simple_hierarchical_transformer.mixers.patterns import attended
 from simple_hierarchical_transformer.mixers.rotary import Rotary
-from simple_hierarchical_transformer.mixers.scan import scan
 from simple_hierarchical_transformer.mixers.ssm import DiagonalSSM
+from simple_hierarchical_transformer.ops.fft_conv import causal_conv
+from simple_hierarchical_transformer.ops.last_result import LastResult
+from simple_hierarchical_transformer.ops.scan import scan
 
 DIM, LENGTH = 12, 40
 STRIDED = dict(pattern='strided', stride=5)

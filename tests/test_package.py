@@ -15,7 +15,7 @@ import pytest
 from torch import nn
 
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.generate import Sampling, Settings
+from simple_hierarchical_transformer.generation.loop import Sampling, Settings
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(encoding='utf-8'), flags=re.DOTALL)

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simple_hierarchical_transformer.block import HierarchicalBlock, shift_tokens
-from simple_hierarchical_transformer.compress import Compressor
+from simple_hierarchical_transformer.compressors import Compressor
 from simple_hierarchical_transformer.levels import Level
-from simple_hierarchical_transformer.losses import ChunkSummarizer
-from simple_hierarchical_transformer.merge import HierarchicalMerge
+from simple_hierarchical_transformer.merges.base import HierarchicalMerge
+from simple_hierarchical_transformer.objectives.base import ChunkSummarizer
 
 POWERS = st.sampled_from([1, 2, 4, 8])
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.block import FeedForward
+from simple_hierarchical_transformer.embeddings import WORD_REACH, NGramEmbedding, RecallEmbedding
 from simple_hierarchical_transformer.levels import Level
-from simple_hierarchical_transformer.merge import LinearMerge
+from simple_hierarchical_transformer.merges.base import LinearMerge
 from simple_hierarchical_transformer.mixers import Attention
-from simple_hierarchical_transformer.ngrams import WORD_REACH, NGramEmbedding, RecallEmbedding
 from simple_hierarchical_transformer.training import optim
 
 SMALL: dict[str, Any] = dict(

@@ -17,11 +17,11 @@ from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor
 
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer import state as state_module
+from simple_hierarchical_transformer import memory as state_module
 from simple_hierarchical_transformer.block import phase_groups
+from simple_hierarchical_transformer.memory import State, room_for
 from simple_hierarchical_transformer.mixers import Attention
 from simple_hierarchical_transformer.mixers.rotary import BLOCK, Rotary
-from simple_hierarchical_transformer.state import State, room_for
 
 SMALL: dict[str, Any] = dict(num_tokens=11, dim=8, depth=2, seq_len=SEQ_LEN, dim_head=4, heads=2)
 THREE: dict[str, Any] = dict(SMALL, hierarchies=(1, 2, 8), hierarchical_stride=(1, 1, 4), window_sizes=(4, None, 3))

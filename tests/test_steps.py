@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.state import Clock, Position, State
-from simple_hierarchical_transformer.steps import CapturedSteps, is_capturable
+from simple_hierarchical_transformer.generation.captured import CapturedSteps, is_capturable
+from simple_hierarchical_transformer.memory import Clock, Position, State
 
 SMALL: dict[str, Any] = dict(num_tokens=11, dim=16, depth=2, dim_head=8, heads=2, seq_len=48, window_sizes=4)
 HOURGLASS = dict(SMALL, hierarchies=(1, 4), hierarchical_stride=(1, 4), window_sizes=(4, None), arrangement='hourglass')
@@ -92,13 +92,13 @@ def test_mixers_have_steps_to_record(mixer: str) -> None:
 
 def test_a_position_that_was_not_told_to_the_device_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests here can fail: with plain ints, what was recorded is of one position."""
-    monkeypatch.setattr('simple_hierarchical_transformer.steps.Position', lambda value, *_: value)
+    monkeypatch.setattr('simple_hierarchical_transformer.generation.captured.Position', lambda value, *_: value)
     with pytest.raises(AssertionError):
         assert_steps_are_the_model_s(build(HOURGLASS).eval(), 7, 6)
 
 
 def test_caches_are_given_room_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('simple_hierarchical_transformer.state.ROOM', 4)
+    monkeypatch.setattr('simple_hierarchical_transformer.memory.ROOM', 4)
     config = dict(HOURGLASS, seq_len=256, recall=(2,), ngrams=(2, 3), ngram_rows=64)
     assert_steps_are_the_model_s(build(config).eval(), 9, 8)
 

@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from simple_hierarchical_transformer import HierarchicalTransformer, data, sample
-from simple_hierarchical_transformer.batches import evaluation_batches, split_bytes
+from simple_hierarchical_transformer.data.batches import evaluation_batches, split_bytes
 from simple_hierarchical_transformer.training import cost, report, sources
 from simple_hierarchical_transformer.training.optim import build_optimizer, learning_rate
 from simple_hierarchical_transformer.training.scores import bits_per_byte

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.export import Dim, export
 from torch.func import functional_call, grad, vmap
 
-from simple_hierarchical_transformer.export import stable_sort
+from simple_hierarchical_transformer.ops.export import stable_sort
 
 SMALL: dict[str, Any] = dict(
     num_tokens=256, dim=8, depth=1, seq_len=128, heads=2, dim_head=4, ff_mult=1, hierarchies=(1, 4),
@@ -127,6 +127,6 @@ def test_an_export_leaves_nothing_behind(config: dict[str, Any]) -> None:
 def test_a_sort_is_stable_in_an_exported_model(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = torch.randint(-3, 3, (4, 500)) * (1 << 60)
     expected = numbers.sort(dim=-1, stable=True)
-    monkeypatch.setattr('simple_hierarchical_transformer.export.is_exporting', lambda: True)
+    monkeypatch.setattr('simple_hierarchical_transformer.ops.export.is_exporting', lambda: True)
     for got, right in zip(stable_sort(numbers), expected, strict=True):
         assert torch.equal(got, right)

@@ -6,9 +6,9 @@ from torch import Tensor
 from typing_extensions import assert_type
 
 from simple_hierarchical_transformer import HierarchicalTransformer, LossParts
-from simple_hierarchical_transformer.generate import Stream, TextStream
-from simple_hierarchical_transformer.merge import Contribution
-from simple_hierarchical_transformer.state import State
+from simple_hierarchical_transformer.generation.loop import Stream, TextStream
+from simple_hierarchical_transformer.memory import State
+from simple_hierarchical_transformer.merges.base import Contribution
 
 
 class Wider(HierarchicalTransformer):

@@ -58,7 +58,7 @@ def writer_for(model: HierarchicalTransformer, way: str, toy: bool) -> Writer:
     if way == 'generate':
         return lambda ids, state, count: model.generate(ids, count, state=state)
     if way == 'eager':
-        eager = patch('simple_hierarchical_transformer.generate.pays_to_capture', lambda *_: False)
+        eager = patch('simple_hierarchical_transformer.generation.loop.pays_to_capture', lambda *_: False)
         return eager(lambda ids, state, count: model.generate(ids, count, state=state))
     step = torch.compile(model, **(dict(backend='eager') if toy else {})) if way == 'compiled' else model
     return lambda ids, state, count: write(step, ids, state, count)

@@ -31,7 +31,7 @@ from side_by_side import ROOT
 from benchmarks.gpu import common
 from benchmarks.gpu.common import PRESET, WINDOW, Bench
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.batches import evaluation_batches, split_bytes
+from simple_hierarchical_transformer.data.batches import evaluation_batches, split_bytes
 from simple_hierarchical_transformer.training.scores import bits_per_byte
 from simple_hierarchical_transformer.training.sources import load_sources
 

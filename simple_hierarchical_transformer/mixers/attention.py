@@ -13,12 +13,12 @@ from local_attention import LocalAttention
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from ..export import first_of
-from ..levels import check_choice, check_int
-from ..linear import chain
-from ..norm import RMSNorm, is_traced
-from ..recompute import recompute
-from ..state import Position, grow, room_for
+from ..checks import check_choice, check_int
+from ..memory import Position, grow, room_for
+from ..ops.export import first_of
+from ..ops.linear import chain
+from ..ops.norm import RMSNorm, is_traced
+from ..ops.recompute import recompute
 from .patterns import MODES, PARTS, PATTERNS, attend_pattern, attended, keys_of_pattern
 from .rotary import Rotary
 

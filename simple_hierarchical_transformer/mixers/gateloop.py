@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..levels import check_int
-from ..linear import chain
-from ..norm import RMSNorm
-from ..state import keep
-from .scan import scan
+from ..checks import check_int
+from ..memory import keep
+from ..ops.linear import chain
+from ..ops.norm import RMSNorm
+from ..ops.scan import scan
 
 # gates begin between these, so that channels remember over a few tokens, and over some hundred
 FIRST_GATES = (0.5, 0.995)

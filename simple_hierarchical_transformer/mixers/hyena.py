@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..levels import MOST_IN_TURN, check_int
-from ..linear import Part, autocast_dtype, chain, matrix_of
-from ..norm import RMSNorm
-from ..state import grow, keep, room_for
-from .convolution import causal_conv, check_fft, conv_products
-from .kept import LastResult
+from ..checks import MOST_IN_TURN, check_int
+from ..memory import grow, keep, room_for
+from ..ops.fft_conv import causal_conv, check_fft, conv_products
+from ..ops.last_result import LastResult
+from ..ops.linear import Part, autocast_dtype, chain, matrix_of
+from ..ops.norm import RMSNorm
 from .ssm import ShortConv
 
 # how many bands of frequencies a filter's network is told its position by

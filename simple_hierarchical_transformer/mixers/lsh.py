@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..export import first_of, stable_sort
-from ..levels import MOST_IN_TURN, check_int
-from ..linear import chain
-from ..norm import RMSNorm
-from ..state import keep
+from ..checks import MOST_IN_TURN, check_int
+from ..memory import keep
+from ..ops.export import first_of, stable_sort
+from ..ops.linear import chain
+from ..ops.norm import RMSNorm
 from .rotary import Rotary
 
 # a block of fewer queries than this spends its time on overhead

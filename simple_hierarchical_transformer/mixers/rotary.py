@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..export import is_exporting
-from ..state import Position
-from .exact import KeepsExact, exact_dtype
-from .kept import LastResult
+from ..memory import Position
+from ..ops.export import is_exporting
+from ..ops.last_result import LastResult
+from ..ops.precision import KeepsExact, exact_dtype
 
 THETA = 10_000.0
 XPOS_SCALE_BASE = 512.0

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..export import first_of, side_of_square
-from ..levels import check_choice, check_int
-from ..linear import chain
-from ..norm import RMSNorm
-from ..state import keep
-from .convolution import causal_conv, check_fft, conv_products
-from .exact import KeepsExact, exact_dtype
+from ..checks import check_choice, check_int
+from ..memory import keep
+from ..ops.export import first_of, side_of_square
+from ..ops.fft_conv import causal_conv, check_fft, conv_products
+from ..ops.linear import chain
+from ..ops.norm import RMSNorm
+from ..ops.precision import KeepsExact, exact_dtype
 
 # time scales that channels begin with
 DT_RANGE = (1e-3, 1e-1)

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import pretrained
-from ..data import file_digest
+from ..data.corpus import file_digest
+from ..memory import State
 from ..model import HierarchicalTransformer
 from ..pretrained import WEIGHTS_FILE, shared_names, write_tensors
-from ..state import State
 from .optim import WeightAverage, state_shapes
 from .sharded import fill, full, reshard, shard_like
 

@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
+from ..memory import State
 from ..model import HierarchicalTransformer
-from ..norm import RootMeanSquare
-from ..state import State
+from ..ops.norm import RootMeanSquare
 from .optim import KERNELS, LOOKUPS, NGRAMS
 
 # where in a parameter's name the number of its level stands

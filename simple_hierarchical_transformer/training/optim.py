@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ..levels import check_choice
-from ..ngrams import NGramEmbedding
+from ..checks import check_choice
+from ..embeddings import NGramEmbedding
 from .sharded import full, reshard, shard_like
 
 OPTIMIZERS = ('adamw', 'muon')

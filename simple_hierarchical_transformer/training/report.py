@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..data import Corpus
+from ..data.corpus import Corpus
 from ..terminal import printable
 
 # step, minutes and bytes so far, and scores in bits per byte, None where there is none yet. Those of validation are

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..batches import IGNORED, evaluation_batches, streaming_rows
-from ..data import Corpus
+from ..data.batches import IGNORED, evaluation_batches, streaming_rows
+from ..data.corpus import Corpus
 from ..model import HierarchicalTransformer
 
 SAMPLE_PROMPT, SAMPLE_LENGTH = 64, 128

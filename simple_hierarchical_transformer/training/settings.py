@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..batches import IGNORED, PAD
+from ..data.batches import IGNORED, PAD
 from ..terminal import Number
 from .optim import OPTIMIZERS, SCHEDULES
 from .sources import NAMED

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .. import data
-from ..batches import scale_weights
-from ..data import Corpus
+from ..data import corpus as data
+from ..data.batches import scale_weights
+from ..data.corpus import Corpus
 
 NAMED = (*data.DOWNLOADS, 'stdlib')
 

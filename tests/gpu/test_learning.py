@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.ngrams import NGramEmbedding
+from simple_hierarchical_transformer.embeddings import NGramEmbedding
 from simple_hierarchical_transformer.training import checkpoints, cost, optim
 from simple_hierarchical_transformer.training.optim import OPTIMIZERS, build_optimizer
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.steps import CapturedSteps
+from simple_hierarchical_transformer.generation.captured import CapturedSteps
 
 from .cases import HOURGLASS, RECIPE, TWO, WINDOW, build
 
 pytestmark = pytest.mark.gpu
 
-EAGER = 'simple_hierarchical_transformer.generate.pays_to_capture'
+EAGER = 'simple_hierarchical_transformer.generation.loop.pays_to_capture'
 CASES: dict[str, dict[str, Any]] = {
     'window': WINDOW,
     'levels': TWO,

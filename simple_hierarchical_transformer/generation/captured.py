@@ -21,16 +21,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .linear import autocast_dtype, is_dense, is_untouched
-from .mixers.rotary import BLOCK, Rotary
-from .norm import is_traced
-from .state import ROOM, Clock, Position, State
+from ..memory import ROOM, Clock, Position, State
+from ..mixers.rotary import BLOCK, Rotary
+from ..ops.linear import autocast_dtype, is_dense, is_untouched
+from ..ops.norm import is_traced
 
 # more residues would take longer to capture than most texts take to write
 MOST_RESIDUES = 64
 # from how many steps for each residue on capturing pays
 PAYS = 3
 CAPTURING = threading.Lock()
+PACKAGE = __name__.partition('.')[0]
 
 
 def is_capturable(model: Any) -> bool:
@@ -42,7 +43,7 @@ def is_capturable(model: Any) -> bool:
     if not isinstance(getattr(model, 'levels', None), (list, tuple)) or _has_any_global_hook() or is_traced():
         return False
     for module in model.modules():
-        known = type(module).__module__.startswith((f'{__package__}.', 'torch.nn.modules'))
+        known = type(module).__module__.startswith((f'{PACKAGE}.', 'torch.nn.modules'))
         if not known or not is_untouched(module) or not getattr(module, 'static_step', True):
             return False
     return is_dense(*model.parameters()) and math.lcm(*compressions(model)) <= MOST_RESIDUES

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .export import first_of
-from .levels import Level
-from .linear import Chain, Part, begin_at_zero, chain, effective_weight, is_plain, linear, matrix_of
-from .norm import RMSNorm
-from .state import keep
+from ..levels import Level
+from ..memory import keep
+from ..ops.export import first_of
+from ..ops.linear import Chain, Part, begin_at_zero, chain, effective_weight, is_plain, linear, matrix_of
+from ..ops.norm import RMSNorm
 
 MergeState = tuple[Tensor | None, ...]
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..export import first_of, side_of_square
+from .export import first_of, side_of_square
 
 
 def scan(a: Tensor, b: Tensor, initial: Tensor | None = None) -> Tensor:

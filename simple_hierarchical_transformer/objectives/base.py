@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node
 
-from .levels import check_number, check_sequence
-from .linear import Chain, autocast_dtype, linear, matrix_of
+from ..checks import check_number, check_sequence
+from ..ops.linear import Chain, autocast_dtype, linear, matrix_of
 
 # how many logits are in memory at a time; few enough rows would leave the matmul short of work
 CHUNK = 1 << 22

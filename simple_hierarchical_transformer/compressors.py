@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .levels import Level, check_output
-from .linear import Part, chain, is_plain, matrix_of, register_plain
-from .state import keep
+from .checks import check_output
+from .levels import Level
+from .memory import keep
+from .ops.linear import Part, chain, is_plain, matrix_of, register_plain
 
 
 @register_plain

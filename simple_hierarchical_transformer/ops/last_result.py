@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..linear import is_dense
-from ..norm import is_traced
+from .linear import is_dense
+from .norm import is_traced
 
 
 class LastResult:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .levels import is_int, plain
+from .checks import is_int, plain
 
 # tokens that a cache has room for before it grows: few enough to be cheap, and as many as many models ever hold
 ROOM = 1024

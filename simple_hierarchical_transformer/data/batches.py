@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .data import Corpus
+from .corpus import Corpus
 
 SPLITS = ('train', 'valid', 'test')
 # what no byte is: where a text has ended, which is learnt, and what fills up after it, which is not

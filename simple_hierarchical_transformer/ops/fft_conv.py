@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..export import power_of_two
-from ..levels import check_choice
-from ..norm import is_traced
+from ..checks import check_choice
+from .export import power_of_two
+from .norm import is_traced
 
 FFTS = ('torch', 'monarch')
 

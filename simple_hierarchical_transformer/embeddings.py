@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .export import is_exporting, stable_sort
+from .ops.export import is_exporting, stable_sort
 
 # odd, so that a product with it loses nothing modulo 2^64: 2^64 over the golden ratio, as a signed number (Knuth, The
 # Art of Computer Programming, volume 3, section 6.4)

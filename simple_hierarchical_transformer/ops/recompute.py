@@ -18,6 +18,8 @@ from .linear import has_hooks
 # the tables in which a module registers hooks that its calls run
 HOOKS = [name for name, table in vars(nn.Module()).items() if 'ward' in name and isinstance(table, dict)]
 
+PACKAGE = __name__.partition('.')[0]
+
 
 class Snapshot:
     """What modules and all inside them hold at the moment: tensors, submodules, hooks, modes, generators.
@@ -46,7 +48,7 @@ class Snapshot:
             found += parameters.values()
             modules += children.values()
             kind: Any = type(module)
-            if buffers and not kind.__module__.startswith(f'{__package__}.'):
+            if buffers and not kind.__module__.startswith(f'{PACKAGE}.'):
                 self.written += [
                     (buffers, name, each.detach().clone()) for name, each in buffers.items() if each is not None
                 ]
@@ -131,7 +133,7 @@ def same(table: Any, old: dict[str, Any]) -> bool:
 def is_known(kind: Any) -> bool:
     """Whether a class of modules is one of PyTorch or this package, whose modules have no generators."""
     bases = (base for base in kind.__mro__ if issubclass(base, nn.Module))
-    return all(base.__module__.partition('.')[0] in ('torch', __package__) for base in bases)
+    return all(base.__module__.partition('.')[0] in ('torch', PACKAGE) for base in bases)
 
 
 def versions(tensors: Sequence[Tensor]) -> list[int]:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import IO, Any
 
-from .terminal import printable
+from ..terminal import printable
 
 try:
     # of Python 3.14

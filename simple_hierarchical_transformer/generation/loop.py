@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .levels import check_int, check_int_list, check_number, is_int, plain
-from .norm import is_traced
-from .state import State
-from .steps import CapturedSteps, pays_to_capture
+from ..checks import check_int, check_int_list, check_number, is_int, plain
+from ..memory import State
+from ..ops.norm import is_traced
+from .captured import CapturedSteps, pays_to_capture
 
 NUM_BYTES = 256
 # of the vocabularies whose ids are bytes: with none besides, or also with an end of text, and with what fills up
