@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.objectives import base as losses
-from simple_hierarchical_transformer.objectives.base import cross_entropy, linear_cross_entropy, seen_ids
+from simple_hierarchical_transformer.objectives.base import seen_ids
+from simple_hierarchical_transformer.ops import cross_entropy as kernel
+from simple_hierarchical_transformer.ops.cross_entropy import cross_entropy, linear_cross_entropy
 
 
 def head_of(weight: Tensor) -> nn.Linear:
@@ -38,8 +39,8 @@ def test_loss_and_gradients_equal_those_over_all_logits(rows: int, sets: int, ch
     targets, row_weights = torch.randint(0, 7, (rows, sets)), torch.rand(rows, sets, dtype=torch.float64)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, 'CHUNK', chunk)
-        patch.setattr(losses, 'MIN_CHUNK_ROWS', 1)
+        patch.setattr(kernel, 'CHUNK', chunk)
+        patch.setattr(kernel, 'MIN_CHUNK_ROWS', 1)
         loss = linear_cross_entropy(x, weight, targets, row_weights)
 
     logits = (x @ weight.t()).view(-1, 7)
@@ -178,8 +179,8 @@ def test_a_training_step_counts_on_the_meta_device() -> None:
 def test_the_model_samples_its_reconstruction(monkeypatch: pytest.MonkeyPatch) -> None:
     model = HierarchicalTransformer(num_tokens=11, dim=8, depth=1, hierarchies=(1, 4), window_sizes=4, recon_sample=0.5)
     ids, rows = torch.randint(1, 11, (2, 41)), []
-    real = losses.linear_cross_entropy
-    monkeypatch.setattr(losses, 'linear_cross_entropy', lambda x, *args: rows.append(len(x)) or real(x, *args))
+    real = kernel.linear_cross_entropy
+    monkeypatch.setattr(kernel, 'linear_cross_entropy', lambda x, *args: rows.append(len(x)) or real(x, *args))
     model(ids, return_loss=True)
     model.eval()
     model(ids, return_loss=True)
