@@ -171,7 +171,7 @@ class HierarchicalBlock(nn.Module):
         for name in ('norm', 'qk_norm', 'to_qkv', 'to_out'):
             setattr(self.attn, name, getattr(other.attn, name))
 
-    def begin_at_zero(self) -> None:
+    def zero_init(self) -> None:
         """Mixer and feed-forward add nothing at first."""
         for out in (self.ff.net[-1], getattr(self.attn, 'to_out', None)):
             begin_at_zero(out)

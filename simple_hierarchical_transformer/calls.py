@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 from torch import Tensor, nn
 
 from .memory import State
-from .merges.base import Contribution
-from .objectives.base import LossParts
+from .merges import Contribution
+from .objectives import LossParts
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         ablate_hierarchical_merge: bool
         state: State | None
         logits_to_keep: int
+        readings: Tensor | float | None
 
     class TypedModule(nn.Module):
         """A module whose calls have the arguments of `HierarchicalTransformer.forward`."""
@@ -170,6 +171,7 @@ if TYPE_CHECKING:
             state: State | None = None,
             return_state: bool = False,
             logits_to_keep: int = 0,
+            readings: Tensor | float | None = None,
         ) -> Any: ...
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 

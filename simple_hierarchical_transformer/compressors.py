@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,19 @@ from .checks import check_output
 from .levels import Level
 from .memory import keep
 from .ops.linear import Part, chain, is_plain, matrix_of, register_plain
+
+
+class Source(NamedTuple):
+    """The tokens that a level's compressor reads."""
+
+    dim_in: int
+    """Their width."""
+    taps: int
+    """The number of them in a window."""
+    stride: int
+    """The number of them from one window to the next."""
+    dilation: int = 1
+    """The number of them from one tap of a window to the next."""
 
 
 @register_plain
@@ -263,6 +276,7 @@ class Autoencoder(nn.Module):
 
     def __init__(self, levels: Sequence[Level], *, dim: int, num_tokens: int | None) -> None:
         super().__init__()
+        self.dim = dim
         self.order = sorted(range(len(levels)), key=lambda i: levels[i].compression)
         self.encoders = nn.ModuleDict()
         self.decoders = nn.ModuleDict()
@@ -282,6 +296,10 @@ class Autoencoder(nn.Module):
             self.grids[i], finer = grid, c
         self.coarsest = finer
         self.to_ids = None if num_tokens is None else nn.Linear(dim, num_tokens, bias=False)
+
+    def sources(self, levels: Sequence[Level]) -> list[Source]:
+        """The source of each level's compressor. A token of a map has the whole window."""
+        return [Source(self.dim, 1, level.stride // self.grids[i]) for i, level in enumerate(levels)]
 
     def forward(
         self, embeds: Tensor, states: Sequence[Tensor | None], position: int

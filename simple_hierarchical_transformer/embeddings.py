@@ -6,13 +6,18 @@ Both look up contexts by numbers, which `Contexts` makes of a history: ids plus 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .memory import Memory, State, keep, room_for
 from .ops.export import is_exporting, stable_sort
+
+if TYPE_CHECKING:
+    from .model import HierarchicalTransformer
 
 # odd, so that a product with it loses nothing modulo 2^64: 2^64 over the golden ratio, as a signed number (Knuth, The
 # Art of Computer Programming, volume 3, section 6.4)
@@ -193,8 +198,8 @@ class NGramEmbedding(ContextEmbedding):
         rows: of each table, a power of two.
         dropout: share of the vectors that training leaves out, each by chance, the others grown in turn. A table keeps
             what followed each rare n-gram, and from the second reading of a text on that is mistaken for knowledge.
-            So its odds grow with how often a text was read before: `readings`, of all or of each row, `(batch,)`.
-            That is 1, unless whoever trains knows better, as train.py does; at 0, a first reading, nothing is left out.
+            So its odds are multiplied by how often the text was read before, the `readings` of a call. Default: 1. At
+            0, the first reading, nothing is left out.
         words: how many words a n-gram of words has, the one that is being read among them, each at least 1. Its ids
             are bytes.
     """
@@ -204,17 +209,19 @@ class NGramEmbedding(ContextEmbedding):
     ) -> None:
         super().__init__(dim, Contexts.among(orders, words), rows)
         self.dropout = dropout
-        # no buffer: each process has rows of its own, and wrappers make buffers the same in all. Of each row as a
-        # tensor, so that a compiled step is not compiled anew for each number
-        self.readings: Tensor | float = 1.0
 
-    def forward(self, hashes: Tensor) -> Tensor:  # type: ignore[override]
-        """`(batch, n, dim)` for what ends at each of n ids, whose numbers `hashes` are: `(batch, n, contexts)`."""
+    def forward(self, hashes: Tensor, readings: Tensor | float = 1.0) -> Tensor:  # type: ignore[override]
+        """The embeddings `(batch, n, dim)` of the n-grams that end at each id.
+
+        Args:
+            hashes: the number of each n-gram, `(batch, n, contexts)`.
+            readings: how often the text was read before, for all rows or for each, `(batch,)`. See `dropout`.
+        """
         rows = self.find(hashes)
         weights = None
         # what is scored or written on the way through a training run is without gradients
         if self.dropout and self.training and torch.is_grad_enabled():
-            readings = torch.as_tensor(self.readings, dtype=self.weight.dtype, device=rows.device).view(-1, 1, 1)
+            readings = torch.as_tensor(readings, dtype=self.weight.dtype, device=rows.device).view(-1, 1, 1)
             odds = readings * self.dropout / (1 - self.dropout)
             weights = (torch.rand(rows.shape, device=rows.device) * (1 + odds) < 1).to(self.weight.dtype) * (1 + odds)
         return self.look_up(rows, weights)
@@ -276,3 +283,53 @@ class RecallEmbedding(ContextEmbedding):
         places = torch.arange(1, read.shape[1] + 1, device=read.device) % read.shape[1]
         last = (same * places[:, None]).amax(1)
         return read.gather(1, last).where(last > 0, 0)[:, None]
+
+
+def embed(
+    model: HierarchicalTransformer, ids: Tensor, memory: Memory, readings: Tensor | float | None = None
+) -> Tensor:
+    """The embeddings `(batch, n, dim_embed)` of ids `(batch, n)`: of each id, of its n-grams, and of what is recalled.
+
+    It puts the ids and contexts that later chunks look back to into `memory`.
+    """
+    embeds = model.token_emb(ids)
+    if not len(model.contexts):
+        return embeds
+    n, padding = ids.shape[1], model.contexts.padding
+    # 0 stands for no id
+    history = ids.long() + 1
+    state = None if memory.state is None else with_room(model, memory.state, n)
+    before = history.new_zeros(len(ids), padding) if state is None else cast(Tensor, state.ids)
+    history = torch.cat((before, history), dim=1)
+    hashes = model.contexts.hashes(history[:, -n - padding :])
+    if model.ngram_emb is not None:
+        given = model.ngram_emb.contexts.of(hashes)
+        embeds = embeds + (model.ngram_emb(given) if readings is None else model.ngram_emb(given, readings))
+    recalled = None
+    if model.recall_emb is not None:
+        recalled = model.recall_emb.contexts.of(hashes)
+        if state is not None:
+            recalled = torch.cat((cast(Tensor, state.contexts), recalled), dim=1)
+        embeds = embeds + model.recall_emb(history[:, -recalled.shape[1] :], recalled, n)
+    if state is not None:
+        kept = None if recalled is None else keep(state.contexts, recalled[:, n:])
+        memory.put_ids(keep(state.ids, history[:, n:]), kept)
+    return embeds
+
+
+def with_room(model: HierarchicalTransformer, state: State, n: int) -> State:
+    """`state` with room for `n` more ids, if the model recalls. Blocks make room in their own parts of it."""
+    if model.recall_emb is None:
+        return state
+    ids, contexts = cast(Tensor, state.ids), cast(Tensor, state.contexts)
+    room = room_for(state.position + n, model.recall_emb.reach)
+    more_ids = max(room, model.contexts.padding) - ids.shape[1]
+    more_contexts = room - contexts.shape[1]
+    if more_ids <= 0 and more_contexts <= 0:
+        return state
+    # the newest are last
+    return replace(
+        state,
+        ids=F.pad(ids, (max(more_ids, 0), 0)),
+        contexts=F.pad(contexts, (0, 0, max(more_contexts, 0), 0)),
+    )

@@ -356,3 +356,72 @@ class State:
             raise ValueError(f'rows must be in [0, {self.batch_size}), got {list(chosen)}')
         index = torch.tensor(chosen, device=self.device)
         return self.map(lambda tensor: tensor.index_select(0, index), lambda tensor: tensor.index_select(1, index))
+
+
+class Memory:
+    """Reads the state before a chunk and collects the state after it, during one pass.
+
+    Without a state, every part is None, and nothing is collected. Parts that no one puts stay as they were.
+    """
+
+    def __init__(self, state: State | None) -> None:
+        self.state = state
+        self.position = 0 if state is None else state.position
+        if state is not None:
+            self.next_ids, self.next_contexts = state.ids, state.contexts
+            self.next_embeds, self.next_merges = list(state.embeds), list(state.merges)
+            self.next_blocks = [list(layer) for layer in state.blocks]
+
+    def embeds(self, i: int) -> Tensor | None:
+        """The finer tokens that the compressor of level i still reads."""
+        return None if self.state is None else self.state.embeds[i]
+
+    def put_embeds(self, i: int, value: Tensor | None) -> None:
+        if self.state is not None:
+            self.next_embeds[i] = value
+
+    def block(self, layer: int, i: int) -> BlockState | None:
+        """The state of the block of a layer and level i before the chunk."""
+        return None if self.state is None else self.state.blocks[layer][i]
+
+    def latest_block(self, layer: int, i: int) -> BlockState | None:
+        """The same, with what was put since."""
+        return None if self.state is None else self.next_blocks[layer][i]
+
+    def put_block(self, layer: int, i: int, value: BlockState | None) -> None:
+        if value is not None and self.state is not None:
+            self.next_blocks[layer][i] = value
+
+    def put_blocks(self, layer: int, values: Sequence[BlockState | None]) -> None:
+        """Puts the blocks of all levels of a layer."""
+        if self.state is not None:
+            for i, value in enumerate(values):
+                self.put_block(layer, i, value)
+
+    def merge(self, k: int) -> tuple[Tensor | None, ...] | None:
+        """The state of the k-th merge. -1 is that of the logits."""
+        return None if self.state is None else self.state.merges[k]
+
+    def put_merge(self, k: int, value: tuple[Tensor | None, ...] | None) -> None:
+        if value is not None and self.state is not None:
+            self.next_merges[k] = value
+
+    def put_ids(self, ids: Tensor | None, contexts: Tensor | None) -> None:
+        """Puts the last ids, and the numbers of the contexts that end at them."""
+        if self.state is not None:
+            self.next_ids, self.next_contexts = ids, contexts
+
+    def next_state(self, n: int) -> State | None:
+        """The state after a chunk of n ids."""
+        if self.state is None:
+            return None
+        return replace(
+            self.state,
+            position=self.position + n,
+            ids=self.next_ids,
+            contexts=self.next_contexts,
+            overwritten=[False],
+            embeds=tuple(self.next_embeds),
+            blocks=tuple(map(tuple, self.next_blocks)),
+            merges=tuple(self.next_merges),
+        )

@@ -25,9 +25,10 @@ from simple_hierarchical_transformer.block import GRUGate
 from simple_hierarchical_transformer.compressors import Compressor
 from simple_hierarchical_transformer.halting import AdaptiveHalting
 from simple_hierarchical_transformer.levels import Level
-from simple_hierarchical_transformer.merges.base import AttentionMerge, HierarchicalMerge
+from simple_hierarchical_transformer.merges.attention import AttentionMerge
+from simple_hierarchical_transformer.merges.concat import ConcatMerge
 from simple_hierarchical_transformer.objectives import base as losses
-from simple_hierarchical_transformer.objectives.base import RandomProjectionQuantizer
+from simple_hierarchical_transformer.objectives.quantized import RandomProjectionQuantizer
 from simple_hierarchical_transformer.ops.coupling import run_plainly
 from simple_hierarchical_transformer.training.cost import bytes_kept, level_of
 
@@ -608,7 +609,7 @@ def test_attention_merge_written_out(window: int, strides: tuple[int, ...]) -> N
 def test_concat_merge_written_out(strides: tuple[int, ...]) -> None:
     dims, into = (6, 3, 5), (0, 1)
     levels = [Level(c, s, d, 4, 2, 2, None, 0.0) for c, s, d in zip((4, 8, 2), strides, dims, strict=True)]
-    merge = HierarchicalMerge(levels, into).double()
+    merge = ConcatMerge(levels, into).double()
     n = 11
     tokens = [torch.randn(2, -(-n // s), d, dtype=torch.float64) for s, d in zip(strides, dims, strict=True)]
     merged, _ = merge(tokens)

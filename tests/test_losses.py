@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.objectives.base import seen_ids
+from simple_hierarchical_transformer.objectives.base import past_windows
 from simple_hierarchical_transformer.ops import cross_entropy as kernel
 from simple_hierarchical_transformer.ops.cross_entropy import cross_entropy, linear_cross_entropy
 
@@ -104,7 +104,7 @@ def test_gradients_come_in_the_dtypes_of_what_they_are_for() -> None:
 def test_a_sample_of_the_reconstruction_is_unbiased() -> None:
     x, weight, ids = torch.randn(2, 20, 5), torch.randn(4 * 7, 5), torch.randint(0, 7, (2, 20))
     ids[:, 3:9] = 0
-    seen = seen_ids(ids, compression=4, stride=1, ignore_index=0)
+    seen = past_windows(ids, compression=4, stride=1, ignore_index=0)
     whole = cross_entropy(x, head_of(weight), seen, 0)
     for share in (0.1, 0.5):
         drawn = torch.stack([cross_entropy(x, head_of(weight), seen, 0, sample=share) for _ in range(3000)])
@@ -118,7 +118,8 @@ def test_a_large_vocabulary_takes_no_memory_for_its_logits() -> None:
     """4 x 4,096 x 50,000 logits in float32 take 3.3 GB, and their gradient as much again."""
     code = """
         import resource, sys, torch
-        from simple_hierarchical_transformer.objectives.base import cross_entropy, seen_ids
+        from simple_hierarchical_transformer.objectives.base import past_windows
+        from simple_hierarchical_transformer.ops.cross_entropy import cross_entropy
         kib = 1 if sys.platform == 'darwin' else 1024
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib
         x, head = torch.randn(1, 4096, 8, requires_grad=True), torch.nn.Linear(8, 4 * 50_000, bias=False)
@@ -126,7 +127,7 @@ def test_a_large_vocabulary_takes_no_memory_for_its_logits() -> None:
         # a first small one, for what the libraries themselves take
         (torch.randn(64, 8, requires_grad=True) @ torch.randn(8, 64)).sum().backward()
         before = peak()
-        seen = seen_ids(ids, compression=4, stride=1, ignore_index=-1)
+        seen = past_windows(ids, compression=4, stride=1, ignore_index=-1)
         cross_entropy(x, head, seen, -1).backward()
         assert head.weight.grad.norm() > 0
         print(peak() - before)

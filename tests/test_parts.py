@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from simple_hierarchical_transformer.block import HierarchicalBlock, shift_tokens
 from simple_hierarchical_transformer.compressors import Compressor
 from simple_hierarchical_transformer.levels import Level
-from simple_hierarchical_transformer.merges.base import HierarchicalMerge
-from simple_hierarchical_transformer.objectives.base import ChunkSummarizer
+from simple_hierarchical_transformer.merges.concat import ConcatMerge
+from simple_hierarchical_transformer.objectives.next_latent import ChunkSummarizer
 
 POWERS = st.sampled_from([1, 2, 4, 8])
 
@@ -78,7 +78,7 @@ def test_block_treats_each_phase_as_a_sequence_of_its_own(c: int, s: int, n: int
 
 def test_merge_adds_what_is_pooled_at_each_position() -> None:
     levels = (level(1, 1, 6), level(4, 4, 3), level(2, 1, 5))
-    merge = HierarchicalMerge(levels, into=(0, 1, 2))
+    merge = ConcatMerge(levels, recipients=(0, 1, 2))
     tokens = [torch.randn(2, 10, 6), torch.randn(2, 3, 3), torch.randn(2, 10, 5)]
     merged, _ = merge(tokens)
 
@@ -92,7 +92,7 @@ def test_merge_adds_what_is_pooled_at_each_position() -> None:
 
 
 def test_merge_leaves_levels_that_receive_nothing() -> None:
-    merge = HierarchicalMerge((level(), level(2)), into=(1,))
+    merge = ConcatMerge((level(), level(2)), recipients=(1,))
     tokens = [torch.randn(1, 4, 6), torch.randn(1, 4, 6)]
     merged, _ = merge(tokens)
     assert merged[0] is tokens[0]

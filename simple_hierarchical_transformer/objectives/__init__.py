@@ -1,0 +1,32 @@
+"""The terms of the loss: one file each, listed in `OBJECTIVES`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .autoencoder import Autoencoding
+from .base import Batch as Batch
+from .base import Objective as Objective
+from .next_latent import NextLatent
+from .next_token import NextToken
+from .parts import LossParts as LossParts
+from .parts import split_counts as split_counts
+from .parts import total_loss as total_loss
+from .ponder import Ponder
+from .prophet import Prophet
+from .quantized import Quantized
+from .quantized import quantize as quantize
+from .reconstruction import Reconstruction
+
+if TYPE_CHECKING:
+    from ..config import Config
+
+# the order of `LossParts.named` and of `count_targets`, and that in which modules are built
+OBJECTIVES: tuple[type[Objective], ...] = (
+    NextToken, Reconstruction, Prophet, Quantized, NextLatent, Ponder, Autoencoding,
+)  # fmt: skip
+
+
+def build_objectives(config: Config) -> list[Objective]:
+    """The objectives that a configuration asks for."""
+    return [each for kind in OBJECTIVES for each in kind.from_config(config)]

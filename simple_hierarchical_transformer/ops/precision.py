@@ -56,3 +56,11 @@ def unrounded(loaded: Tensor, value: Tensor) -> Tensor:
         if torch.equal(value.to(loaded.dtype), loaded):
             return value
     return loaded.float()
+
+
+def no_autocast(device: torch.device) -> Any:
+    from contextlib import nullcontext
+
+    from .linear import autocast_dtype
+
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)

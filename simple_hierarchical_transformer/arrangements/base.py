@@ -1,0 +1,104 @@
+"""What arrangements have in common: how levels get their tokens, and what a pass returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from torch import Tensor, nn
+
+from ..compressors import Source
+from ..merges import Contribution
+from ..ops.recompute import recompute
+
+if TYPE_CHECKING:
+    from ..config import Config
+    from ..memory import BlockState, Memory
+    from ..model import HierarchicalTransformer
+
+R = TypeVar('R')
+
+
+class MergeSpec(NamedTuple):
+    """A merge that an arrangement needs."""
+
+    members: Sequence[int]
+    """The indices of the levels that it pools."""
+    recipients: Sequence[int]
+    """The indices in `members` of the levels that it adds to."""
+    strides: Sequence[int] | None = None
+    """The strides of the members' tokens, counted in tokens of the finest member. Default: the levels' strides."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a pass is asked for, besides its ids."""
+
+    ablated: frozenset[int] = frozenset()
+    """The compressions of the levels that merges and logits do not read."""
+    merge: bool = True
+    """Whether merges run."""
+    contributions: list[Contribution] | None = None
+    """A list that gets the `Contribution` of each merge."""
+    ends: Collection[int] | None = None
+    """The indices of the levels whose final tokens are used. None: all."""
+
+
+@dataclass
+class LevelOutputs:
+    """What the levels make of a chunk."""
+
+    inputs: list[Tensor]
+    """Each level's tokens as its first block gets them, `(batch, ceil(n / stride), dim)`."""
+    tokens: list[Tensor]
+    """Each level's tokens as its last block and merge return them, likewise."""
+    codes: Tensor | None = None
+    """The coarsest feature map of the autoencoder, if there is one."""
+    pondered: dict[int, Tensor] = field(default_factory=dict)
+    """The ponder cost of the tokens of levels that halt, `(batch, ceil(n / stride))`, by the index of the level."""
+
+
+class Arrangement:
+    """How the levels of a model run. It owns no weights: it declares what to build, and receives the model."""
+
+    def check(self, config: Config) -> None:
+        """Raises ValueError where the options do not fit the arrangement."""
+
+    def sources(self, config: Config) -> list[Source]:
+        """The source of each level's compressor."""
+        raise NotImplementedError
+
+    def merges(self, config: Config) -> list[MergeSpec]:
+        """The merges to build. With `share_layers`, merges of all layers are one."""
+        raise NotImplementedError
+
+    def run(self, model: HierarchicalTransformer, embeds: Tensor, memory: Memory, request: Request) -> LevelOutputs:
+        """Runs all levels on embeddings `(batch, n, dim_embed)`, and puts the next state into `memory`."""
+        raise NotImplementedError
+
+
+def compress(
+    model: HierarchicalTransformer, i: int, finer: Tensor, before: Tensor | None, position: int
+) -> tuple[Tensor, Tensor | None]:
+    """Level i's tokens of finer ones `(batch, n, dim)`, the first of index `position`; and the next state."""
+    norm = model.post_token_emb_norms[i]
+    x, after = model.compressors[i](finer, before, position)
+    # the residual stream keeps the dtype of the weights, also under autocast
+    return norm(x.to(getattr(norm, 'weight', model.token_emb.weight).dtype)), after
+
+
+def run_block(
+    model: HierarchicalTransformer, layer: int, i: int, x: Tensor, before: BlockState | None, position: int
+) -> tuple[Tensor, BlockState | None]:
+    """Layer `layer` of level i, and its next state. `position` is that of the chunk."""
+    if model.step_embeds:
+        x = x + model.step_embeds[i][layer]
+    return model.block(layer, i)(x, before, model.levels[i].length(position))
+
+
+def checkpointed(
+    model: HierarchicalTransformer, modules: Sequence[nn.Module], fn: Callable[..., R], *args: object
+) -> R:
+    """`fn(*args)`, recomputed in the backward pass if the model has `gradient_checkpointing`."""
+    return recompute(fn, modules, *args) if model.gradient_checkpointing else fn(*args)

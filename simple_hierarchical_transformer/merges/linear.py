@@ -1,0 +1,75 @@
+"""The cheapest merge: one linear map of each other level's token."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..levels import Grid, Level
+from ..ops.linear import begin_at_zero, effective_weight
+from ..ops.norm import RMSNorm
+from .base import Merge, MergeState, at_each_position, gain_of, normalised
+
+
+class LinearMerge(Merge):
+    """Adds to each recipient one linear map of every other level's token at its position.
+
+    A level's tokens are mapped before they are repeated for their positions, so a coarser level costs less.
+    """
+
+    def build(self, levels: Sequence[Level]) -> None:
+        # a level adds nothing to itself
+        self.listeners = [[i for i in self.recipients if i != j] for j in range(len(levels))]
+        self.norms = nn.ModuleList(
+            RMSNorm(dim) if listeners else nn.Identity()
+            for listeners, dim in zip(self.listeners, self.dims, strict=True)
+        )
+        self.to_others = nn.ModuleList(
+            nn.Linear(dim, sum(self.dims[i] for i in listeners), bias=False) if listeners else nn.Identity()
+            for listeners, dim in zip(self.listeners, self.dims, strict=True)
+        )
+
+    def zero_init(self) -> None:
+        for to_others in self.to_others:
+            begin_at_zero(to_others)
+
+    def gather(
+        self, tokens: Sequence[Tensor], state: MergeState | None, position: int, updated: Sequence[int]
+    ) -> tuple[Any, MergeState | None]:
+        parts = [
+            (norm, to_others) if listeners else ()
+            for to_others, norm, listeners in zip(self.to_others, self.norms, self.listeners, strict=True)
+        ]
+        columns, state = at_each_position(tokens, self.strides, state, position, parts)
+        # by recipient and source
+        mapped: dict[tuple[int, int], Tensor] = {}
+        for j, (column, listeners) in enumerate(zip(columns, self.listeners, strict=True)):
+            pieces = column.split([self.dims[i] for i in listeners], dim=-1) if listeners else ()
+            for i, piece in zip(listeners, pieces, strict=True):
+                mapped[i, j] = piece[:, Grid(self.strides[i]).offset(position) :: self.strides[i]]
+        return (mapped, tokens), state
+
+    def updates(self, gathered: Any, ablated: Collection[int]) -> list[Tensor]:
+        mapped, tokens = gathered
+        updates = []
+        for recipient in self.recipients:
+            terms = [term for (i, j), term in mapped.items() if i == recipient and j not in ablated]
+            updates.append(sum(terms[1:], terms[0]) if terms else torch.zeros_like(tokens[recipient]))
+        return updates
+
+    def weights(self, gathered: Any, ablated: Collection[int]) -> list[Tensor]:
+        _, tokens = gathered
+        found = []
+        for i in self.recipients:
+            shares = [tokens[i].new_zeros(()) for _ in self.dims]
+            for j, (to_others, norm, listeners) in enumerate(
+                zip(self.to_others, self.norms, self.listeners, strict=True)
+            ):
+                if i in listeners and j not in ablated:
+                    rows = effective_weight(to_others, tokens[j]).split([self.dims[k] for k in listeners])
+                    shares[j] = (rows[listeners.index(i)] * gain_of(norm)).square().sum()
+            found.append(normalised(torch.stack(shares)))
+        return found

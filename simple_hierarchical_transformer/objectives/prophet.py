@@ -1,0 +1,54 @@
+"""A level token of compression c predicts the next c ids: ProphetNet, Qi et al. 2020, arXiv 2001.04063."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import nn
+
+from ..levels import user_frame
+from .base import Batch, CrossEntropy, Targets, future_windows
+
+if TYPE_CHECKING:
+    from ..config import Config
+    from ..model import HierarchicalTransformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prophet(CrossEntropy):
+    kind: ClassVar[str] = 'prophet'
+
+    @classmethod
+    def from_config(cls, config: Config) -> list[Prophet]:
+        weights = [
+            # here it would be the cross entropy once more
+            0.0 if level.compression == 1 and i in config.predict_from else level.prophet_loss_weight
+            for i, level in enumerate(config.levels)
+        ]
+        objectives = cls.per_level(config, weights)
+        if any(level.prophet_loss_weight for level in config.levels) and not objectives:
+            warnings.warn(
+                'prophet_loss_weight builds nothing: that of level 1x, which predicts, is the cross entropy',
+                stacklevel=user_frame(),
+            )
+        return objectives
+
+    def modules(self, config: Config) -> dict[str, nn.Module]:
+        assert self.level is not None
+        dim = config.levels[self.level].dim
+        return {'to_prophet': nn.Linear(dim, self.compression * config.num_tokens, bias=False)}
+
+    def targets(self, batch: Batch) -> Targets:
+        windows = future_windows(
+            batch.labels,
+            compression=self.compression,
+            stride=self.stride,
+            ignore_index=batch.ignore_index,
+            offset=batch.offset(self.stride),
+        )
+        return Targets(windows, batch.ignore_index)
+
+    def head(self, model: HierarchicalTransformer) -> nn.Module:
+        return model.to_prophet[str(self.level)]

@@ -1,0 +1,47 @@
+"""A level token reconstructs the ids in its window, as in the published package."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import nn
+
+from .base import Batch, CrossEntropy, Targets, past_windows
+
+if TYPE_CHECKING:
+    from ..config import Config
+    from ..model import HierarchicalTransformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction(CrossEntropy):
+    """The head is `to_recon` of the level's compressor."""
+
+    kind: ClassVar[str] = 'recon'
+
+    recon_sample: float = 1.0
+    """The share of tokens, drawn anew each step, that it is computed from in training mode."""
+
+    @classmethod
+    def from_config(cls, config: Config) -> list[Reconstruction]:
+        weights = [config.recon_loss_weight if c > 1 else 0.0 for c in config.compressions]
+        return cls.per_level(config, weights, recon_sample=config.recon_sample)
+
+    def targets(self, batch: Batch) -> Targets:
+        ignored = batch.recon_ignore_index
+        windows = past_windows(
+            batch.ids,
+            compression=self.compression,
+            stride=self.stride,
+            ignore_index=ignored,
+            offset=batch.offset(self.stride),
+        )
+        return Targets(windows, ignored)
+
+    def head(self, model: HierarchicalTransformer) -> nn.Module:
+        assert self.level is not None
+        return model.compressors[self.level].get_submodule('to_recon')
+
+    def sample(self, model: HierarchicalTransformer) -> float:
+        return self.recon_sample if model.training else 1.0

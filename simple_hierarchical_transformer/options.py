@@ -1,0 +1,117 @@
+"""How options are declared: default, check and one line of help in one place.
+
+`Config` is a dataclass of `option`s. What shows options to people, or passes them on, reads the dataclass.
+"""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import MISSING, Field, field, fields
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar, get_type_hints
+
+from .checks import MOST, MOST_IN_TURN, check_choice, check_int, check_number, check_sequence, is_int
+
+P = ParamSpec('P')
+M = TypeVar('M')
+C = TypeVar('C')
+Check = Callable[[str, Any], object]
+
+
+def option(default: Any = MISSING, *, help: str, check: Check | None = None, per_level: bool = False) -> Any:
+    """A field of `Config`. With `per_level`, it takes one value, or one for each hierarchy, and `check` gets each."""
+    return field(default=default, metadata=dict(help=help, check=check, per_level=per_level))
+
+
+def integer(minimum: int = 1, maximum: int = MOST) -> Check:
+    return lambda name, value: check_int(name, value, minimum, maximum)
+
+
+def choice(*allowed: str) -> Check:
+    return lambda name, value: check_choice(name, value, allowed)
+
+
+def optional(check: Check) -> Check:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f'{name} must be True or False, got {value!r}')
+
+
+def check_id(name: str, value: Any) -> None:
+    if not is_int(value):
+        raise ValueError(f'{name} must be an integer, got {value!r}')
+    check_int(name, value, -MOST)
+
+
+def check_power_of_two(name: str, value: Any) -> None:
+    if check_int(name, value, 2) & (value - 1):
+        raise ValueError(f'{name} must be a power of two, got {value}')
+
+
+def check_share(name: str, value: Any) -> None:
+    if check_number(name, value) >= 1:
+        raise ValueError(f'{name} must be at least 0 and below 1, got {value!r}')
+
+
+def check_sample(name: str, value: Any) -> None:
+    if not 0 < check_number(name, value) <= 1:
+        raise ValueError(f'{name} must be above 0 and at most 1, got {value!r}')
+
+
+def orders(least: int) -> Check:
+    """Checks a sequence of different integers, each at least `least`."""
+
+    def check(name: str, value: Any) -> None:
+        check_sequence(name, value)
+        for order in value:
+            check_int(name, order, least, MOST_IN_TURN)
+        if len(set(value)) != len(value):
+            raise ValueError(f'{name} must all differ, got {value!r}')
+
+    return check
+
+
+def default_of(each: Field[Any]) -> str:
+    """The default of an option as Python writes it, empty where it has none."""
+    return '' if each.default is MISSING else repr(each.default)
+
+
+def describe(config: type[Any], width: int = 110) -> str:
+    """All options with their defaults and help, as the `Args` section of a docstring."""
+    lines = []
+    for each in fields(config):
+        text = f'{each.name}: {each.metadata["help"]}'
+        if each.default is not MISSING:
+            text += f' Default: {default_of(each)}.'
+        lines += textwrap.wrap(text, width, initial_indent=' ' * 8, subsequent_indent=' ' * 12)
+    return '\n'.join(lines)
+
+
+def takes_options(config: Callable[P, C]) -> Callable[[Callable[[M, C], None]], Callable[Concatenate[M, P], None]]:
+    """Decorates a constructor that takes a `config`, so that callers give its options as keyword arguments."""
+    given = inspect.signature(config)
+    annotations = {**get_type_hints(config.__init__), 'return': type(None)}
+
+    def decorate(init: Callable[[M, C], None]) -> Callable[Concatenate[M, P], None]:
+        @wraps(init, assigned=('__module__', '__name__', '__qualname__', '__doc__'))
+        def with_options(self: M, *args: P.args, **kwargs: P.kwargs) -> None:
+            try:
+                given.bind(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f'{init.__qualname__}() {error}') from None
+            init(self, config(*args, **kwargs))
+
+        own = inspect.Parameter('self', inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        signature = inspect.Signature([own, *given.parameters.values()], return_annotation=None)
+        vars(with_options)['__signature__'] = signature
+        with_options.__annotations__ = annotations
+        # what unwraps functions would find a constructor that takes a config
+        del vars(with_options)['__wrapped__']
+        return with_options
+
+    return decorate
