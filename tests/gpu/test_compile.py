@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from contracts.cases import NO_LOSSES, RECIPE, TWO, WINDOW, build, words
 from torch._dynamo.utils import counters
 
-from .cases import NO_LOSSES, RECIPE, TWO, WINDOW, build, words
 from .compare import assert_gradients_close, assert_losses_close, cosine, loss_and_gradients
 
 pytestmark = pytest.mark.gpu

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from contracts.cases import BASE, LEVELS, NO_LOSSES, RECIPE, TWO, WINDOW, build, words
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -21,7 +22,6 @@ from simple_hierarchical_transformer.embeddings import NGramEmbedding
 from simple_hierarchical_transformer.training import checkpoints, cost, optim
 from simple_hierarchical_transformer.training.optim import OPTIMIZERS, build_optimizer
 
-from .cases import BASE, LEVELS, NO_LOSSES, RECIPE, TWO, WINDOW, build, words
 from .compare import assert_gradients_close, assert_losses_close, gradients_of, loss_and_gradients, peak_memory
 
 pytestmark = pytest.mark.gpu

@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import build as build_drawn
 from conftest import configs
+from contracts.cases import CASES, build, words
 from hypothesis import given, settings
 from torch import Tensor
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 
-from .cases import CASES, build, words
 from .compare import (
     PRECISIONS,
     Precision,

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from contracts.cases import CASES, LEVELS, RECIPE, WINDOW, build, words
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.mixers import MIXERS
 from simple_hierarchical_transformer.training.optim import build_optimizer
 
-from .cases import CASES, LEVELS, RECIPE, WINDOW, build, words
 from .compare import assert_losses_close, cosine, loss_and_gradients, norm
 from .test_options import read_in_chunks
 
