@@ -70,7 +70,7 @@ def train_here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture(scope='session')
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text of a small grammar: more than 4 bits per byte before training, well below 1 after."""
+    """A text of a small grammar: 4 bits per byte or more before training, well below 1 after."""
     draw = random.Random(0)
     words = [('the', 'a'), ('old', 'young', 'wise'), ('king', 'queen', 'fox'), ('sees', 'hears'), ('us', 'you')]
     folder = tmp_path_factory.mktemp('corpus')

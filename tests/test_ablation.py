@@ -19,7 +19,7 @@ from simple_hierarchical_transformer.training.cost import level_of
 @pytest.mark.parametrize(
     'option', [dict(merge_into='all'), dict(merge='attention'), dict(arrangement='hourglass')], ids=str
 )
-def test_a_silent_level_is_not_heard(option: dict[str, Any]) -> None:
+def test_an_ablated_level_does_not_affect_the_outputs(option: dict[str, Any]) -> None:
     config = {**UNEVEN, **option}
     model, ids = build(config), torch.randint(0, 11, (2, 20))
     plain = model(ids)
@@ -32,7 +32,7 @@ def test_a_silent_level_is_not_heard(option: dict[str, Any]) -> None:
     assert torch.equal(model(ids), plain)
     assert len({tuple(x.flatten().tolist()) for x in (plain, without, alone)}) == 3
 
-    # whatever the level's own weights are
+    # the outputs do not depend on the weights of the ablated level
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if level_of(name) == 1:
@@ -43,7 +43,7 @@ def test_a_silent_level_is_not_heard(option: dict[str, Any]) -> None:
 
 
 class Columns(nn.Module):
-    """Some columns alone, and then a module."""
+    """Keeps some columns of the input of a module and zeroes the rest."""
 
     def __init__(self, columns: Tensor, module: nn.Module) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Columns(nn.Module):
         return self.module(x * self.columns)
 
 
-def test_ablation_is_zero_in_the_level_s_columns() -> None:
+def test_ablation_zeroes_the_columns_of_the_level() -> None:
     config = dict(UNEVEN, predict_use_all_hierarchy=True, merge_into='all')
     model, ids = build(config), torch.randint(0, 11, (2, 20))
     with model.ablate(8):
@@ -71,7 +71,7 @@ def test_ablation_is_zero_in_the_level_s_columns() -> None:
     torch.testing.assert_close(model(ids), silent)
 
 
-def test_a_compiled_model_hears_of_ablation() -> None:
+def test_a_compiled_model_respects_ablation() -> None:
     model, ids = build(UNEVEN), torch.randint(0, 11, (2, 20))
     torch._dynamo.reset()
     compiled = torch.compile(model, backend='eager')
@@ -81,7 +81,7 @@ def test_a_compiled_model_hears_of_ablation() -> None:
             torch.testing.assert_close(compiled(ids), model(ids))
 
 
-def test_threads_silence_levels_for_themselves_alone() -> None:
+def test_ablation_affects_its_own_thread_only() -> None:
     model, ids = build(UNEVEN), torch.randint(0, 11, (2, 20))
     plain = model(ids)
     with model.ablate(8):
@@ -91,7 +91,7 @@ def test_threads_silence_levels_for_themselves_alone() -> None:
         other = model.ablate(8)
         with model.ablate(4):
             assert torch.equal(pool.submit(model, ids).result(), plain)
-            # the other thread enters inside, and leaves after
+            # the other thread enters its ablation within this one and leaves it later
             pool.submit(other.__enter__).result()
             assert torch.equal(pool.submit(model, ids).result(), silent)
         assert torch.equal(model(ids), plain)
@@ -111,13 +111,13 @@ def test_ablations_end_in_any_order() -> None:
         each.__enter__()
     for each in (first, second):
         each.__exit__(None, None, None)
-        # one of two that say the same is left
+        # of two equal ablations, one is still active
         assert torch.equal(model(ids), silent)
     again.__exit__(None, None, None)
     assert torch.equal(model(ids), plain)
 
 
-def test_a_copy_made_during_an_ablation_hears_all_levels() -> None:
+def test_a_copy_made_during_an_ablation_uses_all_levels() -> None:
     model, ids = build(UNEVEN), torch.randint(0, 11, (2, 20))
     plain = model(ids)
     with model.ablate(8):
@@ -126,7 +126,7 @@ def test_a_copy_made_during_an_ablation_hears_all_levels() -> None:
 
 
 def test_a_replica_of_another_thread_keeps_the_ablation() -> None:
-    """As nn.DataParallel makes them."""
+    """The replica is made as nn.DataParallel makes it."""
     model, ids = build(UNEVEN), torch.randint(0, 11, (2, 20))
     with model.ablate(8), ThreadPoolExecutor(1) as pool:
         silent, replica = model(ids), model._replicate_for_data_parallel()
@@ -134,7 +134,7 @@ def test_a_replica_of_another_thread_keeps_the_ablation() -> None:
         assert torch.equal(pool.submit(replica, ids).result(), silent)
 
 
-def test_in_an_hourglass_those_inside_a_silent_level_fall_silent() -> None:
+def test_ablating_a_level_of_an_hourglass_ablates_those_inside() -> None:
     model = build(dict(UNEVEN, arrangement='hourglass', predict_use_all_hierarchy=True))
     ids = torch.randint(0, 11, (2, 20))
     with model.ablate(4):
@@ -145,7 +145,7 @@ def test_in_an_hourglass_those_inside_a_silent_level_fall_silent() -> None:
         pass
 
 
-def test_ablation_refuses() -> None:
+def test_ablation_refuses_bad_hierarchies() -> None:
     model = HierarchicalTransformer(**UNEVEN)
     for hierarchies, message in (
         ((2,), r'ablate takes one or more of hierarchies \[1, 8, 4\], got \(2,\)'),

@@ -14,14 +14,14 @@ from simple_hierarchical_transformer.training.settings import PRESETS
 
 
 def adapted(model: nn.Module, **config: Any) -> Any:
-    """The model with LoRA adapters that begin with random weights."""
+    """The model with LoRA adapters of random initial weights."""
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **config))  # type: ignore[arg-type]
 
 
 def preset(name: str) -> dict[str, Any]:
-    """A preset's options at a size for tests."""
+    """The options of a preset at a small size."""
     config = {**PRESETS[name]['model'], 'num_tokens': 256, 'seq_len': 64, 'ngram_rows': 64}
     return config | (dict(dim=32, depth=(2, 1), heads=2, dim_head=16) if name == 'gpu' else {})
 
@@ -29,7 +29,7 @@ def preset(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize('kind', [*KINDS, *PRESETS])
 def test_lora_trains_and_merges_on_every_linear_map_and_convolution(kind: str) -> None:
     config = preset(kind) if kind in PRESETS else {**KIND_BASE, **KINDS[kind]}
-    # in float64 for what is merged to be the same to 1e-5 and not to rounding of large sums
+    # in float64, so that large sums do not round merged weights by more than 1e-5
     model = HierarchicalTransformer(**config).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -66,8 +66,8 @@ def test_norms_saved_beside_adapters_are_trained() -> None:
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_int8_weights_score_and_write_as_the_model_does(kind: str) -> None:
-    """At a width that the fast kernels serve, where they must leave the quantized layers alone."""
+def test_int8_weights_score_and_generate_like_the_model(kind: str) -> None:
+    """The width is one that the fast kernels support. They must not run on quantized layers."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     model = HierarchicalTransformer(**{**KIND_BASE, **KINDS[kind], 'dim': 256, 'depth': 1}).eval()

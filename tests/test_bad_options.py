@@ -220,7 +220,7 @@ HOSTILE: tuple[Any, ...] = (
 
 
 def build_or_refuse(**arguments: Any) -> None:
-    """On 'meta', where memory is no matter: more elements than can be counted end with torch's own error."""
+    """Builds a model on the meta device, which needs no memory. torch refuses sizes that overflow."""
     try:
         with torch.device('meta'):
             HierarchicalTransformer(**arguments)
@@ -233,7 +233,7 @@ def build_or_refuse(**arguments: Any) -> None:
 
 @pytest.mark.filterwarnings('ignore::UserWarning')
 @pytest.mark.parametrize('name', inspect.signature(HierarchicalTransformer).parameters)
-def test_constructor_builds_or_refuses_whatever_comes(name: str) -> None:
+def test_constructor_builds_or_refuses_any_value(name: str) -> None:
     good = dict(GOOD, dim=(8, 8), hierarchies=(1, 4), hierarchical_stride=(1, 4), merge='attention', merge_window=1)
     for value in HOSTILE:
         build_or_refuse(**{**good, 'quantized_loss_weight': 0.1, 'ngrams': (2,), name: value})
@@ -249,7 +249,7 @@ def test_constructor_builds_or_refuses_whatever_comes(name: str) -> None:
         if name not in ('dim', 'dim_head', 'heads', 'window', 'length', 'layer', 'backend')
     ],
 )
-def test_mixers_are_built_or_refuse_whatever_comes(mixer: str, name: str) -> None:
+def test_mixers_are_built_or_refuse_any_value(mixer: str, name: str) -> None:
     for value in HOSTILE:
         for others in ({}, {'pattern': 'fixed'}) if mixer == 'attention' else ({},):
             build_or_refuse(**GOOD, mixer=mixer, mixer_kwargs={**others, name: value})

@@ -57,7 +57,7 @@ def test_phase_groups_cover_each_token_once(start: int, length: int, phases: int
     assert sorted(seen) == list(range(length))
 
 
-def test_gated_residual_written_out() -> None:
+def test_gated_residual_equals_its_definition() -> None:
     gate = GRUGate(6).double()
     x, y = torch.randn(2, 2, 5, 6, dtype=torch.float64)
     nn.init.normal_(gate.bias)
@@ -67,14 +67,14 @@ def test_gated_residual_written_out() -> None:
     h = torch.tanh(part @ w[2].T + (r * x) @ gate.of_reset.weight.T)
     torch.testing.assert_close(gate(x, y), (1 - z) * x + z * h)
 
-    # it begins by letting the stream pass
+    # at first the gate passes the residual stream on
     model, plain = (HierarchicalTransformer(**{**UNEVEN, 'residual': residual}) for residual in ('gru', 'add'))
     assert sum(p.numel() for p in model.parameters()) > sum(p.numel() for p in plain.parameters())
     fresh = GRUGate(6)
     assert fresh(x.float(), torch.zeros_like(x).float()).sub(x).norm() < 0.3 * x.norm()
 
 
-def test_pieces_of_a_feed_forward_are_the_whole() -> None:
+def test_ff_chunks_change_no_gradient() -> None:
     whole, pieces = build(UNEVEN), build(dict(UNEVEN, ff_chunks=5))
     ids = torch.randint(0, 11, (2, 23))
     gradients = []

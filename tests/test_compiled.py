@@ -22,7 +22,7 @@ def gradients(model: HierarchicalTransformer, run: Any, ids: Tensor) -> tuple[Te
 
 @pytest.mark.parametrize('checkpointing', [False, True])
 @pytest.mark.parametrize('changes', [{}, dict(hierarchies=1, hierarchical_stride=1, window_sizes=None, dim=8)])
-def test_training_step_compiles_whole(changes: dict[str, Any], checkpointing: bool) -> None:
+def test_a_training_step_compiles_to_one_graph(changes: dict[str, Any], checkpointing: bool) -> None:
     model = build({**TWO_LEVELS, **changes, 'gradient_checkpointing': checkpointing})
     ids = torch.randint(0, 11, (2, 33))
     torch._dynamo.reset()
@@ -36,12 +36,12 @@ def test_training_step_compiles_whole(changes: dict[str, Any], checkpointing: bo
         ({}, 2),
         (dict(gradient_checkpointing=True), 2),
         (dict(arrangement='hourglass', hierarchical_stride=(1, 4)), 2),
-        # parts of blocks by themselves, without gradients at first
+        # parts of blocks are compiled on their own, first without gradients
         (dict(reversible=True), 6),
     ],
     ids=['parallel', 'checkpointed', 'hourglass', 'reversible'],
 )
-def test_blocks_are_compiled_once_for_each_level(changes: dict[str, Any], graphs: int) -> None:
+def test_blocks_are_compiled_once_per_level(changes: dict[str, Any], graphs: int) -> None:
     config = dict(num_tokens=11, dim=16, depth=4, dim_head=8, heads=2, seq_len=64, hierarchies=(1, 4), window_sizes=4)
     model, ids = build({**config, **changes}), torch.randint(1, 11, (2, 41))
     names, exact = list(model.state_dict()), gradients(model, model, ids)

@@ -15,7 +15,7 @@ from support.exported import ONE_LEVEL, RECIPE, words
     ('config', 'most'),
     [
         ({**RECIPE, 'word_ngrams': (), 'word_recall': ()}, 4),
-        # a graph for each size of a block or of a Fourier transform, not for each length
+        # one graph per size of a block or of a Fourier transform, not per length
         (dict(ONE_LEVEL, mixer='gateloop'), 8),
         (dict(ONE_LEVEL, mixer='s4d', mixer_kwargs=dict(state_dim=8)), 14),
     ],
@@ -32,7 +32,7 @@ def test_few_graphs_serve_all_lengths(config: dict[str, Any], most: int) -> None
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=backend, dynamic=True, fullgraph=True)
     for n in range(6, 126, 10):
-        # even and odd, of whole rounds over phases and others, shorter and longer than a block of queries
+        # even and odd lengths, multiples of the phases or not, shorter and longer than a block of queries
         ids = words(2, n + n // 6 % 4)
         torch.testing.assert_close(compiled(ids, return_loss=True)[0], model(ids, return_loss=True)[0])
     assert graphs <= most

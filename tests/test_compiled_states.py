@@ -55,7 +55,7 @@ def test_compiled_steps_consume_their_state() -> None:
     [dict(depth=1), dict(depth=1, merge='attention', merge_window=1, compressor='attention')],
     ids=['plain', 'attention'],
 )
-def test_compiled_steps_need_a_graph_for_each_phase_and_no_more(option: dict[str, Any]) -> None:
+def test_compiled_steps_need_one_graph_per_phase(option: dict[str, Any]) -> None:
     model, graphs = build({**THREE, **option}), 0
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -72,7 +72,7 @@ def test_compiled_steps_need_a_graph_for_each_phase_and_no_more(option: dict[str
         out, state = compiled(ids[:, at : at + 1], state=state, return_state=True)
         outs.append(out)
         after[at] = graphs
-    # eight positions apart every level stands in the same phase; the first graph takes its position for a constant
+    # every level returns to the same phase after eight positions; the first graph treats its position as a constant
     assert 1 < after[19] == graphs <= 9
     whole, _ = model(ids, return_state=True)
     torch.testing.assert_close(torch.cat(outs, dim=1), whole[:, 3:], rtol=0, atol=1e-10)

@@ -55,7 +55,7 @@ def a_level(compression: int, stride: int, compressor: str, dim: int = 6) -> Lev
     c=st.sampled_from([2, 4, 8]), s=st.sampled_from([1, 2, 4, 8]), dilation=st.sampled_from([1, 2]),
     n=st.integers(1, 30), dim=st.sampled_from([5, 6]),
 )  # fmt: skip
-def test_compressors_written_out(c: int, s: int, dilation: int, n: int, dim: int) -> None:
+def test_compressors_equal_their_definitions(c: int, s: int, dilation: int, n: int, dim: int) -> None:
     s = min(s, c)
     x = torch.randn(2, n, dim, dtype=torch.float64)
 

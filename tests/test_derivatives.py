@@ -17,8 +17,8 @@ from simple_hierarchical_transformer.ops.scan import scan
 
 
 @pytest.mark.parametrize('kind', ['attention', 's4d', 'gateloop', 'all losses'])
-def test_second_derivatives_are_whole(kind: str) -> None:
-    """A Hessian times a vector is how the gradient moves along it, where no target is detached."""
+def test_second_derivatives_are_exact(kind: str) -> None:
+    """A Hessian-vector product equals the change of the gradient along the vector, if no target is detached."""
     changes = {} if kind in ('s4d', 'gateloop') else dict(mixer='simple-gateloop')
     model = HierarchicalTransformer(
         **{**KIND_BASE, **KINDS[kind], **changes, 'depth': 1}, next_latent_loss_weight=0
@@ -72,7 +72,7 @@ def test_a_flop_counter_sees_a_training_step(kind: str) -> None:
     ids = torch.randint(0, 13, (1, 33))
     with FlopCounterMode(display=False) as counter:
         loss_of(model, ids).backward()
-    # forward and backward, as many as without a counter: twice the products of the forward pass for gradients
+    # the backward pass takes twice the products of the forward pass
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         loss_of(model, ids)
     assert counter.get_total_flops() > 2 * forward.get_total_flops()

@@ -9,8 +9,8 @@ from torch import nn
 from simple_hierarchical_transformer.halting import AdaptiveHalting
 
 
-def test_tokens_halt_by_themselves() -> None:
-    """Token by token: the mean of its steps by its probabilities, of which the last is what is left."""
+def test_each_token_halts_independently() -> None:
+    """A token's output is the mean of its steps, weighted by its probabilities. The last weight is the remainder."""
     steps, n = 5, 40
     halt = AdaptiveHalting(6).double()
     nn.init.normal_(halt.to_halt.weight)
@@ -31,19 +31,19 @@ def test_tokens_halt_by_themselves() -> None:
                 total, output = total + probability, output + probability * made[i, b, t]
             torch.testing.assert_close(pondered.output[b, t], output + (1 - total) * made[i, b, t])
             torch.testing.assert_close(pondered.cost[b, t], i + 1 + 1 - total)
-            # a token that has ended stays
+            # a token that has halted does not change
             assert all(torch.equal(x[b, t], made[min(k, i), b, t]) for k, x in enumerate(seen))
             taken.add(i)
     assert len(taken) > 2
 
 
-def test_pondering_costs_and_ends() -> None:
+def test_the_ponder_loss_and_early_halting() -> None:
     config = dict(UNEVEN, share_layers=True, depth=4, halting='act', predict_use_all_hierarchy=True)
     config |= dict(recon_loss_weight=0.0, next_latent_loss_weight=0.0)
     model, ids = build(dict(config, ponder_loss_weight=0.5)), torch.randint(0, 11, (2, 25))
     loss, parts = model(ids, return_loss=True)
     assert set(parts.named) == {'ce', 'ponder/1x', 'ponder/8x', 'ponder/4x'}
-    # without the logits of the others, theirs do not halt: what they tell on the way is their last step's
+    # levels that do not predict do not halt
     some = build(dict(config, predict_use_all_hierarchy=False))
     assert set(some(ids, return_loss=True)[1].named) == {'ce', 'ponder/1x'}
     assert all(1 <= parts.named[f'ponder/{c}x'] <= 5 for c in (1, 4, 8))
@@ -56,6 +56,6 @@ def test_pondering_costs_and_ends() -> None:
         for halt in model.halting.values():
             halt.to_halt.bias.fill_(20)
         _, parts = model(ids, return_loss=True)
-    # all end with the first step, and no other is taken
+    # all tokens halt after the first step, so no other step runs
     assert len(ran) == 3
     torch.testing.assert_close(parts.named['ponder/1x'], torch.tensor(2.0, dtype=torch.float64))

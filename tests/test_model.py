@@ -44,7 +44,7 @@ def test_one_hierarchy_is_a_plain_gpt(window: int | None) -> None:
     assert torch.equal(model(ids), gpt(ids))
 
 
-def test_predicting_level_decides_over_the_width_of_the_head() -> None:
+def test_the_predicting_level_sets_the_width_of_the_head() -> None:
     config = dict(SMALL, dim=(4, 8, 6), hierarchies=(4, 1, 2))
     ids = torch.randint(0, 11, (1, 9))
     for chosen, width in ((None, 8), (4, 4), (1, 8), (2, 6)):
@@ -77,7 +77,7 @@ def test_ids_of_any_integer_dtype(dtype: torch.dtype) -> None:
     assert torch.equal(model(ids.to(dtype), return_loss=True)[0], model(ids, return_loss=True)[0])
 
 
-def test_bfloat16_model_stays_bfloat16_and_near() -> None:
+def test_a_bfloat16_model_returns_bfloat16_near_float32() -> None:
     model, ids = HierarchicalTransformer(**THREE), torch.randint(0, 11, (2, 40))
     half = copy.deepcopy(model).bfloat16()
     logits = half(ids)
@@ -91,8 +91,8 @@ def test_model_survives_deepcopy_and_device_moves() -> None:
     model.to('meta')
 
 
-def test_learns_a_sequence_by_heart() -> None:
-    """A copy task over a distance that the fine level's window cannot reach, only the coarse levels'."""
+def test_learns_to_repeat_a_sequence() -> None:
+    """A copy task over a distance that only the coarse level can reach."""
     model = HierarchicalTransformer(
         num_tokens=16, dim=32, depth=2, seq_len=64, dim_head=16, heads=2, hierarchies=(1, 4), window_sizes=(2, None)
     )
@@ -117,8 +117,8 @@ def test_learns_a_sequence_by_heart() -> None:
     ],
     ids=str,
 )
-def test_hears_of_what_the_fine_window_cannot_see(option: dict[str, Any]) -> None:
-    """The first id comes again at the end: a copy over a distance that only coarse levels reach."""
+def test_coarse_levels_reach_beyond_the_fine_window(option: dict[str, Any]) -> None:
+    """The last id repeats the first: a copy over a distance that only coarse levels reach."""
     torch.manual_seed(0)
     small = dict(num_tokens=8, dim=24, depth=2, seq_len=24, dim_head=12, heads=2, window_sizes=(1, None))
     levels = dict(hierarchies=(1, 4), hierarchical_stride=(1, 4), recon_loss_weight=0.0, next_latent_loss_weight=0.0)

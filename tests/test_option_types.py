@@ -20,7 +20,7 @@ GOOD: dict[str, Any] = dict(num_tokens=11, dim=8, depth=1, seq_len=16, dim_head=
 
 
 class Items(Sequence[Any]):
-    """A sequence that is no list, as those of configuration libraries."""
+    """A sequence that is not a list, like those of configuration libraries."""
 
     def __init__(self, *items: Any) -> None:
         self.items = items
@@ -33,7 +33,7 @@ class Items(Sequence[Any]):
 
 
 class Settings(Mapping[str, Any]):
-    """A mapping that is no dict, likewise."""
+    """A mapping that is not a dict, like those of configuration libraries."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
@@ -80,7 +80,7 @@ PLAIN: dict[str, Any] = dict(
 
 
 def converted(value: Any, number: Callable[[Any], Any], sequence: Callable[[list[Any]], Any]) -> Any:
-    """The same value with other types for its numbers, and for its sequences of numbers."""
+    """The same value with other types for numbers and for sequences of numbers."""
     if isinstance(value, dict):
         return Settings({key: converted(each, number, sequence) for key, each in value.items()})
     if isinstance(value, list) and all(isinstance(each, (int, float)) for each in value):
@@ -132,7 +132,7 @@ def test_constructor_takes_ranges() -> None:
     assert [(level.compression, level.heads) for level in model.levels] == [(1, 2), (2, 1)]
 
 
-def test_every_argument_that_takes_integers_takes_those_of_numpy() -> None:
+def test_numeric_arguments_take_numpy_numbers() -> None:
     parameters = inspect.signature(HierarchicalTransformer).parameters
     defaults = {name: p.default for name, p in parameters.items() if type(p.default) in (int, float)}
     assert len(defaults) > 20

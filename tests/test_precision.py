@@ -32,7 +32,7 @@ def test_autocast_is_safe(dtype: torch.dtype, backend: str) -> None:
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('grad', [False, True])
-def test_autocast_reads_with_a_state(dtype: torch.dtype, grad: bool) -> None:
+def test_autocast_works_with_a_state(dtype: torch.dtype, grad: bool) -> None:
     model, ids = HierarchicalTransformer(**THREE), torch.randint(0, 11, (2, 30))
     exact = model(ids)
     with torch.autocast('cpu', dtype=dtype), torch.set_grad_enabled(grad):

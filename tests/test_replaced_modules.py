@@ -70,7 +70,7 @@ def test_dropout_draws_the_same_numbers_when_layers_are_computed_again(changes: 
     after = torch.rand(1)
     names = ('token_emb.weight', 'layers.0.1.attn.to_out.weight', 'layers.1.0.ff.net.1.weight')
     for parameter in map(model.get_parameter, names):
-        # central differences, with the same dropout each time
+        # central differences with the same dropout mask
         place, step = (3, 2), 1e-6
         ends = []
         with torch.no_grad():
@@ -79,14 +79,14 @@ def test_dropout_draws_the_same_numbers_when_layers_are_computed_again(changes: 
                 ends.append(loss_of(model, ids))
                 parameter[place] -= sign * step
         torch.testing.assert_close(parameter.grad[place], (ends[0] - ends[1]) / (2 * step), rtol=1e-5, atol=1e-8)
-    # the backward pass leaves the generator where the forward pass left it
+    # the backward pass restores the state of the generator
     loss_of(model, ids)
     assert torch.equal(torch.rand(1), after)
 
 
 @pytest.mark.parametrize('kind', ['reversible', 'shared', 'all losses'])
 def test_replicas_of_data_parallel_have_all_gradients(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # its replication is for CUDA alone: here each replica gets views in place of copies
+    # replication needs CUDA: here a replica gets views instead of copies
     module = importlib.import_module('torch.nn.parallel.replicate')
     monkeypatch.setattr(module, '_get_device_index', lambda device, _: device)
     monkeypatch.setattr(
@@ -135,7 +135,7 @@ def test_a_patched_class_takes_effect(kind: type[nn.Module], monkeypatch: pytest
 
 
 @pytest.mark.parametrize('settings', [dict(groups=2), dict(padding=1), dict(dilation=2, padding=2)])
-def test_a_convolution_of_other_settings_is_called(settings: dict[str, Any]) -> None:
+def test_a_convolution_with_other_settings_is_called(settings: dict[str, Any]) -> None:
     conv = nn.Conv1d(4, 6, 3, **settings)
     windows = torch.randn(2, 5, 12)
     expected = conv(windows.view(10, 4, 3))[..., 0].view(2, 5, 6)

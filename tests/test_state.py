@@ -12,7 +12,7 @@ from torch import Tensor
 from simple_hierarchical_transformer import HierarchicalTransformer
 
 
-def test_state_size_is_as_promised() -> None:
+def test_a_state_has_the_documented_size() -> None:
     model = HierarchicalTransformer(
         num_tokens=11,
         dim=(8, 16, 4),
@@ -55,7 +55,7 @@ def test_clone_branches_and_select_reorders(config: dict[str, Any]) -> None:
         _, state = model(ids[:, :13], return_state=True)
         branch, other = state.clone(), state.select([2, 0, 0, 1])
 
-        # the first goes another way, and takes nothing with it
+        # the original state reads other ids, and its copies do not change
         model(torch.randint(0, 11, (3, 9)), state=state, return_state=True)
         torch.testing.assert_close(model(ids[:, 13:], state=branch, return_state=True)[0], whole[:, 13:])
         order = torch.tensor([2, 0, 0, 1])
@@ -83,7 +83,7 @@ def test_gradients_flow_through_a_state_until_detached(config: dict[str, Any]) -
     for x, y in zip(whole, chunked, strict=True):
         torch.testing.assert_close(x, y)
 
-    # the second chunk's loss alone trains the first chunk's embeddings only where the state is not detached
+    # the loss of the second chunk trains the embeddings of the first only if the state is not detached
     ids = torch.cat((torch.zeros(1, 9, dtype=torch.long), torch.ones(1, 9, dtype=torch.long)), dim=1)
     for detach in (False, True):
         _, state = model(ids[:, :9], return_state=True)
@@ -105,7 +105,7 @@ def test_state_has_the_dtype_of_the_model(dtype: torch.dtype) -> None:
     assert state.to(torch.float64).dtype == torch.float64
 
 
-def test_a_state_of_a_graph_is_not_written_over() -> None:
+def test_a_state_with_gradients_is_not_overwritten() -> None:
     model, ids = build(THREE), torch.randint(0, 11, (2, 30))
     first, state = model(ids[:, :9], return_state=True)
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_a_state_of_a_graph_is_not_written_over() -> None:
 
 
 def test_a_state_of_another_dtype_shares_no_memory() -> None:
-    """Ids are whole numbers in every dtype, so a conversion leaves them as they are."""
+    """A conversion leaves ids as integers, and must copy them."""
     model, ids = build(dict(THREE, recall=(2,), ngrams=(2,))), torch.randint(0, 11, (2, 20))
     with torch.no_grad():
         _, state = model(ids[:, :9], return_state=True)
@@ -134,7 +134,7 @@ def test_a_state_of_another_dtype_shares_no_memory() -> None:
     [THREE, STRIDED, dict(THREE, mixer=('attention', 'hyena', 's4d'), window_sizes=4, recall=(2,), ngrams=(2,))],
     ids=['three', 'strided', 'mixers'],
 )
-def test_a_state_of_inference_mode_is_read_outside_of_it(config: dict[str, Any], grad: bool) -> None:
+def test_a_state_made_in_inference_mode_works_outside_of_it(config: dict[str, Any], grad: bool) -> None:
     model, ids = build(config), torch.randint(0, 11, (2, 20))
     whole = model(ids)
     with torch.inference_mode():
@@ -149,7 +149,7 @@ def test_a_state_of_inference_mode_is_read_outside_of_it(config: dict[str, Any],
     if grad:
         outs[-1].sum().backward()
 
-    # and the other way round
+    # a state made outside of inference mode works within it
     with torch.no_grad():
         _, state = model(ids[:, :9], return_state=True)
     with torch.inference_mode():
@@ -159,7 +159,7 @@ def test_a_state_of_inference_mode_is_read_outside_of_it(config: dict[str, Any],
 
 @torch.no_grad()
 @pytest.mark.parametrize('merging', [{}, dict(merge='attention', merge_into='all', merge_window=1)], ids=str)
-def test_a_state_hangs_on_no_loss(merging: dict[str, Any]) -> None:
+def test_a_state_does_not_depend_on_the_losses(merging: dict[str, Any]) -> None:
     config = {**THREE, **merging}
     off, on = (build(dict(config, recon_loss_weight=w, next_latent_loss_weight=w)) for w in (0.0, 0.2))
     off.load_state_dict(on.state_dict())
@@ -168,7 +168,7 @@ def test_a_state_hangs_on_no_loss(merging: dict[str, Any]) -> None:
     torch.testing.assert_close(off(ids[:, 9:], state=state, return_state=True)[0], on(ids)[:, 9:])
 
 
-def test_a_foreign_state_is_refused() -> None:
+def test_a_state_of_another_model_is_refused() -> None:
     model, ids = build(THREE), torch.zeros(2, 3, dtype=torch.long)
     _, state = model(ids, return_state=True)
     cases = [

@@ -25,7 +25,7 @@ DERIVED: dict[str, Callable[[State], State]] = {
 
 @pytest.mark.parametrize('derive', DERIVED.values(), ids=DERIVED)
 @pytest.mark.parametrize('recall', [(), (2,)])
-def test_nothing_derived_from_a_consumed_state_is_accepted(
+def test_states_derived_from_a_consumed_state_are_refused(
     derive: Callable[[State], State], recall: tuple[int, ...]
 ) -> None:
     model, ids = build(dict(THREE, recall=recall)), torch.randint(0, 11, (2, 20))
@@ -42,7 +42,7 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize('derive', DERIVED.values(), ids=DERIVED)
-def test_a_state_that_a_failed_step_may_have_written_is_refused(derive: Callable[[State], State]) -> None:
+def test_a_state_is_refused_after_a_step_that_failed(derive: Callable[[State], State]) -> None:
     model, ids = build(THREE), torch.randint(0, 11, (2, 20))
 
     def interrupt(*_: Any) -> None:
@@ -60,7 +60,7 @@ def test_a_state_that_a_failed_step_may_have_written_is_refused(derive: Callable
         with pytest.raises(ValueError, match='state at position 9 was consumed'):
             model(ids[:, 9:], state=derive(state), return_state=True)
 
-    # with gradients nothing is written
+    # with gradients a step writes nothing in place
     _, state = model(ids[:, :9], return_state=True)
     fail(state)
     out, _ = model(ids[:, 9:], state=state, return_state=True)

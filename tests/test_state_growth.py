@@ -26,7 +26,7 @@ GROWS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize('grad', [False, True])
 @pytest.mark.parametrize('splits', [[1], [3, 1, 1, 9, 1], [40, 1, 1]])
 @pytest.mark.parametrize('config', GROWS.values(), ids=GROWS)
-def test_a_state_that_grows_gives_what_one_pass_gives(
+def test_a_growing_state_equals_one_pass(
     monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], splits: list[int], grad: bool
 ) -> None:
     model, ids = build(dict(config, depth=1)), torch.randint(0, 11, (2, 3 * SEQ_LEN))
@@ -51,7 +51,7 @@ def test_a_state_that_grows_gives_what_one_pass_gives(
     ids=str,
 )
 @torch.no_grad()
-def test_what_is_held_follows_what_was_read(config: dict[str, Any]) -> None:
+def test_the_size_of_a_state_follows_the_tokens_read(config: dict[str, Any]) -> None:
     model = HierarchicalTransformer(**{**SMALL, 'depth': 1, 'seq_len': 10**9, **config})
     ids = torch.randint(0, 11, (1, 3000))
     _, state = model(ids[:, :1], return_state=True)
@@ -59,13 +59,13 @@ def test_what_is_held_follows_what_was_read(config: dict[str, Any]) -> None:
     assert first < 1_000_000
     for at in range(1, 3000, 500):
         _, state = model(ids[:, at : at + 500], state=state, return_state=True)
-    # no more than twice what was read, beyond what there is room for at first
+    # at most twice the size of the tokens read, above the initial room
     assert first < state.nbytes <= 8 * first
     assert model.generate(ids[:, :5], 3).shape == (1, 3)
 
 
 @pytest.mark.parametrize(('tokens', 'limit'), [(0, 5), (0, 10**9), (1024, 2049), (1026, 2049), (10**9, 10**9)])
-def test_room_is_at_most_twice_what_is_needed(tokens: int, limit: int) -> None:
+def test_room_is_at_most_twice_the_tokens_needed(tokens: int, limit: int) -> None:
     room = room_for(tokens, limit)
     assert min(tokens, limit) <= room <= limit
     assert room < 2 * max(tokens, state_module.ROOM) + 1

@@ -31,7 +31,7 @@ def test_vmap_gives_the_gradients_of_each_sample(config: dict[str, Any]) -> None
     weights = dict(model.named_parameters())
 
     def loss(weights: dict[str, Tensor], ids: Tensor) -> Tensor:
-        # PyTorch does not put back weights of a shared module that it ties
+        # PyTorch does not restore the weights of a shared module if it ties them
         return functional_call(model, weights, (ids, True), tie_weights=False)[0]
 
     each = vmap(grad(loss), (None, 0))({name: p.detach() for name, p in weights.items()}, samples)
@@ -41,13 +41,13 @@ def test_vmap_gives_the_gradients_of_each_sample(config: dict[str, Any]) -> None
             torch.testing.assert_close(each[name][i], torch.zeros_like(each[name][i]) if right is None else right)
 
 
-# what torch.onnx of PyTorch 2.13 names as missing
+# operators that torch.onnx of PyTorch 2.13 reports as missing
 NOT_IN_ONNX = ('prims.', 'aten.cumprod', 'aten.cummax', 'aten.sort.stable')
 
 
 @torch.no_grad()
 @pytest.mark.parametrize('config', [RECIPE, LOSSES, dict(ONE_LEVEL, mixer='lsh')], ids=['recipe', 'parallel', 'lsh'])
-def test_an_exported_model_reads_any_length_and_has_no_operator_that_onnx_lacks(config: dict[str, Any]) -> None:
+def test_an_exported_model_takes_any_length_and_only_operators_of_onnx(config: dict[str, Any]) -> None:
     model = build(config).eval()
     program = export(model, (words(2, 90),), dynamic_shapes={'ids': {1: Dim.AUTO}})
     targets = {str(node.target) for node in program.run_decompositions().graph.nodes if node.op == 'call_function'}
@@ -65,8 +65,8 @@ def test_an_exported_model_reads_any_length_and_has_no_operator_that_onnx_lacks(
     [dict(attn_backend='flex', window_sizes=8), dict(mixer='hyena', mixer_kwargs=dict(fft='monarch'))],
     ids=str,
 )
-def test_an_export_leaves_nothing_behind(config: dict[str, Any]) -> None:
-    """What is kept between calls must be none of an exporter's tensors, which hold no numbers."""
+def test_an_export_leaves_no_cached_tensors(config: dict[str, Any]) -> None:
+    """Caches between calls must not hold tensors of the exporter, which have no values."""
     model, ids = build({**ONE_LEVEL, **config}).float().eval(), words(1, 23)
     exported = export(model, (ids,)).module()
     torch.testing.assert_close(model(ids), exported(ids))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @pytest.mark.parametrize('strides', [(1, 2, 4), (1, 4, 8), (1, 1, 1)])
 @pytest.mark.parametrize(('depth', 'merge'), [(1, 'concat'), (2, 'concat'), (3, 'concat'), (2, 'attention')])
-def test_hourglass_written_out(strides: tuple[int, ...], depth: int, merge: str) -> None:
+def test_hourglass_equals_its_definition(strides: tuple[int, ...], depth: int, merge: str) -> None:
     dims, compressions = (8, 12, 6), (1, 4, 8)
     model = build(
         dict(UNEVEN, dim=dims, depth=depth, hierarchies=compressions, hierarchical_stride=strides, heads=1,
@@ -24,7 +24,7 @@ def test_hourglass_written_out(strides: tuple[int, ...], depth: int, merge: str)
     def inside(j: int, finer: Tensor) -> Tensor:
         x = finer
         if j > 0:
-            # the finer level's tokens that stand for the c positions up to here
+            # the tokens of the finer level that cover the c positions up to this one
             taps, tokens = compressions[j] // compressions[j - 1], []
             pool = model.compressors[j].compress_fn
             for position in range(0, n, strides[j]):
@@ -44,8 +44,8 @@ def test_hourglass_written_out(strides: tuple[int, ...], depth: int, merge: str)
                 back = [inner[:, i * strides[j] // strides[j + 1]] for i in range(x.shape[1])]
                 x = x + net.net(torch.cat((x, torch.stack(back, 1)), dim=-1))
             else:
-                apart = (1, strides[j + 1] // strides[j])
-                x = x + torch.stack([attended(net, (x, inner), apart, 0, i) for i in range(x.shape[1])], dim=1)
+                separate = (1, strides[j + 1] // strides[j])
+                x = x + torch.stack([attended(net, (x, inner), separate, 0, i) for i in range(x.shape[1])], dim=1)
         for block in blocks[half:]:
             x = block(x)[0]
         return x

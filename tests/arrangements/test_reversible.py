@@ -21,7 +21,7 @@ from simple_hierarchical_transformer.training.cost import bytes_kept
 @pytest.mark.parametrize(
     'option', [dict(depth=3), dict(share_layers=True, merge='attention', merge_into='all')], ids=str
 )
-def test_reversible_gradients_are_those_of_the_plain_form(
+def test_reversible_gradients_equal_those_of_kept_activations(
     option: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = dict(UNEVEN, window_sizes=(3, 0, None), reversible=True, **option)
@@ -34,7 +34,7 @@ def test_reversible_gradients_are_those_of_the_plain_form(
     torch.testing.assert_close(ours, torch.autograd.grad(plain, list(model.parameters())), rtol=1e-9, atol=1e-12)
 
 
-def test_reversible_streams_written_out() -> None:
+def test_reversible_streams_equal_their_definition() -> None:
     model, ids = build(dict(UNEVEN, reversible=True, merge_into=(1, 8))), torch.randint(0, 11, (2, 30))
     first = list(model(ids, return_hierarchical_token_embeds=True))
     second = list(first)
@@ -49,7 +49,7 @@ def test_reversible_streams_written_out() -> None:
         torch.testing.assert_close(x, norm((a + b) / 2))
 
 
-def test_reversible_layers_are_not_kept() -> None:
+def test_reversible_layers_keep_no_activations() -> None:
     def kept(depth: int, **changes: Any) -> int:
         config = dict(UNEVEN, dim=32, heads=2, depth=depth, recon_loss_weight=0.0, next_latent_loss_weight=0.0)
         model = HierarchicalTransformer(**{**config, **changes})
@@ -60,7 +60,7 @@ def test_reversible_layers_are_not_kept() -> None:
     assert kept(8, reversible=True) < kept(2)
 
 
-def test_pieces_of_a_feed_forward_are_small_in_reversible_layers_too() -> None:
+def test_ff_chunks_limit_the_largest_tensor_in_reversible_layers() -> None:
     class Largest(TorchDispatchMode):
         size = 0
 

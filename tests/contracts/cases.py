@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -75,7 +76,17 @@ def options_of(function: Any) -> dict[str, tuple[Any, ...]]:
     return {name: tuple(names_in(hint)) for name, hint in hints.items()}
 
 
-MODEL_OPTIONS = options_of(HierarchicalTransformer.__init__)
+def model_options() -> dict[str, tuple[Any, ...]]:
+    """The fields of `Config`, one per constructor argument, each with the names that its annotation lists."""
+    try:
+        from simple_hierarchical_transformer.config import Config
+    except ImportError:
+        return options_of(HierarchicalTransformer.__init__)
+    hints = get_type_hints(Config)
+    return {field.name: tuple(names_in(hints[field.name])) for field in fields(Config)}
+
+
+MODEL_OPTIONS = model_options()
 DEFAULTS = {name: each.default for name, each in inspect.signature(HierarchicalTransformer).parameters.items()}
 # arguments that a level passes to its mixer
 OF_LEVEL = {'dim', 'dim_head', 'heads', 'window', 'length', 'layer', 'backend'}

@@ -75,7 +75,9 @@ def test_any_state_can_be_cloned_and_selected_but_not_read_twice(
 
 @given(config=configs(), n=st.integers(1, 3 * SEQ_LEN), splits=SPLITS, room=st.integers(1, 20))
 @settings(max_examples=20)
-def test_any_state_may_grow(config: dict[str, Any], n: int, splits: list[int], room: int) -> None:
+def test_growing_states_of_random_models_equal_one_pass(
+    config: dict[str, Any], n: int, splits: list[int], room: int
+) -> None:
     model, ids = build(config), torch.randint(0, 11, (1, n))
     with torch.no_grad():
         whole, _ = model(ids, return_state=True)

@@ -37,7 +37,7 @@ def test_every_parameter_takes_part_in_the_loss(config: dict[str, Any], n: int) 
 
 @settings(max_examples=15)
 @given(config=configs(), with_state=st.booleans())
-def test_checkpointing_changes_no_number(config: dict[str, Any], with_state: bool) -> None:
+def test_checkpointing_changes_no_gradient(config: dict[str, Any], with_state: bool) -> None:
     # reversible layers already compute activations again
     config = {**config, 'reversible': False}
     plain, again = build(config), build(dict(config, gradient_checkpointing=True))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class Scaled(nn.Module):
-    """What an adapter does: the module's output, times a number that is learnt. It has no other attribute."""
+    """An adapter: scales the output of a module by a learned number. It has no other attributes."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Scaled(nn.Module):
 
 
 def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts a module in another's place, under all the names that it has."""
+    """Replaces a module by another under all of its names."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is old and parent is not new:
@@ -35,7 +35,7 @@ def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 @settings(max_examples=40)
 @given(config=configs(), kind=st.sampled_from(MAPS))
-def test_a_wrapped_map_or_norm_takes_effect_wherever_it_stands(config: dict[str, Any], kind: type[nn.Module]) -> None:
+def test_a_wrapped_map_or_norm_takes_effect_everywhere(config: dict[str, Any], kind: type[nn.Module]) -> None:
     """A map's or norm's output is linear in its parameters, so a scale of 1 has the gradient sum(p * p.grad)."""
     ids = torch.randint(0, 11, (2, 19))
     model = build(config)
@@ -56,7 +56,7 @@ def test_a_wrapped_map_or_norm_takes_effect_wherever_it_stands(config: dict[str,
         assert scaled.scale.grad is not None, module
         torch.testing.assert_close(scaled.scale.grad, expected, rtol=1e-8, atol=1e-10)
 
-    # a scale of 1.5 does what parameters that are 1.5 times as large do, in a pass and in chunks
+    # a scale of 1.5 equals parameters multiplied by 1.5, in one pass and in chunks
     with torch.no_grad():
         for module, scaled in pairs:
             scaled.scale.fill_(1.5)
@@ -68,8 +68,8 @@ def test_a_wrapped_map_or_norm_takes_effect_wherever_it_stands(config: dict[str,
 
 @settings(max_examples=30)
 @given(config=configs(), backward=st.booleans())
-def test_hooks_fire_and_see_what_the_module_reads_and_gives(config: dict[str, Any], backward: bool) -> None:
-    """On every module, with numbers that stay the same. What a map or a norm got and gave fits its own formula."""
+def test_hooks_fire_with_the_inputs_and_outputs_of_their_module(config: dict[str, Any], backward: bool) -> None:
+    """Hooks fire on every module and change no number. The output of a map or norm equals its own forward."""
     config = {**config, 'reversible': False}
     ids = torch.randint(0, 11, (2, 19))
     model = build(config)

@@ -22,7 +22,7 @@ def test_score_is_the_cross_entropy_in_bits(chunk_size: int | None) -> None:
     assert model.score(ids.expand(3, -1), chunk_size=chunk_size) == pytest.approx(bits)
 
 
-def test_score_of_a_text_longer_than_seq_len_sees_all_that_the_state_holds() -> None:
+def test_score_beyond_seq_len_uses_all_of_the_state() -> None:
     model, ids = build(THREE), torch.randint(1, 11, (1, 500))
     with torch.no_grad():
         logits, _ = model(ids[:, :-1], return_state=True)
@@ -30,7 +30,7 @@ def test_score_of_a_text_longer_than_seq_len_sees_all_that_the_state_holds() -> 
     assert model.score(ids) == pytest.approx(expected, rel=1e-6)
 
 
-def test_score_leaves_ignored_ids_out() -> None:
+def test_score_skips_ignored_ids() -> None:
     model, ids = build(THREE), torch.randint(1, 11, (30,))
     ids[10:20] = 0
     bits, log_probs = model.score(ids, return_log_probs=True)

@@ -8,7 +8,7 @@ from support.configs import UNEVEN, build
 
 
 @pytest.mark.parametrize('merge', ['concat', 'attention'])
-def test_a_silent_level_weighs_nothing(merge: str) -> None:
+def test_an_ablated_level_contributes_nothing(merge: str) -> None:
     model = build(dict(UNEVEN, depth=1, merge=merge, merge_into=(1, 8)))
     ids = torch.randint(0, 11, (2, 20))
     with model.ablate(8):
@@ -22,7 +22,7 @@ def test_a_silent_level_weighs_nothing(merge: str) -> None:
 
 
 @pytest.mark.parametrize('merge', ['concat', 'attention'])
-def test_contributions_are_what_a_level_s_silence_moves(merge: str) -> None:
+def test_contributions_are_the_change_when_a_level_is_ablated(merge: str) -> None:
     model = build(dict(UNEVEN, depth=1, merge=merge, merge_into=(1, 8), merge_window=2 if merge == 'attention' else 0))
     ids = torch.randint(0, 11, (2, 20))
     logits, (found,) = model(ids, return_contributions=True)
@@ -42,7 +42,7 @@ def test_contributions_are_what_a_level_s_silence_moves(merge: str) -> None:
     if merge == 'attention':
         assert weights.shape == (2, 20, 2, 3, 3)
         torch.testing.assert_close(weights.sum(dim=(-1, -2)), torch.ones(2, 20, 2, dtype=torch.float64))
-        # at the first position nothing stands before
+        # no token comes before the first position
         assert not weights[:, 0, :, :, 1:].any()
     else:
         norm, read, *_ = model.hierarchical_merges[0].net
@@ -51,7 +51,7 @@ def test_contributions_are_what_a_level_s_silence_moves(merge: str) -> None:
         torch.testing.assert_close(weights, expected)
 
 
-def test_contributions_of_an_hourglass_stand_as_its_merges() -> None:
+def test_contributions_of_an_hourglass_follow_its_merges() -> None:
     model = build(dict(UNEVEN, arrangement='hourglass'))
     _, found = model(torch.randint(0, 11, (2, 20)), return_contributions=True)
     assert [list(each.norms) for each in found] == [[1], [4]]

@@ -18,7 +18,7 @@ def level(compression: int = 1, stride: int = 1, dim: int = 6, window: int | Non
     return Level(compression, stride, dim, 4, 2, 2, window, 0.0)
 
 
-def test_merge_adds_what_is_pooled_at_each_position() -> None:
+def test_merge_adds_the_pooled_tokens_at_each_position() -> None:
     levels = (level(1, 1, 6), level(4, 4, 3), level(2, 1, 5))
     merge = HierarchicalMerge(levels, into=(0, 1, 2))
     tokens = [torch.randn(2, 10, 6), torch.randn(2, 3, 3), torch.randn(2, 10, 5)]
@@ -43,7 +43,7 @@ def test_merge_leaves_levels_that_receive_nothing() -> None:
 
 @pytest.mark.parametrize('window', [0, 1, 3])
 @pytest.mark.parametrize('strides', [(1, 4, 2), (2, 4, 1)])
-def test_attention_merge_written_out(window: int, strides: tuple[int, ...]) -> None:
+def test_attention_merge_equals_its_definition(window: int, strides: tuple[int, ...]) -> None:
     dims, into = (6, 3, 5), (0, 1)
     levels = [Level(c, s, d, 4, 2, 2, None, 0.0) for c, s, d in zip((2, 8, 4), strides, dims, strict=True)]
     merge = AttentionMerge(levels, into, window=window).double()
@@ -59,7 +59,7 @@ def test_attention_merge_written_out(window: int, strides: tuple[int, ...]) -> N
 
 
 @pytest.mark.parametrize('strides', [(1, 1, 1), (1, 4, 2), (4, 2, 1)])
-def test_concat_merge_written_out(strides: tuple[int, ...]) -> None:
+def test_concat_merge_equals_its_definition(strides: tuple[int, ...]) -> None:
     dims, into = (6, 3, 5), (0, 1)
     levels = [Level(c, s, d, 4, 2, 2, None, 0.0) for c, s, d in zip((4, 8, 2), strides, dims, strict=True)]
     merge = HierarchicalMerge(levels, into).double()
@@ -75,8 +75,8 @@ def test_concat_merge_written_out(strides: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize('merge', ['concat', 'attention'])
-def test_what_is_merged_hangs_on_no_loss(merge: str) -> None:
-    """With a loss a level's end is trained; weights go both ways, and all that the model returns stays as it was."""
+def test_merges_do_not_depend_on_the_losses(merge: str) -> None:
+    """A loss trains the last tokens of a level. Weights load with and without it, and all outputs stay the same."""
     config = dict(UNEVEN, merge=merge, merge_into='all', recon_loss_weight=0.0, next_latent_loss_weight=0.0)
     off, on = build(config), build(dict(config, prophet_loss_weight=0.1), seed=1)
     ids = torch.randint(0, 11, (2, 20))
@@ -89,8 +89,8 @@ def test_what_is_merged_hangs_on_no_loss(merge: str) -> None:
 
 
 @pytest.mark.parametrize('reversible', [False, True])
-def test_the_last_merge_adds_to_what_is_read(reversible: bool) -> None:
-    """What nothing reads is not computed, and there whenever it is asked for, in chunks too."""
+def test_the_last_merge_computes_only_the_receivers_that_are_read(reversible: bool) -> None:
+    """Outputs that nothing reads are not computed. They are computed when requested, in chunks too."""
     silent = dict(recon_loss_weight=0.0, next_latent_loss_weight=0.0)
     model = build(dict(UNEVEN, merge='attention', merge_into='all', merge_window=2, reversible=reversible, **silent))
     last: Any = model.hierarchical_merges[-1]
@@ -111,7 +111,7 @@ def test_the_last_merge_adds_to_what_is_read(reversible: bool) -> None:
 
     logits, embeds = model(ids, return_logits_and_embeds=True)
     torch.testing.assert_close(model(ids), logits, rtol=0, atol=1e-12)
-    # a chunk that nothing is asked of leaves the state that one leaves that all is asked of
+    # the state after a chunk does not depend on which outputs were requested
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             _, state = model(ids[:, :9], return_state=True)
@@ -121,7 +121,7 @@ def test_the_last_merge_adds_to_what_is_read(reversible: bool) -> None:
             torch.testing.assert_close(part, whole[:, level.length(9) :], rtol=0, atol=1e-12)
 
 
-def test_merges_reach_those_named() -> None:
+def test_merges_change_the_named_receivers_only() -> None:
     ids, plain = torch.randint(0, 11, (2, 20)), build(UNEVEN)
     for into, receive in (('predict', {0}), ('all', {0, 1, 2}), ((8, 1), {0, 1}), ((1,), {0})):
         model = build(dict(UNEVEN, merge_into=into, depth=1))

@@ -14,7 +14,7 @@ from simple_hierarchical_transformer.mixers import attention
 
 
 @pytest.mark.parametrize('backend', ['sdpa', 'flex', 'local-attention'])
-def test_the_backend_asked_for_runs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chosen_backend_runs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name = {'local-attention': 'attend_window_local'}.get(backend, f'attend_window_{backend}')
     called, real = [], getattr(attention, name)
     monkeypatch.setattr(attention, name, lambda *args: called.append(name) or real(*args))
@@ -22,14 +22,14 @@ def test_the_backend_asked_for_runs(backend: str, monkeypatch: pytest.MonkeyPatc
     with torch.no_grad():
         model(ids)
         assert len(called) == 2
-        # full attention with a state reaches back over a band too
+        # with a state, full attention is a band as well
         model(ids, return_state=True)
         assert len(called) > 4
 
 
 @settings(max_examples=10)
 @given(config=configs())
-def test_flex_is_causal_and_the_same(config: dict[str, Any]) -> None:
+def test_flex_is_causal_and_equals_sdpa(config: dict[str, Any]) -> None:
     model, ids = build(dict(config, attn_backend='flex')).float(), torch.randint(0, 11, (2, 20))
     plain = build(dict(config, attn_backend='sdpa')).float()
     with torch.no_grad():
@@ -39,7 +39,7 @@ def test_flex_is_causal_and_the_same(config: dict[str, Any]) -> None:
         assert torch.equal(model(ids)[:, :13], logits[:, :13])
 
 
-def test_a_flex_mask_is_made_of_blocks() -> None:
+def test_a_flex_mask_consists_of_blocks() -> None:
     mask = attention.window_mask(70_000, 100, 64, torch.device('cpu'))
     assert mask.kv_num_blocks.max() <= 3
     assert sum(t.nbytes for t in (mask.kv_indices, mask.kv_num_blocks)) < 2_000_000

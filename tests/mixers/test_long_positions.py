@@ -13,7 +13,7 @@ from simple_hierarchical_transformer.mixers.rotary import BLOCK, Rotary
 
 
 def test_windowed_levels_beyond_seq_len_equal_a_longer_model() -> None:
-    """What no state was ever used for: the same weights, with a seq_len that holds all."""
+    """The reference has the same weights, reads the text in one pass and uses no state."""
     config = dict(THREE, window_sizes=(4, 3, 2))
     ids = torch.randint(0, 11, (2, 150))
     with torch.no_grad():
@@ -23,8 +23,8 @@ def test_windowed_levels_beyond_seq_len_equal_a_longer_model() -> None:
 
 
 @pytest.mark.parametrize('chunk', [1, 7, 64, 200])
-def test_full_attention_with_a_state_reaches_back_that_far(chunk: int) -> None:
-    """Against a softmax under a band mask, with rotary embeddings of the library whose conventions they keep."""
+def test_full_attention_with_a_state_reaches_back_seq_len_tokens(chunk: int) -> None:
+    """The reference is a softmax under a band mask, with the embeddings of rotary-embedding-torch."""
     n, reach = 200, 32
     attn = Attention(dim=12, dim_head=8, heads=2, length=reach).double()
     x = torch.randn(2, n, 12, dtype=torch.float64)
@@ -41,13 +41,13 @@ def test_full_attention_with_a_state_reaches_back_that_far(chunk: int) -> None:
         for at in range(0, n, chunk):
             out, cache = attn(x[:, at : at + chunk], cache, at)
             outs.append(out)
-    # that library keeps the base of xPos in float32
+    # rotary-embedding-torch keeps the base of xPos in float32
     torch.testing.assert_close(torch.cat(outs, dim=1), expected, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize('step', [1, 100])
-def test_xpos_moves_on_with_the_text(step: int) -> None:
-    """Across many blocks of positions the cached keys mean what they meant, and no factor leaves its range."""
+def test_xpos_depends_on_distances_only(step: int) -> None:
+    """Cached keys stay valid across many blocks of positions, and all factors stay finite."""
     window = 50
     model = HierarchicalTransformer(num_tokens=11, dim=8, depth=1, seq_len=window, dim_head=4, heads=2).double()
     ids = torch.randint(0, 11, (1, 60))
@@ -55,7 +55,7 @@ def test_xpos_moves_on_with_the_text(step: int) -> None:
         _, state = model(ids, return_state=True)
         near, _ = in_chunks(model, ids, [60])
 
-        # the same text around the end of a far block: only distances count
+        # the same text across the end of a far block has the same distances
         far_state = model.initial_state(1)
         for position in (BLOCK - 30, 1_000_000 // BLOCK * BLOCK - 30):
             far_state = type(state)(**{**vars(model.initial_state(1)), 'position': position})
@@ -65,7 +65,7 @@ def test_xpos_moves_on_with_the_text(step: int) -> None:
                 outs.append(out)
             far = torch.cat(outs, dim=1)
             assert far.isfinite().all()
-            # zeros in the cache stand for tokens before, which attention at position 0 would not see
+            # the zeros in the cache count as earlier tokens here, so only the last outputs are compared
             torch.testing.assert_close(far[:, -5:], near[:, -5:], rtol=0, atol=1e-6)
 
 
@@ -92,7 +92,7 @@ def test_a_long_chunk_stays_finite(dtype: torch.dtype, n: int) -> None:
     torch.testing.assert_close(whole[:, -50:], last, rtol=2e-2, atol=2e-3)
 
 
-def test_rotary_stays_right_in_relation_at_a_million_positions() -> None:
+def test_rotary_keeps_relative_positions_at_a_million() -> None:
     qk = torch.randn(2, 1, 1, 20, 64)
     rotary = Rotary(64, pairs='interleaved', xpos=True)
     near_q, near_k = rotary(qk)

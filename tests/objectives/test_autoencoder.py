@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @given(n=st.integers(1, 24), strides=st.sampled_from([(1, 2, 2), (1, 2, 8), (1, 1, 4), (1, 2, 1)]))
-def test_autoencoder_written_out(n: int, strides: tuple[int, ...]) -> None:
+def test_autoencoder_equals_its_definition(n: int, strides: tuple[int, ...]) -> None:
     config = dict(UNEVEN, dim=6, hierarchies=(1, 2, 8), hierarchical_stride=strides, autoencoder=True)
     config |= dict(recon_loss_weight=0.0, next_latent_loss_weight=0.0)
     model, ids = build(config), torch.randint(0, 11, (2, n))
@@ -19,7 +19,7 @@ def test_autoencoder_written_out(n: int, strides: tuple[int, ...]) -> None:
     embeds = model.token_emb(ids)
 
     def at(c: int, position: int) -> Tensor:
-        """The map of compression c at a position."""
+        """The feature map of compression c at a position."""
         if position < 0:
             return torch.zeros(2, 6, dtype=torch.float64)
         if c == 1:
@@ -34,7 +34,7 @@ def test_autoencoder_written_out(n: int, strides: tuple[int, ...]) -> None:
         for j in range(x.shape[1]):
             torch.testing.assert_close(x[:, j], norm(at(level.compression, j * level.stride)))
 
-    # every eighth token of the coarsest map gives back the eight ids that it has seen
+    # every eighth token of the coarsest map reconstructs the eight ids of its window
     _, parts = model(ids, labels=ids, return_loss=True)
     coarse, fine = model.autoencoder.decoders['2'], model.autoencoder.decoders['1']
     missed = []

@@ -13,8 +13,8 @@ from torch import Tensor
 
 
 @given(config=configs(), n=st.integers(2, SEQ_LEN), seed=st.integers(0, 9))
-def test_losses_equal_the_definitions_written_out(config: dict[str, Any], n: int, seed: int) -> None:
-    """Token by token, step by step, with no tensor operation over the sequence."""
+def test_losses_equal_their_definitions(config: dict[str, Any], n: int, seed: int) -> None:
+    """The definitions loop over tokens and rollouts, without tensor operations over the sequence."""
     model = build(config, seed)
     ids = torch.randint(0, 11, (2, n + 1))
     ids[torch.rand(ids.shape) < 0.2] = 0
@@ -53,7 +53,7 @@ def test_losses_equal_the_definitions_written_out(config: dict[str, Any], n: int
             recon = recon + mean(seen)
 
         if f'ponder/{c}x' in parts.named:
-            # what it is has a test of its own
+            # its value has its own test
             others = others + 0.01 * parts.named[f'ponder/{c}x']
 
         if level.prophet_loss_weight > 0 and (c > 1 or index not in model.predict_from):

@@ -37,16 +37,16 @@ def test_parts_are_named_and_unpack_as_four() -> None:
     torch.testing.assert_close(next_latent, 0.1 * per_hierarchy[0])
     assert per_hierarchy[1] == 0
 
-    # what wraps models walks over what they return
+    # wrappers of models map over their outputs
     halved = tree_map(lambda t: t / 2, parts)
     assert isinstance(halved, LossParts)
     torch.testing.assert_close(halved.named['prophet/8x'], parts.named['prophet/8x'] / 2)
-    # none is equal to another, and asking is no error
+    # comparing two is no error
     assert parts != halved
 
 
-def test_golden_weights_go_into_models_with_more_losses(golden: Golden) -> None:
-    """And weights with parts for losses go into models without."""
+def test_golden_weights_load_into_models_with_more_losses(golden: Golden) -> None:
+    """Weights with heads for losses also load into models without them."""
     extra = dict(prophet_loss_weight=0.1, quantized_loss_weight=0.1)
     more = HierarchicalTransformer(**golden.config, **extra).double()
     missing, unexpected = more.load_state_dict(golden.model().state_dict(), strict=False)
@@ -56,7 +56,7 @@ def test_golden_weights_go_into_models_with_more_losses(golden: Golden) -> None:
     torch.testing.assert_close(more(golden.tensors['ids']), golden.model()(golden.tensors['ids']))
 
 
-def test_a_prophet_loss_of_what_the_cross_entropy_says_is_none() -> None:
+def test_a_prophet_loss_that_repeats_the_cross_entropy_is_not_built() -> None:
     with pytest.warns(UserWarning, match='prophet_loss_weight builds nothing'):
         model = HierarchicalTransformer(num_tokens=11, dim=8, depth=1, prophet_loss_weight=0.1)
     assert 'prophet/1x' not in model.loss_weights
@@ -70,7 +70,7 @@ def test_parts_unpack_as_the_published_four() -> None:
     assert len(per_hierarchy) == 3
 
 
-def test_labels_are_the_targets_and_no_id_is_dropped() -> None:
+def test_labels_are_the_targets_of_all_ids() -> None:
     model, ids = build(THREE), torch.randint(1, 11, (2, 34))
     shifted = model(ids, return_loss=True)
     given = model(ids[:, :-1], return_loss=True, labels=ids[:, 1:])
@@ -78,7 +78,7 @@ def test_labels_are_the_targets_and_no_id_is_dropped() -> None:
         assert torch.equal(x, y)
 
 
-def test_labels_may_be_ignored_and_all_of_them_too() -> None:
+def test_some_or_all_labels_may_be_ignored() -> None:
     model = build(dict(THREE, ignore_index=-100))
     ids = torch.randint(0, 11, (1, 20))
     labels = torch.randint(0, 11, (1, 20))
@@ -95,7 +95,7 @@ def test_labels_may_be_ignored_and_all_of_them_too() -> None:
 @pytest.mark.parametrize('config', [THREE, STRIDED, dict(STRIDED, hierarchies=(1, 8), hierarchical_stride=(1, 8))])
 @pytest.mark.parametrize('split', [1, 3, 16])
 def test_losses_of_a_segment(config: dict[str, Any], split: int) -> None:
-    """Cross entropy with all that came before; auxiliary losses of the segment alone."""
+    """The cross entropy uses the state. Auxiliary losses use the segment only."""
     config = dict(config, ignore_index=-1)
     model, ids = build(config), torch.randint(0, 11, (2, 33))
     _, whole = model(ids, return_loss=True)
@@ -114,7 +114,7 @@ def test_losses_of_a_segment(config: dict[str, Any], split: int) -> None:
     assert state.position == 32
 
 
-def test_a_training_step_counts_on_the_meta_device() -> None:
+def test_a_training_step_runs_on_the_meta_device() -> None:
     with torch.device('meta'):
         model = HierarchicalTransformer(num_tokens=256, dim=64, depth=1, hierarchies=(1, 4), window_sizes=(8, None))
         loss, _ = model(torch.zeros(1, 64, dtype=torch.long), return_loss=True)
@@ -136,11 +136,11 @@ def test_the_model_samples_its_reconstruction(monkeypatch: pytest.MonkeyPatch) -
 @given(config=configs(), chunked=st.booleans(), shifted=st.booleans())
 @settings(max_examples=25)
 def test_shares_of_a_batch_sum_to_its_loss(config: dict[str, Any], chunked: bool, shifted: bool) -> None:
-    """Rows learnt from apart, each with its own number of targets, train as they would together."""
+    """Losses of single rows, divided by the counts of the whole batch, add up to its loss and gradients."""
     config = {**config, 'ignore_index': 0, 'recon_ignore_index': 0}
     model = build(config)
     ids = torch.randint(1, 11, (3, 20))
-    # a row with few targets, and one with none
+    # one row has few targets, and one has none
     ids[0, 7:] = 0
     ids[1] = 0
     labels = None if shifted else torch.randint(0, 11, ids.shape)

@@ -16,7 +16,7 @@ POWERS = st.sampled_from([1, 2, 4, 8])
 
 
 @given(c=POWERS, s=POWERS, n=st.integers(1, 30))
-def test_chunk_summary_is_the_mean_of_what_the_compressor_sees(c: int, s: int, n: int) -> None:
+def test_chunk_summary_is_the_mean_over_the_compressor_window(c: int, s: int, n: int) -> None:
     s = min(s, c)
     embeds = torch.randn(2, n, 6, dtype=torch.float64)
     summaries = ChunkSummarizer(dim_embed=6, dim=6, compression=c, stride=s)(embeds)
@@ -62,12 +62,12 @@ def test_chunk_summarizers_are_trained_and_fed_with_embeddings() -> None:
 
 
 @pytest.mark.parametrize('detach', [True, False])
-def test_detach_summaries_decides_over_gradients_to_embeddings(detach: bool) -> None:
+def test_detach_summaries_controls_gradients_to_embeddings(detach: bool) -> None:
     config = dict(SMALL, hierarchies=(1, 4), recon_loss_weight=0.0, next_latent_loss_weight=(0.0, 1.0))
     model = build(dict(config, detach_summaries=detach))
     ids = torch.randint(1, 11, (2, 21))
 
-    # with the latents themselves out of the way, summaries are the one way from this loss to the embeddings
+    # the latents are constants here, so gradients reach the embeddings only through the summaries
     embeds = model.token_emb(ids)
     latents = torch.randn(2, 21, 8, dtype=torch.float64)
     loss = model.next_latent_loss(1, latents, embeds, ids != 0, 0, None)
@@ -76,13 +76,13 @@ def test_detach_summaries_decides_over_gradients_to_embeddings(detach: bool) -> 
 
 
 class Last(torch.nn.Module):
-    """A summarizer from outside: the embedding that a level token ends with."""
+    """A custom summarizer: the embedding at which a level token ends."""
 
     def forward(self, embeds: Tensor) -> Tensor:
         return embeds[:, ::4]
 
 
-def test_summarizers_from_outside_meet_their_tokens_in_any_chunk() -> None:
+def test_custom_summarizers_get_the_same_tokens_in_any_chunk() -> None:
     model = build(dict(STRIDED, chunk_summarizers=(None, Last()), detach_summaries=False, ignore_index=-1))
     ids, seen = torch.randint(0, 11, (1, 24)), []
     model.chunk_summarizers['1'].register_forward_hook(lambda module, inputs, output: seen.append(output))

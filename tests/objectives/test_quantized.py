@@ -12,7 +12,7 @@ from simple_hierarchical_transformer.objectives import base as losses
 from simple_hierarchical_transformer.objectives.base import RandomProjectionQuantizer
 
 
-def test_quantizer_names_what_the_published_one_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantizer_assigns_the_ids_of_the_published_one(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = RandomProjectionQuantizer(12, codebooks=3, size=50, dim_code=8)
     x = torch.randn(4, 100, 12)
     for k in range(3):
@@ -21,7 +21,7 @@ def test_quantizer_names_what_the_published_one_names(monkeypatch: pytest.Monkey
         theirs.vq._codebook.embed.copy_(ours.codebook[k, None])
         assert torch.equal(ours(x)[..., k], theirs(x))
         with monkeypatch.context() as patch:
-            # however few rows are scored at a time
+            # the result does not depend on how many rows are scored at once
             patch.setattr(losses, 'CHUNK', 50 * 7)
             assert torch.equal(ours(x)[..., k], theirs(x))
     assert len(ours(x).unique()) > 40

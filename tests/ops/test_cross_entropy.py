@@ -19,8 +19,8 @@ from simple_hierarchical_transformer.ops.cross_entropy import cross_entropy, lin
 
 
 def head_of(weight: Tensor) -> nn.Linear:
-    """A plain head whose weight is this very tensor."""
-    # without its initialisation, which transforms of torch.func refuse
+    """A linear head that uses this tensor as its weight."""
+    # the transforms of torch.func refuse its initialization
     head = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(head)
     head.weight, head.bias = weight, None  # type: ignore[assignment]
@@ -47,7 +47,7 @@ def test_loss_and_gradients_equal_those_over_all_logits(rows: int, sets: int, ch
 
 
 @pytest.mark.parametrize('ignore_index', [0, -1])
-def test_mean_leaves_ignored_targets_out(ignore_index: int) -> None:
+def test_mean_skips_ignored_targets(ignore_index: int) -> None:
     x, weight, targets = torch.randn(2, 6, 5), torch.randn(7, 5), torch.randint(0, 7, (2, 6))
     targets[0, :3] = ignore_index
     expected = F.cross_entropy((x @ weight.t()).flatten(0, 1), targets.flatten(), ignore_index=ignore_index)
@@ -62,7 +62,7 @@ def test_a_mean_in_float64_is_exact() -> None:
     torch.testing.assert_close(cross_entropy(x, head_of(weight), targets, -1), expected, rtol=1e-15, atol=1e-15)
 
 
-def test_gradients_come_in_the_dtypes_of_what_they_are_for() -> None:
+def test_gradients_have_the_dtype_of_their_tensor() -> None:
     x, weight, targets = torch.randn(1, 300, 16), torch.randn(11, 16), torch.randint(0, 11, (1, 300))
     x, weight = x.requires_grad_(), weight.requires_grad_()
     exact = torch.autograd.grad(cross_entropy(x, head_of(weight), targets, -1), (x, weight))
@@ -83,13 +83,13 @@ def test_a_sample_of_the_reconstruction_is_unbiased() -> None:
     for share in (0.1, 0.5):
         drawn = torch.stack([cross_entropy(x, head_of(weight), seen, 0, sample=share) for _ in range(3000)])
         assert drawn.std() > 0
-        # six times the error of the mean
+        # six standard errors of the mean
         assert (drawn.mean() - whole).abs() < 6 * drawn.std() / 3000**0.5
 
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='the peak of memory is read the POSIX way')
-def test_a_large_vocabulary_takes_no_memory_for_its_logits() -> None:
-    """4 x 4,096 x 50,000 logits in float32 take 3.3 GB, and their gradient as much again."""
+def test_a_large_vocabulary_needs_no_memory_for_its_logits() -> None:
+    """4 x 4,096 x 50,000 logits take 3.3 GB in float32, and their gradient takes as much."""
     code = """
         import resource, sys, torch
         from simple_hierarchical_transformer.objectives.base import cross_entropy, seen_ids
@@ -97,7 +97,7 @@ def test_a_large_vocabulary_takes_no_memory_for_its_logits() -> None:
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib
         x, head = torch.randn(1, 4096, 8, requires_grad=True), torch.nn.Linear(8, 4 * 50_000, bias=False)
         ids = torch.randint(0, 50_000, (1, 4096))
-        # a first small one, for what the libraries themselves take
+        # a small product first, so that memory of the libraries is not counted
         (torch.randn(64, 8, requires_grad=True) @ torch.randn(8, 64)).sum().backward()
         before = peak()
         seen = seen_ids(ids, compression=4, stride=1, ignore_index=-1)
@@ -109,8 +109,8 @@ def test_a_large_vocabulary_takes_no_memory_for_its_logits() -> None:
     assert int(result.stdout) < 300e6
 
 
-def test_half_precision_keeps_gradients_that_an_average_makes_small() -> None:
-    """Over many rows each one's share is below what float16 holds, before any scaler could raise it."""
+def test_half_precision_keeps_the_small_gradients_of_a_long_mean() -> None:
+    """The gradient of each row in a mean over many rows is below the range of float16, before a scaler can help."""
     torch.manual_seed(0)
     x, weight = torch.randn(30_000, 8), torch.randn(50, 8, requires_grad=True)
     targets = torch.randint(0, 50, (1, 30_000))
@@ -121,14 +121,14 @@ def test_half_precision_keeps_gradients_that_an_average_makes_small() -> None:
     torch.testing.assert_close(found / 2.0**16, exact, rtol=0.02, atol=2e-4 * exact.abs().max().item())
 
 
-def test_gradients_can_be_asked_for_twice() -> None:
+def test_gradients_can_be_computed_twice() -> None:
     x, weight = torch.randn(1, 20, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     loss = cross_entropy(x, head_of(weight), torch.randint(0, 50, (1, 20)), -1)
     first = torch.autograd.grad(loss * 3, (x, weight), retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(loss * 3, (x, weight)), first)
 
 
-def test_a_loss_goes_through_function_transforms() -> None:
+def test_the_loss_works_with_function_transforms() -> None:
     targets = torch.randint(0, 50, (3, 1, 20))
     x, weight = torch.randn(3, 1, 20, 8), torch.randn(50, 8)
 

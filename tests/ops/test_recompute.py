@@ -19,7 +19,7 @@ from simple_hierarchical_transformer.ops.coupling import run_plainly
 from simple_hierarchical_transformer.ops.linear import Chain
 
 
-def test_checkpointing_keeps_less() -> None:
+def test_checkpointing_keeps_less_memory() -> None:
     def kept(**settings: Any) -> int:
         model, total = HierarchicalTransformer(**{**TWO_LEVELS, 'depth': 6, **settings}), 0
 
@@ -45,7 +45,7 @@ RECOMPUTED: list[dict[str, Any]] = [
 
 @pytest.fixture
 def keep(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A context in which forward passes keep what the backward pass needs."""
+    """A context in which forward passes keep their activations for the backward pass."""
 
     @contextmanager
     def keeping() -> Iterator[None]:
@@ -64,7 +64,7 @@ def keep(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def recomputing(config: dict[str, Any], make: Any = None, seed: int = 0) -> HierarchicalTransformer:
-    """A model of float64, with a part of the user's own in each feed-forward where `make` is given."""
+    """A float64 model. `make` builds a module that replaces the activation of each feed-forward."""
     torch.manual_seed(seed)
     model = HierarchicalTransformer(**{**KIND_BASE, 'next_latent_loss_weight': 0.0, **config}).double()
     for block in model.modules():
@@ -74,7 +74,7 @@ def recomputing(config: dict[str, Any], make: Any = None, seed: int = 0) -> Hier
 
 
 def assert_same_gradients(keep: Any, build: Any, call: Any = loss_of, change: Any = None) -> HierarchicalTransformer:
-    """As where all is kept, with a change between the forward pass and the backward pass."""
+    """Compares gradients with those of kept activations. `change` runs between the forward and backward pass."""
     ids, found = torch.randint(0, 13, (2, 33)), []
     for context in (keep, nullcontext):
         model = build()
@@ -91,13 +91,13 @@ def assert_same_gradients(keep: Any, build: Any, call: Any = loss_of, change: An
 
 @pytest.mark.parametrize('config', RECOMPUTED, ids=str)
 @pytest.mark.parametrize('computed', [False, True])
-def test_weights_of_one_call_get_their_gradients(config: dict[str, Any], computed: bool, keep: Any) -> None:
+def test_weights_of_a_functional_call_get_their_gradients(config: dict[str, Any], computed: bool, keep: Any) -> None:
     model, ids, found = recomputing(config), torch.randint(0, 13, (2, 33)), []
     given = {name: torch.randn_like(p).requires_grad_() for name, p in model.named_parameters()}
     for context in (keep, nullcontext):
         weights: dict[str, Tensor] = dict(given)
         if computed:
-            # weights that have a history of their own, where one is made of another
+            # weights that are computed from each other
             first, second = 'layers.0.0.ff.net.1.weight', 'layers.0.0.ff.net.3.weight'
             weights[first] = given[first] * 1.5
             weights[second] = weights[first].t() * 2
@@ -127,11 +127,11 @@ def replace_parts(model: nn.Module) -> None:
 
 @pytest.mark.parametrize('change', [change_mode, add_hooks, replace_parts])
 @pytest.mark.parametrize('config', RECOMPUTED, ids=str)
-def test_a_change_after_the_forward_pass_does_not_reach_its_backward_pass(
+def test_a_change_after_the_forward_pass_does_not_affect_its_backward_pass(
     config: dict[str, Any], change: Any, keep: Any
 ) -> None:
     model = assert_same_gradients(keep, lambda: recomputing(config, lambda: nn.Dropout(0.5)), change=change)
-    # and is there after
+    # the change is still there afterwards
     ff: Any = model.layers[0][0].ff  # type: ignore[index, union-attr]
     changed = {
         change_mode: not ff.net.training,
@@ -142,7 +142,7 @@ def test_a_change_after_the_forward_pass_does_not_reach_its_backward_pass(
 
 
 @pytest.mark.parametrize('config', RECOMPUTED, ids=str)
-def test_a_hook_that_is_removed_before_the_backward_pass_counts(config: dict[str, Any], keep: Any) -> None:
+def test_a_hook_removed_before_the_backward_pass_still_counts(config: dict[str, Any], keep: Any) -> None:
     def call(model: nn.Module, ids: Tensor) -> Tensor:
         handles = [
             module.register_forward_hook(lambda module, args, kwargs, output: output.tanh(), with_kwargs=True)
@@ -158,7 +158,7 @@ def test_a_hook_that_is_removed_before_the_backward_pass_counts(config: dict[str
 
 
 @pytest.mark.parametrize('config', RECOMPUTED, ids=str)
-def test_a_tensor_that_a_hook_captures_may_be_a_part_of_the_loss(config: dict[str, Any], keep: Any) -> None:
+def test_a_tensor_captured_by_a_hook_may_be_part_of_the_loss(config: dict[str, Any], keep: Any) -> None:
     def call(model: Any, ids: Tensor) -> Tensor:
         captured: list[Tensor] = []
         handle = model.layers[1][0].ff.net[1].register_forward_hook(lambda *given: captured.append(given[-1]))
@@ -179,7 +179,7 @@ class Noise(nn.Module):
 
 
 @pytest.mark.parametrize('config', RECOMPUTED, ids=str)
-def test_a_generator_of_a_modules_own_draws_the_same_numbers_again(config: dict[str, Any], keep: Any) -> None:
+def test_a_private_generator_of_a_module_repeats_its_numbers(config: dict[str, Any], keep: Any) -> None:
     def call(model: Any, ids: Tensor) -> Tensor:
         loss = loss_of(model, ids)
         after.append(model.layers[1][0].ff.net[2].generator.get_state())
@@ -191,17 +191,17 @@ def test_a_generator_of_a_modules_own_draws_the_same_numbers_again(config: dict[
 
 
 @pytest.mark.parametrize('config', RECOMPUTED, ids=str)
-def test_weights_that_are_written_before_the_backward_pass_are_refused(config: dict[str, Any]) -> None:
+def test_weights_changed_before_the_backward_pass_are_refused(config: dict[str, Any]) -> None:
     model = recomputing(config)
     loss = loss_of(model, torch.randint(0, 13, (2, 33)))
     with torch.no_grad():
-        # of which nothing else is kept
+        # no other tensor that depends on it is kept
         model.layers[0][0].ff.net[0].gamma.mul_(2)  # type: ignore[index, union-attr]
     with pytest.raises(RuntimeError, match=r'changed in place after the forward pass|modified by an inplace operation'):
         loss.backward()
 
 
-def test_an_activation_that_works_in_place_trains(keep: Any) -> None:
+def test_an_in_place_activation_trains(keep: Any) -> None:
     places = iter((False, True))
 
     def build() -> HierarchicalTransformer:
@@ -219,8 +219,8 @@ def test_a_scripted_part_is_called(keep: Any) -> None:
 @pytest.mark.parametrize(
     'option', [dict(gradient_checkpointing=True), dict(reversible=True)], ids=['checkpointing', 'reversible']
 )
-def test_buffers_that_a_forward_pass_writes_are_written_once(option: dict[str, Any]) -> None:
-    """Recomputation with other buffers would have other gradients."""
+def test_buffers_are_updated_once_per_forward_pass(option: dict[str, Any]) -> None:
+    """Recomputation with updated buffers would change the gradients."""
     config = dict(
         num_tokens=11, dim=8, depth=2, dim_head=4, heads=2, seq_len=32, hierarchies=(1, 2), window_sizes=4,
         reversible='reversible' in option,
@@ -232,7 +232,7 @@ def test_buffers_that_a_forward_pass_writes_are_written_once(option: dict[str, A
         for name, module in list(model.named_modules()):
             if name.endswith('ff.net.1'):
                 torch.nn.utils.parametrizations.spectral_norm(module)
-        # with a state, reversible layers keep what they compute
+        # with a state, reversible layers keep their activations
         extra = dict(return_state=True) if plainly else {}
         loss, *_ = model(ids, return_loss=True, **extra)
         loss.backward()

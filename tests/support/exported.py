@@ -11,7 +11,7 @@ SMALL: dict[str, Any] = dict(
     num_tokens=256, dim=8, depth=1, seq_len=128, heads=2, dim_head=4, ff_mult=1, hierarchies=(1, 4),
     hierarchical_stride=(1, 2), window_sizes=(3, None), ignore_index=-1, recon_ignore_index=-1,
 )  # fmt: skip
-# what the presets are made of, and phases besides
+# the options of the presets, and phases
 RECIPE: dict[str, Any] = dict(
     SMALL, arrangement='hourglass', compressor='linear', merge='linear', ff_activation='relu2',
     mixer_kwargs=dict(qk_norm=True), ngrams=(2, 3), word_ngrams=(1, 2), ngram_rows=64, recall=(2,), word_recall=(1,),
@@ -28,6 +28,6 @@ ONE_LEVEL: dict[str, Any] = dict(
 
 
 def words(batch: int, n: int) -> Tensor:
-    """Ids in which words and n-grams come again."""
+    """Ids in which words and n-grams repeat."""
     drawn = torch.randint(0, 4, (batch, n))
     return torch.tensor(list(b'ab A'))[drawn]

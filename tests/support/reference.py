@@ -11,7 +11,7 @@ from simple_hierarchical_transformer.merges.base import AttentionMerge
 
 
 def attended(merge: AttentionMerge, tokens: Sequence[Tensor], strides: Sequence[int], i: int, j: int) -> Tensor:
-    """What merging by attention adds to token j of level i, key by key."""
+    """The update that an attention merge adds to token j of level i, computed key by key."""
     to, scores, values = merge.receivers[str(i)], [], []
     query = to.to_q(merge.norms[i](tokens[i][:, j])).unflatten(-1, (to.heads, -1))
     for other, x in enumerate(tokens):

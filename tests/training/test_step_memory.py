@@ -1,4 +1,4 @@
-"""The memory that a step is planned to take is what it takes."""
+"""The planned memory of a training step equals the memory that it takes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from simple_hierarchical_transformer.mixers import MIXERS
 from simple_hierarchical_transformer.training import cost
 from simple_hierarchical_transformer.training.optim import build_optimizer
 
-# what planned memory may be off by, as a share of what a real step takes
+# relative error of the planned memory
 TOLERANCE = 0.05
 
 
@@ -56,14 +56,14 @@ STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def real_peak(step: Callable[[], None]) -> int:
-    """The most bytes that the allocator had given out at once during a step, beyond those before it."""
+    """The peak of allocated bytes during a step, minus those allocated before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == '[memory]']
     return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
-def test_memory_is_planned_by_versions_that_do_not_count_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_planned_where_torch_does_not_count_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.device('meta'):
         model = HierarchicalTransformer(**PLANNED)
     optimizer = build_optimizer(model, 'muon', lr=1e-3, weight_decay=0.1, device=torch.device('cpu'))
@@ -73,8 +73,8 @@ def test_memory_is_planned_by_versions_that_do_not_count_uses(monkeypatch: pytes
 
 
 @pytest.mark.parametrize('name', STEPS)
-def test_planned_memory_is_what_a_step_takes(name: str) -> None:
-    """Counted on 'meta', against what the allocator gives out during a real step."""
+def test_planned_memory_equals_the_memory_of_a_step(name: str) -> None:
+    """The plan counts on the meta device. The reference is the allocator during a real step."""
     changes, run = STEPS[name]
     config, rows = {**PLANNED, **changes}, 4
     accum, half, segments = run.get('accum', 1), run.get('half', False), run.get('segments', False)
@@ -106,7 +106,7 @@ def test_planned_memory_is_what_a_step_takes(name: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    # until the state holds all that it can, and the optimizer all that it has
+    # until the state has its full size and the optimizer has its moments
     for _ in range(5 if segments else 1):
         step()
     memory = cost.step_memory(
@@ -115,7 +115,7 @@ def test_planned_memory_is_what_a_step_takes(name: str) -> None:
     held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     moments = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
     assert (memory['weights'], memory['optimizer']) == (held, moments)
-    # states of segments were there before the step, too
+    # states of segments existed before the step
     real = real_peak(step) + batches.nbytes + held + moments + sum(state.nbytes for state in states if state)
     assert sum(memory.values()) == pytest.approx(real, rel=TOLERANCE)
 
@@ -149,7 +149,7 @@ def test_memory_of_every_mixer_can_be_planned(mixer: str, half: bool) -> None:
 
 @pytest.mark.parametrize('name', STEPS)
 def test_a_step_leaves_nothing_to_the_garbage_collector(name: str) -> None:
-    """Tensors in a cycle of references stay for as long as the collector likes, a graph's worth of memory a step."""
+    """Tensors in a reference cycle stay until the garbage collector runs: the memory of one graph per step."""
     model = HierarchicalTransformer(**{**PLANNED, 'seq_len': 32, **STEPS[name][0], 'ngram_rows': 64})
     ids = torch.randint(0, 256, (2, 33))
     model(ids, return_loss=True)[0].backward()
@@ -167,7 +167,7 @@ def test_a_step_leaves_nothing_to_the_garbage_collector(name: str) -> None:
     assert not left
 
 
-def test_memory_of_many_sequences_is_that_of_few_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_grows_in_proportion_to_the_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     def planned(rows: int) -> int:
         with torch.device('meta'):
             model = HierarchicalTransformer(**PLANNED)
@@ -177,12 +177,12 @@ def test_memory_of_many_sequences_is_that_of_few_in_proportion(monkeypatch: pyte
     exact = planned(200)
     monkeypatch.setattr(cost, 'FEW_TOKENS', 20 * 256)
     assert planned(200) == pytest.approx(exact, rel=TOLERANCE)
-    # whatever is asked for is planned at once
+    # the plan of any number of sequences is computed quickly
     assert planned(10**12) > 10**15
 
 
-def test_what_checkpoints_keep_is_counted() -> None:
-    """The inputs of their layers, which no hook of saved tensors is told of."""
+def test_inputs_kept_by_checkpoints_are_counted() -> None:
+    """Saved-tensor hooks do not see the inputs that checkpointed layers keep."""
     model = HierarchicalTransformer(**{**PLANNED, 'hierarchies': 1, 'hierarchical_stride': 1, 'dim': 32,
                                        'window_sizes': None, 'depth': 8, 'gradient_checkpointing': True})  # fmt: skip
     ids = torch.randint(0, 256, (2, 257))
