@@ -22,6 +22,9 @@ from support.commands import ROOT, run, run_command  # noqa: F401
 from support.configs import SEQ_LEN, build, configs, loss_of_a_copy  # noqa: F401
 from support.golden import GOLDEN, Golden, load_golden
 
+# folders and files of tests that train models, start processes or run examples: `make fast` leaves them out
+SLOW = {'benchmarks', 'data', 'docs', 'test_package.py', 'training'}
+
 # the same examples on every machine, and no deadline: a busy machine must not fail a test
 settings.register_profile(
     'suite',
@@ -31,6 +34,13 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile('suite')
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(tests) and item.path.relative_to(tests).parts[0] in SLOW:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

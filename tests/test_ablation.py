@@ -71,6 +71,7 @@ def test_ablation_zeroes_the_columns_of_the_level() -> None:
     torch.testing.assert_close(model(ids), silent)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_respects_ablation() -> None:
     model, ids = build(UNEVEN), torch.randint(0, 11, (2, 20))
     torch._dynamo.reset()

@@ -14,6 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from simple_hierarchical_transformer import HierarchicalTransformer, LossParts
 from simple_hierarchical_transformer.training.compiled import compile_blocks
 
+pytestmark = pytest.mark.slow
+
 
 def gradients(model: HierarchicalTransformer, run: Any, ids: Tensor) -> tuple[Tensor, ...]:
     loss, _ = run(ids, return_loss=True)

@@ -9,6 +9,8 @@ import torch
 from support.configs import build
 from support.exported import ONE_LEVEL, RECIPE, words
 
+pytestmark = pytest.mark.slow
+
 
 @torch._dynamo.config.patch(recompile_limit=32)
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from support.configs import SMALL, THREE, build
 
 from simple_hierarchical_transformer import memory as state_module
 
+pytestmark = pytest.mark.slow
+
 
 @torch.no_grad()
 @torch._dynamo.config.patch(recompile_limit=64)

@@ -91,6 +91,7 @@ def test_model_survives_deepcopy_and_device_moves() -> None:
     model.to('meta')
 
 
+@pytest.mark.slow
 def test_learns_to_repeat_a_sequence() -> None:
     """A copy task over a distance that only the coarse level can reach."""
     model = HierarchicalTransformer(
@@ -108,6 +109,7 @@ def test_learns_to_repeat_a_sequence() -> None:
     assert torch.equal(model.generate(ids[:, :40], 24, temperature=0), ids[:, 40:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'option',
     [

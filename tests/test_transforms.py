@@ -14,6 +14,8 @@ from torch.func import functional_call, grad, vmap
 
 from simple_hierarchical_transformer.ops.export import stable_sort
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     'config',

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from contracts.matrix import build_case, every_trained_case, every_uneven_case, ids_of
 from hypothesis import given, settings
@@ -109,6 +110,7 @@ def test_fast_paths_of_every_case_give_the_numbers_of_the_plain_one(config: dict
     assert called
 
 
+@pytest.mark.slow
 @every_uneven_case
 def test_every_part_of_the_loss_falls(config: dict[str, Any]) -> None:
     """The model learns one batch: every weight has a gradient, and recomputing layers changes none of them."""

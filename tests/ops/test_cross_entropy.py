@@ -87,6 +87,7 @@ def test_a_sample_of_the_reconstruction_is_unbiased() -> None:
         assert (drawn.mean() - whole).abs() < 6 * drawn.std() / 3000**0.5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == 'win32', reason='the peak of memory is read the POSIX way')
 def test_a_large_vocabulary_needs_no_memory_for_its_logits() -> None:
     """4 x 4,096 x 50,000 logits take 3.3 GB in float32, and their gradient takes as much."""
