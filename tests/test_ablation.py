@@ -1,4 +1,4 @@
-"""`ablate`: levels whose tokens no merge reads."""
+"""`ablate` makes merges and predictions ignore levels."""
 
 from __future__ import annotations
 

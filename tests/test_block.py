@@ -6,18 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.configs import UNEVEN, build
+from support.configs import UNEVEN, build, level
 from torch import nn
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.block import GRUGate, HierarchicalBlock, phase_groups, shift_tokens
-from simple_hierarchical_transformer.levels import Level
 
 POWERS = st.sampled_from([1, 2, 4, 8])
-
-
-def level(compression: int = 1, stride: int = 1, dim: int = 6, window: int | None = None) -> Level:
-    return Level(compression, stride, dim, 4, 2, 2, window, 0.0)
 
 
 @pytest.mark.parametrize('dim', [6, 7])

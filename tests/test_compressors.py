@@ -9,18 +9,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from support.configs import UNEVEN
+from support.configs import UNEVEN, level
 from torch import Tensor, nn
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.compressors import Compressor
-from simple_hierarchical_transformer.levels import Level
 
 POWERS = st.sampled_from([1, 2, 4, 8])
-
-
-def level(compression: int = 1, stride: int = 1, dim: int = 6, window: int | None = None) -> Level:
-    return Level(compression, stride, dim, 4, 2, 2, window, 0.0)
 
 
 @given(c=POWERS.filter(lambda c: c > 1), s=POWERS, n=st.integers(1, 30))
@@ -47,10 +42,6 @@ def test_level_without_compression_keeps_or_projects_embeddings() -> None:
     assert torch.equal(projected(x)[0], x @ projected.compress_fn.weight.T)
 
 
-def a_level(compression: int, stride: int, compressor: str, dim: int = 6) -> Level:
-    return Level(compression, stride, dim, 4, 2, 2, None, 0.0, compressor=compressor)
-
-
 @given(
     c=st.sampled_from([2, 4, 8]), s=st.sampled_from([1, 2, 4, 8]), dilation=st.sampled_from([1, 2]),
     n=st.integers(1, 30), dim=st.sampled_from([5, 6]),
@@ -64,7 +55,7 @@ def test_compressors_equal_their_definitions(c: int, s: int, dilation: int, n: i
         return [x[:, i] if i >= 0 else None for i in at]
 
     def build_one(kind: str, **settings: Any) -> Compressor:
-        made = Compressor(a_level(c, s, kind), dim_in=dim, dilation=dilation, **settings).double()
+        made = Compressor(level(c, s, compressor=kind), dim_in=dim, dilation=dilation, **settings).double()
         for parameter in made.parameters():
             nn.init.normal_(parameter)
         return made

@@ -6,16 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.configs import UNEVEN, build
+from support.configs import UNEVEN, build, level
 from support.reference import attended
 from torch import nn
 
-from simple_hierarchical_transformer.levels import Level
 from simple_hierarchical_transformer.merges.base import AttentionMerge, HierarchicalMerge
-
-
-def level(compression: int = 1, stride: int = 1, dim: int = 6, window: int | None = None) -> Level:
-    return Level(compression, stride, dim, 4, 2, 2, window, 0.0)
 
 
 def test_merge_adds_the_pooled_tokens_at_each_position() -> None:
@@ -45,7 +40,7 @@ def test_merge_leaves_levels_that_receive_nothing() -> None:
 @pytest.mark.parametrize('strides', [(1, 4, 2), (2, 4, 1)])
 def test_attention_merge_equals_its_definition(window: int, strides: tuple[int, ...]) -> None:
     dims, into = (6, 3, 5), (0, 1)
-    levels = [Level(c, s, d, 4, 2, 2, None, 0.0) for c, s, d in zip((2, 8, 4), strides, dims, strict=True)]
+    levels = [level(c, s, d) for c, s, d in zip((2, 8, 4), strides, dims, strict=True)]
     merge = AttentionMerge(levels, into, window=window).double()
     for parameter in merge.parameters():
         nn.init.normal_(parameter)
@@ -61,7 +56,7 @@ def test_attention_merge_equals_its_definition(window: int, strides: tuple[int, 
 @pytest.mark.parametrize('strides', [(1, 1, 1), (1, 4, 2), (4, 2, 1)])
 def test_concat_merge_equals_its_definition(strides: tuple[int, ...]) -> None:
     dims, into = (6, 3, 5), (0, 1)
-    levels = [Level(c, s, d, 4, 2, 2, None, 0.0) for c, s, d in zip((4, 8, 2), strides, dims, strict=True)]
+    levels = [level(c, s, d) for c, s, d in zip((4, 8, 2), strides, dims, strict=True)]
     merge = HierarchicalMerge(levels, into).double()
     n = 11
     tokens = [torch.randn(2, -(-n // s), d, dtype=torch.float64) for s, d in zip(strides, dims, strict=True)]
@@ -81,8 +76,8 @@ def test_merges_do_not_depend_on_the_losses(merge: str) -> None:
     off, on = build(config), build(dict(config, prophet_loss_weight=0.1), seed=1)
     ids = torch.randint(0, 11, (2, 20))
     off.load_state_dict(on.state_dict())
-    for asked in ('return_hierarchical_embeds', 'return_contributions'):
-        torch.testing.assert_close(off(ids, **{asked: True}), on(ids, **{asked: True}))
+    for requested in ('return_hierarchical_embeds', 'return_contributions'):
+        torch.testing.assert_close(off(ids, **{requested: True}), on(ids, **{requested: True}))
     missing, unexpected = on.load_state_dict(off.state_dict(), strict=False)
     assert not unexpected
     assert all(name.startswith('to_prophet') for name in missing)
@@ -91,23 +86,23 @@ def test_merges_do_not_depend_on_the_losses(merge: str) -> None:
 @pytest.mark.parametrize('reversible', [False, True])
 def test_the_last_merge_computes_only_the_receivers_that_are_read(reversible: bool) -> None:
     """Outputs that nothing reads are not computed. They are computed when requested, in chunks too."""
-    silent = dict(recon_loss_weight=0.0, next_latent_loss_weight=0.0)
-    model = build(dict(UNEVEN, merge='attention', merge_into='all', merge_window=2, reversible=reversible, **silent))
+    no_losses = dict(recon_loss_weight=0.0, next_latent_loss_weight=0.0)
+    model = build(dict(UNEVEN, merge='attention', merge_into='all', merge_window=2, reversible=reversible, **no_losses))
     last: Any = model.hierarchical_merges[-1]
-    heard: list[str] = []
+    computed: list[str] = []
     for i, receiver in last.receivers.items():
-        receiver.to_q.register_forward_hook(lambda *_, i=i: heard.append(i))
+        receiver.to_q.register_forward_hook(lambda *_, i=i: computed.append(i))
 
-    def receivers(**asked: bool) -> list[str]:
-        heard.clear()
-        model(ids, **asked)
-        return heard
+    def receivers_of(**requested: bool) -> list[str]:
+        computed.clear()
+        model(ids, **requested)
+        return computed
 
     ids = torch.randint(0, 11, (2, 21))
-    for asked in ({}, {'return_loss': True}, {'return_state': True}):
-        assert receivers(**asked) == ['0']
+    for requested in ({}, {'return_loss': True}, {'return_state': True}):
+        assert receivers_of(**requested) == ['0']
     for name in ('return_hierarchical_embeds', 'return_logits_and_embeds', 'return_contributions'):
-        assert receivers(**{name: True}) == ['0', '1', '2']
+        assert receivers_of(**{name: True}) == ['0', '1', '2']
 
     logits, embeds = model(ids, return_logits_and_embeds=True)
     torch.testing.assert_close(model(ids), logits, rtol=0, atol=1e-12)
@@ -117,16 +112,18 @@ def test_the_last_merge_computes_only_the_receivers_that_are_read(reversible: bo
             _, state = model(ids[:, :9], return_state=True)
             rest, more, _ = model(ids[:, 9:], return_logits_and_embeds=True, state=state, return_state=True)
         torch.testing.assert_close(rest, logits[:, 9:], rtol=0, atol=1e-12)
-        for level, whole, part in zip(model.levels, embeds, more, strict=True):
-            torch.testing.assert_close(part, whole[:, level.length(9) :], rtol=0, atol=1e-12)
+        for each, whole, part in zip(model.levels, embeds, more, strict=True):
+            torch.testing.assert_close(part, whole[:, each.length(9) :], rtol=0, atol=1e-12)
 
 
 def test_merges_change_the_named_receivers_only() -> None:
     ids, plain = torch.randint(0, 11, (2, 20)), build(UNEVEN)
     for into, receive in (('predict', {0}), ('all', {0, 1, 2}), ((8, 1), {0, 1}), ((1,), {0})):
         model = build(dict(UNEVEN, merge_into=into, depth=1))
-        final, alone = (model(ids, return_hierarchical_embeds=True, ablate_hierarchical_merge=a) for a in (False, True))
-        assert {i for i in range(3) if not torch.equal(final[i], alone[i])} == receive
+        final, unmerged = (
+            model(ids, return_hierarchical_embeds=True, ablate_hierarchical_merge=ablated) for ablated in (False, True)
+        )
+        assert {i for i in range(3) if not torch.equal(final[i], unmerged[i])} == receive
     older, newer = build(dict(UNEVEN, hierarchy_merge_all=True)), build(dict(UNEVEN, merge_into='all'))
     assert torch.equal(older(ids), newer(ids))
     assert torch.equal(build(dict(UNEVEN, merge_into=(1,)))(ids), plain(ids))

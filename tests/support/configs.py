@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.levels import COMPRESSORS
+from simple_hierarchical_transformer.levels import COMPRESSORS, Level
 from simple_hierarchical_transformer.memory import State
 from simple_hierarchical_transformer.mixers.patterns import PATTERNS
 
@@ -151,6 +151,13 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         )
         | extra
     )
+
+
+def level(
+    compression: int = 1, stride: int = 1, dim: int = 6, window: int | None = None, compressor: str = 'conv'
+) -> Level:
+    """A level with two heads of 4 channels."""
+    return Level(compression, stride, dim, 4, 2, 2, window, 0.0, compressor=compressor)
 
 
 def build(config: dict[str, Any], seed: int = 0) -> HierarchicalTransformer:
