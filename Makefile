@@ -15,7 +15,11 @@ test: $(VENV)/test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(RUN) -m pytest -n auto --dist loadfile $(ARGS)
+	$(RUN) -m pytest -n auto --dist worksteal $(ARGS)
+
+# the contracts and the unit tests: all but those marked slow
+fast: $(VENV)/test
+	$(RUN) -m pytest -n auto --dist worksteal -m 'not slow and not gpu' $(ARGS)
 
 # one stamp for each set of packages, made anew when what it was made from changes
 $(VENV)/train $(VENV)/test: setup.py pyproject.toml constraints.txt
@@ -26,4 +30,4 @@ $(VENV)/train $(VENV)/test: setup.py pyproject.toml constraints.txt
 clean:
 	rm -rf $(VENV) build dist *.egg-info
 
-.PHONY: train sample test clean
+.PHONY: train sample test fast clean

@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.block import FeedForward, HierarchicalBlock
 from simple_hierarchical_transformer.compressors import by_window
-from simple_hierarchical_transformer.ops.cross_entropy import cross_entropy
 from simple_hierarchical_transformer.ops.coupling import run_plainly
+from simple_hierarchical_transformer.ops.cross_entropy import cross_entropy
 from simple_hierarchical_transformer.ops.linear import Chain, chain
 from simple_hierarchical_transformer.ops.norm import RMSNorm
 from simple_hierarchical_transformer.ops.scan import scan

@@ -1,4 +1,4 @@
-"""The same weights give the same numbers as the published package 0.4.0: to 1e-5 relative, in float64."""
+"""The same weights give the same numbers as the published package 0.4.0, to 1e-5 relative in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def assert_same(ours: Tensor, published: Tensor) -> None:
     assert difference <= TOLERANCE * published.double().norm()
 
 
-def test_all_ten_files_are_here() -> None:
+def test_there_are_ten_files() -> None:
     assert len(GOLDEN) == 10
 
 
@@ -70,7 +70,7 @@ def test_losses_and_gradients(golden: Golden, settings: dict[str, Any]) -> None:
 
 
 def test_weights_survive_a_round_trip(golden: Golden) -> None:
-    """What was loaded of the published package is saved whole and loads again."""
+    """Weights loaded from the published package can be saved and loaded again."""
     model, again = golden.model(), golden.model()
     again.load_state_dict(model.state_dict())
     assert torch.equal(model(golden.tensors['ids']), again(golden.tensors['ids']))

@@ -1,4 +1,4 @@
-"""User code that type checkers read: never run, checked by mypy as the package is."""
+"""User code for type checkers. mypy checks it like the package, and it is never run."""
 
 from __future__ import annotations
 

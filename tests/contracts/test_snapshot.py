@@ -21,7 +21,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from gpu.cases import BASE, CASES, words
+from contracts.cases import BASE, CASES, words
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 

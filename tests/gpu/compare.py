@@ -1,4 +1,4 @@
-"""How a device is compared with the CPU."""
+"""Comparisons of a device with the CPU."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch.profiler import ProfilerActivity, profile
 
 Gradients = Mapping[str, Tensor]
 
-# what a gradient's error is measured against at least, as a share of the norm of all gradients: rounding makes of a
-# gradient of zero what it likes
+# the error of a gradient is relative to its norm, but at least to this share of the norm of all gradients: a gradient
+# that should be zero consists of rounding errors
 LEAST = 1e-5
 
 
 class Precision(NamedTuple):
     dtype: torch.dtype
     values: float
-    """How far losses, logits and bits may be off."""
+    """Absolute tolerance of losses, logits and bits."""
     gradients: float
-    """How far a gradient may be off, as a share of its norm."""
+    """Tolerance of a gradient, relative to its norm."""
 
 
 PRECISIONS = {
@@ -32,7 +32,7 @@ PRECISIONS = {
 
 
 def loss_and_gradients(call: Any, model: nn.Module, ids: Tensor, **extra: Any) -> tuple[dict[str, float], Gradients]:
-    """The loss and each of its parts, and the gradients of all weights in float64 on the CPU."""
+    """The loss and its parts, and the gradients of all weights as float64 tensors on the CPU."""
     model.zero_grad(set_to_none=True)
     loss, parts, *_ = call(ids, return_loss=True, **extra)
     loss.backward()
@@ -64,7 +64,7 @@ def norm(tensors: Gradients) -> float:
 
 
 def cosine(ours: Gradients, theirs: Gradients) -> float:
-    """That of all gradients as one vector."""
+    """The cosine similarity of all gradients as one vector."""
     product = sum((ours[name] * theirs[name]).sum().item() for name in theirs)
     return product / norm(ours) / norm(theirs)
 
@@ -75,7 +75,7 @@ def assert_near(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
 
 
 def peak_memory(step: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes that the allocator had given out at once during a step, beyond those before it."""
+    """The peak of allocated bytes during a step, minus those allocated before it."""
     if device.type == 'cuda':
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -1,9 +1,9 @@
-"""What the tests on a device share.
+"""Fixtures of the tests that run on a device.
 
     python -m pytest -m gpu tests/gpu
 
-They run on the CUDA device and compare it with the CPU. Without one, all of them are skipped. With
-`GPU_TESTS_DEVICE=cpu` they run on the CPU instead, which checks the tests themselves: what needs CUDA is skipped then.
+The tests compare a CUDA device with the CPU. Without a CUDA device they are skipped. With `GPU_TESTS_DEVICE=cpu` they
+run on the CPU, which checks the tests themselves. Tests that need CUDA are skipped then.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def device() -> torch.device:
 
 @pytest.fixture(scope='session')
 def cuda(device: torch.device) -> torch.device:
-    """The device, for tests that need CUDA."""
+    """The device. Skips tests that need CUDA on other devices."""
     if device.type != 'cuda':
         pytest.skip(f'needs CUDA, and the device is {device}')
     return device
@@ -39,7 +39,7 @@ def cuda(device: torch.device) -> torch.device:
 
 @pytest.fixture(scope='package', autouse=True)
 def _exact_products() -> Iterator[None]:
-    """TF32 keeps 10 bits of a float32, which no comparison with the CPU would pass."""
+    """Turns TF32 off: it keeps 10 bits of a float32, too few for comparisons with the CPU."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield

@@ -1,4 +1,4 @@
-"""A compiled training step has the gradients of the eager one, and is compiled once."""
+"""A compiled training step has the gradients of the eager step and is compiled once."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from contracts.cases import NO_LOSSES, RECIPE, TWO, WINDOW, build, words
 from torch._dynamo.utils import counters
 
-from .cases import NO_LOSSES, RECIPE, TWO, WINDOW, build, words
 from .compare import assert_gradients_close, assert_losses_close, cosine, loss_and_gradients
 
 pytestmark = pytest.mark.gpu
@@ -20,14 +20,14 @@ FLAT = dict(WINDOW, **NO_LOSSES, depth=1)
 
 
 def compile_whole(model: torch.nn.Module, device: torch.device, **settings: Any) -> Any:
-    """By inductor on CUDA. A trial on the CPU does without its compiler of C++, which takes minutes."""
+    """Compiles with inductor on CUDA. On the CPU, its C++ compiler would take minutes."""
     backend = 'inductor' if device.type == 'cuda' else 'aot_eager'
     return torch.compile(model, fullgraph=True, backend=backend, **settings)
 
 
 @contextmanager
 def compiled_into(graphs: int) -> Iterator[None]:
-    """Begins with nothing compiled. Ends with at most that many graphs, none of which had a break."""
+    """Starts with nothing compiled and allows at most `graphs` graphs, without graph breaks."""
     torch._dynamo.reset()
     counters.clear()
     yield
@@ -48,7 +48,7 @@ def test_steps_of_one_length_share_a_graph(device: torch.device) -> None:
 
 
 def test_a_step_in_bfloat16_compiles(device: torch.device) -> None:
-    """The preset of train.py at a small size, with FlexAttention as a part of the graph."""
+    """The preset of train.py at a small size, with FlexAttention inside the graph."""
     backend = 'flex' if device.type == 'cuda' else 'auto'
     model, ids = build(dict(RECIPE, depth=(1, 1), attn_backend=backend)).to(device), words(2, LENGTH).to(device)
     with compiled_into(graphs=1), torch.autocast(device.type, dtype=torch.bfloat16):
@@ -59,7 +59,7 @@ def test_a_step_in_bfloat16_compiles(device: torch.device) -> None:
 
 
 def test_steps_of_any_length_share_a_graph(device: torch.device) -> None:
-    """One graph for sequences of up to a block of queries, one for longer ones, and on CUDA one for FlexAttention."""
+    """One graph for up to a block of queries, one for longer sequences, and on CUDA one for FlexAttention."""
     model = build(dict(FLAT, seq_len=2048)).to(device)
     with compiled_into(graphs=3 if device.type == 'cuda' else 2):
         compiled = compile_whole(model, device, dynamic=True)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from contracts.cases import BASE, LEVELS, NO_LOSSES, RECIPE, TWO, WINDOW, build, words
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -21,7 +22,6 @@ from simple_hierarchical_transformer.embeddings import NGramEmbedding
 from simple_hierarchical_transformer.training import checkpoints, cost, optim
 from simple_hierarchical_transformer.training.optim import OPTIMIZERS, build_optimizer
 
-from .cases import BASE, LEVELS, NO_LOSSES, RECIPE, TWO, WINDOW, build, words
 from .compare import assert_gradients_close, assert_losses_close, gradients_of, loss_and_gradients, peak_memory
 
 pytestmark = pytest.mark.gpu
@@ -123,7 +123,7 @@ def test_reversible_layers_have_the_same_gradients_in_less_memory(device: torch.
     assert less < 0.6 * memory
 
 
-# what a step of a model of some size takes, at which the allocator's rounding counts for little
+# models large enough that rounding by the allocator is small
 PLANNED: dict[str, tuple[dict[str, Any], bool]] = {
     'recipe, bfloat16': (dict(RECIPE, depth=(4, 2)), True),
     'levels': (dict(TWO, depth=4), False),
@@ -132,7 +132,7 @@ LARGE = dict(dim=512, dim_head=64, heads=8, ff_mult=4, seq_len=2048, ngram_rows=
 
 
 @pytest.mark.parametrize(('config', 'half'), PLANNED.values(), ids=PLANNED)
-def test_planned_memory_is_what_a_step_takes(config: dict[str, Any], half: bool, device: torch.device) -> None:
+def test_planned_memory_equals_the_memory_of_a_step(config: dict[str, Any], half: bool, device: torch.device) -> None:
     config = {**BASE, **config, **(LARGE if device.type == 'cuda' else {})}
     rows, length = (16, 2048) if device.type == 'cuda' else (4, 256)
     with torch.device('meta'):
@@ -152,7 +152,7 @@ def test_planned_memory_is_what_a_step_takes(config: dict[str, Any], half: bool,
         optimizer.step()
         optimizer.zero_grad()
 
-    # the first makes the optimizer's tensors, and has kernels compiled
+    # the first step creates the optimizer's tensors and compiles kernels
     step()
     tensors = (*model.parameters(), *model.buffers(), ids)
     held = sum(t.nbytes for t in (*tensors, *(t for state in optimizer.state.values() for t in state.values())))
@@ -166,13 +166,13 @@ TINY: tuple[object, ...] = (
     '--model', 'dim=32', 'depth=(1,1)', 'heads=1', 'dim_head=32', 'ff_mult=2', 'ngram_rows=256',
     'hierarchical_stride=(1,4)', 'hierarchies=(1,4)',
 )  # fmt: skip
-# all that a step's outcome depends on: states of segments, drawn losses, averaged weights; --mixed-precision besides
+# all options that a step depends on: states of segments, drawn losses and averaged weights; and --mixed-precision
 RESUMED: tuple[object, ...] = (
     '--steps', 16, '--every', 100, '--checkpoint-every', 4, '--keep', 9, '--segment-length', 32, '--grad-accum', 2,
     '--ema', 0.9, *TINY, 'recon_loss_weight=0.1', 'recon_sample=0.5',
 )  # fmt: skip
 
-# sums of a GPU come in one order where it is asked for
+# a GPU adds in one order only if it is told to
 ORDERED = textwrap.dedent(
     """
     import os, sys
@@ -203,7 +203,7 @@ def kill_after(process: subprocess.Popen[str], checkpoint: Path) -> None:
 
 
 def outcome(out: Path, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights, and how far the run had come."""
+    """The weights and the progress of a checkpoint."""
     folder = out / f'checkpoint-{step}'
     return load_file(folder / 'model.safetensors'), checkpoints.read_record(folder)['progress']
 
@@ -217,7 +217,7 @@ def scores(progress: dict[str, Any]) -> list[float]:
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(corpus: Path, tmp_path: Path, device: torch.device) -> None:
-    """In float16 on CUDA, with the scale that it had."""
+    """In float16 on CUDA. The scale of the loss is restored too."""
     whole, broken = tmp_path / 'whole', tmp_path / 'broken'
     settings = ('--mixed-precision', 'fp16' if device.type == 'cuda' else 'bf16', *RESUMED)
     begun = start('--data', corpus, '--out', whole, *settings)
@@ -233,7 +233,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(corpus: Path, tmp_path: Path
         outcome(out, step) for out, step in ((broken, 16), (whole, 16), (whole, 4))
     )
     assert furthest(ours, theirs) <= (0 if device.type == 'cpu' else 1e-5)
-    # far less than they moved since
+    # far less than the weights have moved since step 4
     assert furthest(early, theirs) > 1e-3
     for name in ('step', 'skipped', 'position', 'updates', 'scaler'):
         assert our_progress[name] == their_progress[name]

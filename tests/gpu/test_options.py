@@ -1,4 +1,4 @@
-"""Every option gives the CPU's numbers, and reads chunks as it reads a whole."""
+"""Every case gives the numbers of the CPU, in one pass and in chunks."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import build as build_drawn
 from conftest import configs
+from contracts.cases import CASES, build, words
 from hypothesis import given, settings
 from torch import Tensor
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 
-from .cases import CASES, build, words
 from .compare import (
     PRECISIONS,
     Precision,
@@ -26,7 +26,7 @@ from .compare import (
 
 pytestmark = pytest.mark.gpu
 
-# more than two blocks of queries, and not a whole number of them
+# more than two blocks of queries, and not a multiple of a block
 LENGTH = 301
 CHUNKS = (1, 100, 2, 1, 150, 47)
 NEW = 12
@@ -37,10 +37,10 @@ Pair = tuple[HierarchicalTransformer, HierarchicalTransformer]
 
 
 def build_pair(config: dict[str, Any], precision: Precision, device: torch.device) -> Pair:
-    """The same model on the CPU and on the device."""
+    """Builds the same model on the CPU and on the device."""
     backend = config.get('attn_backend')
     if backend == 'flex' and (device.type == 'cpu' or precision.dtype == torch.float64):
-        pytest.skip('FlexAttention trains on CUDA alone, and not in float64')
+        pytest.skip('FlexAttention trains on CUDA only, and not in float64')
     on_cpu = build({**config, 'attn_backend': 'sdpa' if backend == 'flex' else backend or 'auto'}, precision.dtype)
     on_device = build(config, precision.dtype).to(device)
     return on_cpu, on_device
@@ -99,12 +99,12 @@ def test_random_configurations(config: dict[str, Any], device: torch.device) -> 
 @torch.no_grad()
 @pytest.mark.parametrize('config', [CASES['tables in training'], CASES['losses']], ids=['n-grams', 'reconstruction'])
 def test_what_is_left_out_by_chance_is_drawn_on_the_device(config: dict[str, Any], device: torch.device) -> None:
-    """The same draws for the same seed, others for another, and their mean is the loss without draws."""
+    """The same seed draws the same numbers, another seed draws others, and the mean loss is unbiased."""
     model, ids = build(config).to(device), words(2, LENGTH).to(device)
     without = model(ids, return_loss=True)[0].item()
     model.train()
 
-    # n-grams are left out of what trains alone
+    # n-grams are left out in training only
     @torch.enable_grad()
     def drawn(seed: int) -> float:
         torch.manual_seed(seed)

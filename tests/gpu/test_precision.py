@@ -1,4 +1,4 @@
-"""Half precision: bfloat16 by autocast and as the dtype of weights, float16 with a scaled loss."""
+"""Half precision: bfloat16 by autocast and as the dtype of weights, and float16 with a loss scaler."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from contracts.cases import CASES, LEVELS, RECIPE, WINDOW, build, words
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.mixers import MIXERS
 from simple_hierarchical_transformer.training.optim import build_optimizer
 
-from .cases import CASES, LEVELS, RECIPE, WINDOW, build, words
 from .compare import assert_losses_close, cosine, loss_and_gradients, norm
 from .test_options import read_in_chunks
 
@@ -52,7 +52,7 @@ def test_a_model_of_bfloat16_reads_and_writes(config: dict[str, Any], device: to
 
 
 def losses_with_a_scaler(model: HierarchicalTransformer, optimizer: Any, device: torch.device, steps: int) -> list[Any]:
-    """Each step's loss, the scale it had, and whether it changed the weights."""
+    """The loss and the scale of each step, and whether the step changed the weights."""
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**30)
     ids, found = words(2, 129).to(device), []
     for _ in range(steps):
@@ -76,7 +76,7 @@ def test_float16_trains_with_a_scaler(config: dict[str, Any], name: str, device:
     optimizer = build_optimizer(model, name, lr=3e-3, weight_decay=0.1, device=device, sparse=False)
     steps = losses_with_a_scaler(model, optimizer, device, 24)
     assert all(p.isfinite().all() for p in model.parameters())
-    # a scale that is too large is halved, and its step left out; one that fits moves the weights
+    # a scale that is too large is halved and its step skipped; other steps change the weights
     for (_, scale, moved), (_, after, _) in pairwise(steps):
         assert after == (scale if moved else scale / 2)
     moves = [moved for *_, moved in steps]

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from contracts.cases import LEVELS, RECIPE, TWO, build, words
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 
-from .cases import LEVELS, RECIPE, TWO, build, words
 from .compare import assert_near
 
 pytestmark = pytest.mark.gpu

@@ -7,12 +7,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from contracts.cases import HOURGLASS, RECIPE, TWO, WINDOW, build
 from torch import Tensor
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.generation.captured import CapturedSteps
-
-from .cases import HOURGLASS, RECIPE, TWO, WINDOW, build
 
 pytestmark = pytest.mark.gpu
 

@@ -1,10 +1,11 @@
-"""Configurations that together have every option of the model, and every name that an option takes."""
+"""Named configurations that together use every option of the model, and every name that an option can take."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -17,7 +18,7 @@ from simple_hierarchical_transformer.mixers import MIXERS
 from simple_hierarchical_transformer.mixers.attention import BACKENDS
 from simple_hierarchical_transformer.mixers.patterns import MODES, PATTERNS
 
-# heads of 32 channels: what FlexAttention serves
+# FlexAttention supports heads of 32 channels
 BASE: dict[str, Any] = dict(
     num_tokens=256, dim=64, depth=2, dim_head=32, heads=2, ff_mult=2, seq_len=512, ngram_rows=1024, ignore_index=-1,
     recon_ignore_index=-1,
@@ -30,25 +31,25 @@ HOURGLASS = dict(
 )
 NO_LOSSES = dict(recon_loss_weight=0.0, next_latent_loss_weight=0.0)
 TABLES = dict(ngrams=(2, 3, 4), word_ngrams=(1, 2), recall=(3, 5), word_recall=(1,))
-# what the presets of train.py are made of
+# the options of the presets of train.py
 RECIPE: dict[str, Any] = dict(
     HOURGLASS, **TABLES, **NO_LOSSES, compressor='linear', merge='linear', ff_activation='relu2',
     mixer_kwargs=dict(qk_norm=True), zero_init=True,
 )  # fmt: skip
 QUANTIZED = dict(quantized_loss_weight=0.1, quantizer_codebooks=2, quantizer_codebook_size=16, quantizer_dim=8)
 
-# drawn on the device: compared with the CPU in evaluation mode
+# options with which training draws random numbers: devices are compared in evaluation mode
 DRAWN = {'ngram_dropout', 'recon_sample'}
-# the arguments that no case has, and why
+# arguments without a case, and why
 EXEMPT = {
-    'use_flash_attn': 'it does nothing',
-    'hierarchy_merge_all': "it is another name of merge_into = 'all'",
-    'ngram_rows': 'BASE has it',
+    'use_flash_attn': 'it has no effect',
+    'hierarchy_merge_all': "it is the old name of merge_into = 'all'",
+    'ngram_rows': 'BASE sets it',
 }
 
 
 class LastByte(nn.Module):
-    """A summarizer of a user: a projection of each embedding, at the level's stride."""
+    """A user's summarizer: a projection of every embedding at which a level token ends."""
 
     def __init__(self, dim: int, stride: int) -> None:
         super().__init__()
@@ -59,14 +60,8 @@ class LastByte(nn.Module):
         return self.proj(x[:, :: self.stride])
 
 
-def options_of(function: Any) -> dict[str, tuple[Any, ...]]:
-    """The arguments of a constructor, and of each the names that its annotation lists."""
-    hints = get_type_hints(inspect.unwrap(function))
-    hints.pop('return', None)
-    return {name: tuple(names_in(hint)) for name, hint in hints.items()}
-
-
 def names_in(hint: Any) -> Iterator[Any]:
+    """The values of all `Literal`s in a type hint."""
     if get_origin(hint) is Literal:
         yield from get_args(hint)
     else:
@@ -74,8 +69,26 @@ def names_in(hint: Any) -> Iterator[Any]:
             yield from names_in(part)
 
 
-MODEL_OPTIONS = options_of(HierarchicalTransformer.__init__)
-# what a mixer is given by its level
+def options_of(function: Any) -> dict[str, tuple[Any, ...]]:
+    """The arguments of a constructor, each with the names that its annotation lists."""
+    hints = get_type_hints(inspect.unwrap(function))
+    hints.pop('return', None)
+    return {name: tuple(names_in(hint)) for name, hint in hints.items()}
+
+
+def model_options() -> dict[str, tuple[Any, ...]]:
+    """The fields of `Config`, one per constructor argument, each with the names that its annotation lists."""
+    try:
+        from simple_hierarchical_transformer.config import Config
+    except ImportError:
+        return options_of(HierarchicalTransformer.__init__)
+    hints = get_type_hints(Config)
+    return {field.name: tuple(names_in(hints[field.name])) for field in fields(Config)}
+
+
+MODEL_OPTIONS = model_options()
+DEFAULTS = {name: each.default for name, each in inspect.signature(HierarchicalTransformer).parameters.items()}
+# arguments that a level passes to its mixer
 OF_LEVEL = {'dim', 'dim_head', 'heads', 'window', 'length', 'layer', 'backend'}
 MIXER_OPTIONS = {
     name: {option: names for option, names in options_of(mixer.__init__).items() if option not in OF_LEVEL}
@@ -84,7 +97,7 @@ MIXER_OPTIONS = {
 
 
 def named_cases() -> dict[str, dict[str, Any]]:
-    """A case for each name that an option takes, whatever names there are."""
+    """One case for each name that an option can take."""
     cases: dict[str, dict[str, Any]] = {}
     for merge in MODEL_OPTIONS['merge']:
         cases[f'merge {merge}'] = dict(LEVELS, merge=merge)
@@ -97,7 +110,7 @@ def named_cases() -> dict[str, dict[str, Any]]:
         cases[f'feed-forward {activation}'] = dict(WINDOW, ff_activation=activation)
     for backend in BACKENDS:
         cases[f'window by {backend}'] = dict(WINDOW, attn_backend=backend)
-        # full attention reads by it with a state, and grouped queries share keys
+        # with a state, full attention runs on this backend too, and grouped queries share keys
         cases[f'levels by {backend}'] = dict(LEVELS, attn_backend=backend, mixer_kwargs=dict(kv_heads=1))
     for residual in MODEL_OPTIONS['residual']:
         cases[f'residual {residual}'] = dict(WINDOW, residual=residual)
@@ -157,9 +170,12 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def build(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> HierarchicalTransformer:
-    """On the CPU, with nothing left at the zeros and ones it starts with, in training mode unless training draws."""
+    """Builds a model on the CPU and moves every parameter away from its initial zeros and ones.
+
+    The model is in training mode, unless training draws random numbers.
+    """
     torch.manual_seed(0)
-    # modules among the arguments are this model's own
+    # the model gets its own copies of modules among the arguments
     model = HierarchicalTransformer(**deepcopy({**BASE, **config})).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -168,7 +184,7 @@ def build(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Hierarc
 
 
 def words(batch: int, n: int) -> Tensor:
-    """Bytes among which words and n-grams come again."""
+    """Bytes in which words and n-grams repeat."""
     vocabulary = torch.tensor(list(b'the cat sat on a mat; Then it ate \n')).repeat(batch, -(-n // 36) + 1)
     drawn = torch.randint(0, 256, vocabulary.shape)
     return vocabulary.where(torch.rand(vocabulary.shape) < 0.8, drawn)[:, :n]

@@ -1,22 +1,17 @@
-"""The cases that run on a device leave no option out. This needs no device."""
+"""Every option of the model and of its mixers is in a case: a new option without a case fails here."""
 
 from __future__ import annotations
 
-from inspect import signature
 from typing import Any
 
 import pytest
+from contracts.cases import BASE, CASES, DEFAULTS, EXEMPT, MIXER_OPTIONS, MODEL_OPTIONS
 
-from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.mixers import MIXERS
-
-from .cases import BASE, CASES, EXEMPT, MIXER_OPTIONS, MODEL_OPTIONS
-
-DEFAULTS = {name: each.default for name, each in signature(HierarchicalTransformer.__init__).parameters.items()}
 
 
 def values(name: str) -> list[Any]:
-    """What the cases give for an option, level by level where they differ."""
+    """The values of an option in all cases, those of each level where levels differ."""
     given = [case[name] for case in CASES.values() if name in case]
     return [each for value in given for each in (value if isinstance(value, tuple) else (value,))]
 
