@@ -19,7 +19,7 @@ from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.block import FeedForward
 from simple_hierarchical_transformer.embeddings import WORD_REACH, NGramEmbedding, RecallEmbedding
 from simple_hierarchical_transformer.levels import Level
-from simple_hierarchical_transformer.merges.base import LinearMerge
+from simple_hierarchical_transformer.merges.linear import LinearMerge
 from simple_hierarchical_transformer.mixers import Attention
 from simple_hierarchical_transformer.training import optim
 
@@ -111,12 +111,10 @@ def test_training_leaves_n_grams_out_and_scoring_none() -> None:
     assert embedding.weight.grad is not None
     assert embedding.weight.grad.to_dense().sum() == found.sum()
     # none of what is read for the first time, and the more the oftener: of the third time, at the odds of two to one
-    embedding.readings = 0.0
-    assert set(embedding(hashes(embedding, ids)).flatten().tolist()) == {2.0}
+    assert set(embedding(hashes(embedding, ids), 0.0).flatten().tolist()) == {2.0}
     embedding.dropout = 0.5
     for readings in (1, 2, 5):
-        embedding.readings = torch.tensor([readings] * 3 + [0])
-        found = embedding(hashes(embedding, ids))
+        found = embedding(hashes(embedding, ids), torch.tensor([readings] * 3 + [0]))
         # each row by its own: the last one has new text
         assert set(found[:3].flatten().tolist()) == {0.0, 1.0 + readings, 2.0 + 2 * readings}
         assert abs(found[:3].mean() - 2) < 0.3

@@ -31,7 +31,7 @@ def test_contributions_are_the_change_when_a_level_is_ablated(merge: str) -> Non
     blocks = [model.layers[0][j](x)[0] for j, x in enumerate(model(ids, return_hierarchical_token_embeds=True))]
     merged, _ = model.hierarchical_merges[0](blocks)
     for place, c in enumerate((1, 8, 4)):
-        others, _ = model.hierarchical_merges[0](blocks, silent={c})
+        others, _ = model.hierarchical_merges[0](blocks, ablated={c})
         for receiver, i in ((1, 0), (8, 1)):
             moved = (merged[i] - others[i]).norm(dim=-1)
             assert moved.min() > 0

@@ -24,7 +24,7 @@ def test_losses_equal_their_definitions(config: dict[str, Any], n: int, seed: in
         loss, parts = model(ids, return_loss=True)
         read, targets = ids[:, :-1], ids[:, 1:]
         logits, latents = model(read, return_logits_and_embeds=True)
-        embeds, *_ = model.embed(read, None)
+        embeds = model.inspect(read).embeds
         compressed = model(read, return_hierarchical_token_embeds=True)
 
     def mean(values: list[Tensor]) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -70,7 +72,9 @@ def test_detach_summaries_controls_gradients_to_embeddings(detach: bool) -> None
     # the latents are constants here, so gradients reach the embeddings only through the summaries
     embeds = model.token_emb(ids)
     latents = torch.randn(2, 21, 8, dtype=torch.float64)
-    loss = model.next_latent_loss(1, latents, embeds, ids != 0, 0, None)
+    [objective] = (each for each in model.objectives if each.kind == 'next_latent')
+    read = replace(model.inspect(ids), embeds=embeds, tokens=[latents, latents])
+    loss = objective.loss(model, read, model.shift(ids, ids), None)
     loss.backward()
     assert (model.token_emb.weight.grad is None) == detach
 

@@ -8,7 +8,7 @@ from support.configs import UNEVEN
 from vector_quantize_pytorch import RandomProjectionQuantizer as PublishedQuantizer
 
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.objectives import base as losses
+from simple_hierarchical_transformer.objectives import quantized
 from simple_hierarchical_transformer.objectives.quantized import RandomProjectionQuantizer
 
 
@@ -22,7 +22,7 @@ def test_quantizer_assigns_the_ids_of_the_published_one(monkeypatch: pytest.Monk
         assert torch.equal(ours(x)[..., k], theirs(x))
         with monkeypatch.context() as patch:
             # the result does not depend on how many rows are scored at once
-            patch.setattr(losses, 'CHUNK', 50 * 7)
+            patch.setattr(quantized, 'CHUNK', 50 * 7)
             assert torch.equal(ours(x)[..., k], theirs(x))
     assert len(ours(x).unique()) > 40
 

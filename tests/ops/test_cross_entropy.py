@@ -13,12 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-<<<<<<< HEAD:tests/test_losses.py
-from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.objectives.base import past_windows
-=======
-from simple_hierarchical_transformer.objectives.base import past_windows
->>>>>>> tests:tests/ops/test_cross_entropy.py
 from simple_hierarchical_transformer.ops import cross_entropy as kernel
 from simple_hierarchical_transformer.ops.cross_entropy import cross_entropy, linear_cross_entropy
 

@@ -54,9 +54,10 @@ def keep(monkeypatch: pytest.MonkeyPatch) -> Any:
 
         with monkeypatch.context() as patch:
             patch.setattr('simple_hierarchical_transformer.block.recompute', call)
-            patch.setattr('simple_hierarchical_transformer.model.recompute', call)
+            patch.setattr('simple_hierarchical_transformer.arrangements.base.recompute', call)
             patch.setattr(
-                'simple_hierarchical_transformer.model.run_couplings', lambda *args, modules: run_plainly(*args)
+                'simple_hierarchical_transformer.arrangements.reversible.run_couplings',
+                lambda *args, modules: run_plainly(*args),
             )
             yield
 
