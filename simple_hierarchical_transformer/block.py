@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from .levels import Level
 from .memory import BlockState, keep
 from .mixers import build_mixer
-from .mixers.attention import Backend
-from .ops.export import first_of
 from .ops.linear import Chain, begin_at_zero, chain, register_plain
 from .ops.norm import RMSNorm
 from .ops.recompute import recompute
+from .ops.tracing import first_of
+from .ops.window_attention import Backend
 
 
 def shift_tokens(x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:

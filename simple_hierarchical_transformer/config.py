@@ -20,8 +20,8 @@ from .generation.loop import BYTE_VOCABULARIES
 from .levels import Level, build_levels
 from .merges import MERGES, find_receivers
 from .mixers import MIXERS
-from .mixers.attention import BACKENDS
 from .objectives.next_latent import find_latent_loss, normalise_rollout_weights
+from .ops.window_attention import BACKENDS
 from .options import (
     Check,
     check_bool,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .memory import Memory, State, keep, room_for
-from .ops.export import is_exporting, stable_sort
+from .ops.tracing import is_exporting, stable_sort
 
 if TYPE_CHECKING:
     from .model import HierarchicalTransformer

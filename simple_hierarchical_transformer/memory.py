@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -125,6 +125,14 @@ def grow(cache: Tensor, tokens: int, limit: int) -> Tensor:
         return cache
     more = cache.new_zeros(*cache.shape[:-2], room_for(tokens, limit) - slots, cache.shape[-1])
     return torch.cat((cache, more), dim=-2)
+
+
+@overload
+def keep(old: None, new: Tensor) -> None: ...
+
+
+@overload
+def keep(old: Tensor, new: Tensor) -> Tensor: ...
 
 
 def keep(old: Tensor | None, new: Tensor) -> Tensor | None:

@@ -16,8 +16,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simple_hierarchical_transformer.mixers import Attention, attention, rotary
-from simple_hierarchical_transformer.mixers.attention import Backend, attend_window
 from simple_hierarchical_transformer.mixers.rotary import Rotary
+from simple_hierarchical_transformer.ops import window_attention
+from simple_hierarchical_transformer.ops.window_attention import Backend, attend_window
 
 
 def qkv(n: int, *, heads: int = 2, dim: int = 8) -> tuple[Tensor, ...]:
@@ -61,13 +62,13 @@ def test_flex_attention_equals_blocks(n: int, window: int, past: int) -> None:
 def test_flex_attention_is_compiled_for_all_shapes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = CompileCounterWithBackend('eager')
     monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend=graphs))
-    attention.compiled_flex.cache_clear()
+    window_attention.compiled_flex.cache_clear()
     for n, past, window in product((257, 400, 641, 1030), (0, 30, 128), (30, 129)):
         q, k, v = (t.float() for t in qkv(past + n, dim=16))
-        q, mask = q[:, :, past:], attention.kept_window_mask(n, past, window, q.device)
-        attend = attention.compiled_flex(q.dtype, *q.shape[1::2], past > 0, False)
+        q, mask = q[:, :, past:], window_attention.cached_window_mask(n, past, window, q.device)
+        attend = window_attention.compiled_flex(q.dtype, *q.shape[1::2], past > 0, False)
         torch.testing.assert_close(attend(q, k, v, mask), attend_window(q, k, v, window, 'sdpa'), rtol=1e-4, atol=1e-5)
-    attention.compiled_flex.cache_clear()
+    window_attention.compiled_flex.cache_clear()
     # one without a past, two with one: whether it adds a block
     assert graphs.frame_count <= 3
 
@@ -154,7 +155,7 @@ def test_half_precision_model_keeps_its_frequencies_exact() -> None:
 @torch.no_grad()
 def test_what_is_made_under_a_mode_that_pretends_is_not_kept() -> None:
     q, k, v = (t.float() for t in qkv(40, dim=16))
-    attention.kept_window_mask.cache_clear()
+    window_attention.cached_window_mask.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True):
         attend_window(q, k, v, 8, 'flex')
     out = attend_window(q, k, v, 8, 'flex')

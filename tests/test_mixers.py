@@ -31,11 +31,11 @@ from simple_hierarchical_transformer.mixers import (
     LSHAttention,
     SimpleGateLoop,
 )
-from simple_hierarchical_transformer.mixers.patterns import attended
 from simple_hierarchical_transformer.mixers.rotary import Rotary
 from simple_hierarchical_transformer.mixers.ssm import DiagonalSSM
 from simple_hierarchical_transformer.ops.fft_conv import causal_conv
-from simple_hierarchical_transformer.ops.last_result import LastResult
+from simple_hierarchical_transformer.ops.pattern_attention import attended
+from simple_hierarchical_transformer.ops.result_cache import ResultCache
 from simple_hierarchical_transformer.ops.scan import scan
 
 DIM, LENGTH = 12, 40
@@ -652,7 +652,7 @@ def test_a_change_to_the_network_of_filters_takes_effect(name: str) -> None:
 
 
 def test_the_last_result_is_that_of_the_values_at_hand() -> None:
-    kept, called = LastResult(), []
+    kept, called = ResultCache(), []
 
     def double(x: Tensor, factor: int) -> Tensor:
         called.append(factor)

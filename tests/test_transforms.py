@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.export import Dim, export
 from torch.func import functional_call, grad, vmap
 
-from simple_hierarchical_transformer.ops.export import stable_sort
+from simple_hierarchical_transformer.ops.tracing import stable_sort
 
 pytestmark = pytest.mark.slow
 
@@ -77,6 +77,6 @@ def test_an_export_leaves_no_cached_tensors(config: dict[str, Any]) -> None:
 def test_a_sort_is_stable_in_an_exported_model(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = torch.randint(-3, 3, (4, 500)) * (1 << 60)
     expected = numbers.sort(dim=-1, stable=True)
-    monkeypatch.setattr('simple_hierarchical_transformer.ops.export.is_exporting', lambda: True)
+    monkeypatch.setattr('simple_hierarchical_transformer.ops.tracing.is_exporting', lambda: True)
     for got, right in zip(stable_sort(numbers), expected, strict=True):
         assert torch.equal(got, right)

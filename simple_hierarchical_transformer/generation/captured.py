@@ -23,8 +23,9 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..memory import ROOM, Clock, Position, State
 from ..mixers.rotary import BLOCK, Rotary
-from ..ops.linear import autocast_dtype, is_dense, is_untouched
-from ..ops.norm import is_traced
+from ..ops.linear import is_dense, is_untouched
+from ..ops.precision import autocast_dtype
+from ..ops.tracing import is_traced
 
 # more residues would take longer to capture than most texts take to write
 MOST_RESIDUES = 64

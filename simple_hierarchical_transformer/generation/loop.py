@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..checks import check_int, check_int_list, check_number, is_int, plain
 from ..memory import State
-from ..ops.norm import is_traced
+from ..ops.tracing import is_traced
 from .captured import CapturedSteps, pays_to_capture
 
 NUM_BYTES = 256

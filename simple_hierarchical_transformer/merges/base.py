@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..levels import Grid, Level
 from ..memory import keep
-from ..ops.export import first_of
 from ..ops.linear import Part, chain
+from ..ops.tracing import first_of
 
 MergeState = tuple[Tensor | None, ...]
 

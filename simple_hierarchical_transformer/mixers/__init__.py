@@ -1,18 +1,21 @@
-"""What mixes a level's tokens: one contract, a registry by name."""
+"""Token mixers: one file each, one contract for all, and a registry by name."""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..levels import Level
 from .attention import Attention
-from .gateloop import GateLoop, SimpleGateLoop
+from .base import Mixer, MixerState
+from .gateloop import GateLoop
+from .h3 import H3
 from .hyena import Hyena
 from .lsh import LSHAttention
-from .ssm import H3, S4D
+from .s4d import S4D
+from .simple_gateloop import SimpleGateLoop
 
 __all__ = [
     'H3',
@@ -23,36 +26,10 @@ __all__ = [
     'Hyena',
     'LSHAttention',
     'Mixer',
+    'MixerState',
     'SimpleGateLoop',
     'build_mixer',
 ]
-
-
-class Mixer(Protocol):
-    """What a block needs of its token mixer, which norms its input itself.
-
-    A class of modules is built with what its constructor names of `dim`, `dim_head`, `heads` and `window`, the level's
-    settings; `length`, how many tokens a phase has in a pass of `seq_len` ids; `layer`, the number of the block from 0;
-    `backend`, the model's `attn_backend`; and with the level's `mixer_kwargs`. It may have a method `products(n)` that
-    tells the operations of a pass over n tokens, products with weights aside, for a run's account of its cost. If it
-    has a part `to_out`, that is what begins at zero by `zero_init`. A mixer whose state grows has a method
-    `with_room(state, tokens)`, which returns the state with room for so many tokens: a block calls it first, with
-    tensors that phases lead, `(phases, batch, ...)`.
-    """
-
-    def __call__(
-        self, x: Tensor, state: tuple[Tensor, ...] | None, start: int
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """x: `(batch, seq, dim)`, tokens `start` to `start + seq` of each sequence; returns the same shape, causally.
-
-        Without a state `start` is 0, and None is returned beside. With one, `(batch, ...)` tensors that hold what is
-        needed of the tokens before, that of after comes back: tensors of the same shapes, and the same ones written
-        in place where gradients are disabled.
-        """
-
-    def initial_state(self, batch: int, like: Tensor) -> tuple[Tensor, ...]:
-        """The state before the first token of `batch` sequences, in the dtype and on the device of `like`."""
-
 
 MIXERS: dict[str, type[nn.Module]] = {
     'attention': Attention,
@@ -66,9 +43,18 @@ MIXERS: dict[str, type[nn.Module]] = {
 
 
 def build_mixer(level: Level, *, length: int, layer: int, backend: str) -> Any:
-    """A level's mixer, or None where a window of 0 leaves attention out.
+    """The mixer of a block. None for attention with a window of 0, which a level leaves out.
 
-    Raises ValueError where `mixer_kwargs` has what its class does not take.
+    The result is both an `nn.Module` and a `Mixer`. Python has no type for that.
+
+    Args:
+        level: settings of the block's level.
+        length: number of tokens that a phase has in a pass over `seq_len` ids.
+        layer: number of the block, from 0.
+        backend: the model's `attn_backend`.
+
+    Raises:
+        ValueError: `mixer_kwargs` names an argument that the mixer does not have.
     """
     mixer = MIXERS[level.mixer] if isinstance(level.mixer, str) else level.mixer
     parameters = inspect.signature(mixer).parameters
@@ -77,11 +63,11 @@ def build_mixer(level: Level, *, length: int, layer: int, backend: str) -> Any:
         backend=backend,
     )  # fmt: skip
     takes_any = any(each.kind == each.VAR_KEYWORD for each in parameters.values())
-    own = [name for name in parameters if name not in settings]
+    options = [name for name in parameters if name not in settings]
     for name in level.mixer_kwargs:
-        if name in settings or (name not in own and not takes_any):
+        if name in settings or (name not in options and not takes_any):
             raise ValueError(
-                f'mixer_kwargs of hierarchy {level.compression} must be of {", ".join(own) or "none"} for mixer '
+                f'mixer_kwargs of hierarchy {level.compression} must be of {", ".join(options) or "none"} for mixer '
                 f'{mixer.__name__}, got {name!r}'
             )
     if not level.mixes:

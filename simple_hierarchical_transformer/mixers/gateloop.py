@@ -1,4 +1,4 @@
-"""Linear recurrences whose gates hang on the data."""
+"""GateLoop: a linear recurrence with gates that depend on the data."""
 
 from __future__ import annotations
 
@@ -11,32 +11,36 @@ from ..memory import keep
 from ..ops.linear import chain
 from ..ops.norm import RMSNorm
 from ..ops.scan import scan
+from .base import MixerState
 
-# gates begin between these, so that channels remember over a few tokens, and over some hundred
+# range of the initial gates: some channels remember a few tokens, others some hundred
 FIRST_GATES = (0.5, 0.995)
 
 
 def spread_gates(count: int) -> Tensor:
-    """Logits of gates that remember for ever longer, one for each channel."""
+    """Initial logits of gates, one for each channel, in order of a longer and longer memory: `(count,)`."""
     low, high = (torch.logit(torch.tensor(gate)) for gate in FIRST_GATES)
     return low + (high - low) * torch.linspace(0, 1, count)
 
 
 class GateLoop(nn.Module):
-    """A linear recurrence with a complex state, whose gates, keys, values and queries are all made of the token.
+    """A linear recurrence with a complex state. Gates, keys, values and queries are all projections of the token.
 
         S_n = a_n * S_{n-1} + k_n^T v_n,    y_n = Re(q_n S_n),    a_n = sigmoid(alpha_n) * exp(i * beta_n)
 
-    with one gate for each channel of the keys, and what comes out normed, times `SiLU` of a projection of the token.
+    Each channel of the keys has one gate. The output is normed, and multiplied by `SiLU` of a projection of the token.
     Katsch 2023, arXiv 2311.01927. `(batch, seq, dim)` to `(batch, seq, dim)`.
 
-    Time and memory `O(seq * dim * dim / state_heads)`. Its state is S, `(batch, heads, width, width, 2)` of real and
-    imaginary parts, whatever was read: `2 * dim * dim / state_heads` numbers.
+    Time and memory are `O(seq * dim * dim / state_heads)`. The state is S, the real and imaginary parts `(batch, heads,
+    width, width, 2)`. Its size, `2 * dim * dim / state_heads` numbers, does not depend on what was read.
 
     Args:
         dim: width of the tokens.
-        state_heads: heads that the state has, a divisor of `dim`; by default `dim`, each of width 1, as in the paper's
-            experiments.
+        state_heads: number of heads of the state, a divisor of `dim`. By default `dim`, each of width 1, as in the
+            experiments of the paper.
+
+    Raises:
+        ValueError: `state_heads` does not divide `dim`.
     """
 
     def __init__(self, *, dim: int, state_heads: int | None = None) -> None:
@@ -55,74 +59,27 @@ class GateLoop(nn.Module):
             self.to_gates.bias.copy_(torch.cat((spread_gates(dim), torch.zeros(dim))))
 
     def products(self, n: float) -> float:
-        """Operations of a pass over n tokens, products with weights aside: three of a complex recurrence."""
+        """Operations of a pass over `n` tokens, without products with weights: three for each complex gate."""
         return 3 * 8 * n * self.dim * self.dim / self.heads
 
-    def initial_state(self, batch: int, like: Tensor) -> tuple[Tensor, ...]:
+    def initial_state(self, batch: int, like: Tensor) -> MixerState:
         width = self.dim // self.heads
         exact = torch.promote_types(like.dtype, torch.float32)
         return (like.new_zeros(batch, self.heads, width, width, 2, dtype=exact),)
 
-    def forward(
-        self, x: Tensor, state: tuple[Tensor, ...] | None = None, start: int = 0
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    def forward(self, x: Tensor, state: MixerState | None = None, start: int = 0) -> tuple[Tensor, MixerState | None]:
         normed = self.norm(x)
-        # sums over long stretches are formed in float32 at least
+        # long sums need float32 or float64
         exact = torch.promote_types(x.dtype, torch.float32)
         q, k, v = chain(normed, self.to_qkv).to(exact).unflatten(-1, (3, self.heads, -1)).unbind(2)
         alpha, beta = chain(normed, self.to_gates).to(exact).unflatten(-1, (2, self.heads, -1)).unbind(2)
         gates = torch.polar(alpha.sigmoid(), beta)[..., None]
         kv = (k[..., None] * v[..., None, :]).to(gates.dtype)
-        held = None if state is None else torch.view_as_complex(state[0].to(exact))
+        initial = None if state is None else torch.view_as_complex(state[0].to(exact))
 
-        memory = scan(gates, kv, held)
+        memory = scan(gates, kv, initial)
         y = (q[..., None] * memory.real).sum(dim=-2).flatten(2).to(x.dtype)
         y = self.out_norm(y) * F.silu(chain(normed, self.to_out_gate))
         if state is not None:
-            state = (keep(state[0], torch.view_as_real(memory[:, -1])),)  # type: ignore[assignment]
+            state = (keep(state[0], torch.view_as_real(memory[:, -1])),)
         return chain(y, self.to_out), state
-
-
-class SimpleGateLoop(nn.Module):
-    """The same with real gates, a state of one number a channel, and keys and values formed as one.
-
-        h_n = sigmoid(alpha_n) * h_{n-1} + kv_n,    y_n = q_n * h_n
-
-    The max-headed GateLoop (Katsch 2023, arXiv 2311.01927) without its phase, output gate and output projection.
-    Heinsen 2023, arXiv 2311.06281, forms it by cumulative sums of logarithms; a scan by blocks needs none of them, and
-    takes inputs of either sign. `(batch, seq, dim)` to `(batch, seq, dim)`.
-
-    Time and memory `O(seq * dim)`. Its state is h, `(batch, dim)`.
-
-    Args:
-        dim: width of the tokens.
-    """
-
-    def __init__(self, *, dim: int) -> None:
-        super().__init__()
-        self.dim = dim
-        self.norm = RMSNorm(dim)
-        self.to_qkv = nn.Linear(dim, 2 * dim, bias=False)
-        self.to_gates = nn.Linear(dim, dim)
-        with torch.no_grad():
-            self.to_gates.bias.copy_(spread_gates(dim))
-
-    def products(self, n: float) -> float:
-        """Operations of a pass over n tokens, products with weights aside: three of a recurrence."""
-        return 3 * 2 * n * self.dim
-
-    def initial_state(self, batch: int, like: Tensor) -> tuple[Tensor, ...]:
-        exact = torch.promote_types(like.dtype, torch.float32)
-        return (like.new_zeros(batch, self.dim, dtype=exact),)
-
-    def forward(
-        self, x: Tensor, state: tuple[Tensor, ...] | None = None, start: int = 0
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        exact = torch.promote_types(x.dtype, torch.float32)
-        normed = self.norm(x)
-        q, kv = chain(normed, self.to_qkv).chunk(2, dim=-1)
-        gates = chain(normed, self.to_gates).to(exact).sigmoid()
-        h = scan(gates, kv.to(exact), None if state is None else state[0].to(exact))
-        if state is not None:
-            state = (keep(state[0], h[:, -1]),)  # type: ignore[assignment]
-        return q * h.to(q.dtype), state

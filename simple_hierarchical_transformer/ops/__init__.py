@@ -1,0 +1,1 @@
+"""Kernels that know nothing of the architecture: functions of tensors, and the modules that wrap them."""

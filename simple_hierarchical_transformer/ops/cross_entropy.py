@@ -1,26 +1,27 @@
-"""Cross entropy of a linear head without materialising all logits."""
+"""Cross entropy of a linear head, without holding all logits in memory."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .linear import autocast_dtype, linear, matrix_of
+from .linear import linear, matrix_of
+from .precision import autocast_dtype, no_autocast
+from .tracing import is_transformed
 
-# how many logits are in memory at a time; few enough rows would leave the matmul short of work
+# logits held in memory at a time, and the fewest rows that still keep a matrix product efficient
 CHUNK = 1 << 22
 MIN_CHUNK_ROWS = 128
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """`linear_cross_entropy` with each chunk's gradients formed while its logits are at hand.
+    """`linear_cross_entropy`, whose forward pass also computes the gradients, chunk by chunk.
 
-    So logits live for a chunk only, and nothing is computed twice: Hsu et al. 2024, arXiv 2410.10989, section 3.2.
-    Those gradients have no graph of their own. A backward pass with `create_graph` forms the logits again, whole.
+    Logits exist for one chunk at a time, and nothing is computed twice: Hsu et al. 2024, arXiv 2410.10989, section 3.2.
+    These gradients have no graph. A backward pass with `create_graph` computes all logits again at once.
     """
 
     @staticmethod
@@ -31,7 +32,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         size = len(weight) // sets
         chunk = max(CHUNK // size, MIN_CHUNK_ROWS)
 
-        # gradients are formed without what all rows are divided by, which is too small for half precision
+        # gradients leave out the factor that all rows share: it is too small for half precision
         top = row_weights.amax().clamp(min=torch.finfo(row_weights.dtype).tiny) if rows else row_weights.new_ones(())
         given, row_weights = row_weights, row_weights / top
         total = row_weights.new_zeros(())
@@ -42,7 +43,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for k in range(sets):
             part = slice(k * size, (k + 1) * size)
             matrix = weight[part].to(dtype)
-            # counted so that a compiler has a graph for each number of chunks, not of rows
+            # a loop over chunk numbers: a compiler then makes a graph for each number of chunks, not of rows
             for i in range(-(-rows // chunk)):
                 at = slice(i * chunk, (i + 1) * chunk)
                 target, scale = targets[at, k, None], row_weights[at, k, None]
@@ -51,7 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 total = total - (log_probs.gather(1, target) * scale).sum()
                 if grad_x is None or grad_weight is None:
                     continue
-                # softmax minus one-hot; the weight of a row goes to the smaller factor
+                # softmax minus one-hot; the row weight multiplies the smaller factor
                 grad = log_probs.exp_().scatter_add_(1, target, -torch.ones_like(scale)).to(dtype)
                 grad_x[at] += linear(grad, matrix.t()) * scale
                 scaled = (inputs[at] * scale).to(dtype)
@@ -68,51 +69,55 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total * top
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight, top, x, weight, targets, row_weights = ctx.saved_tensors
         if torch.is_grad_enabled():
-            # views, so that gradients end at these inputs although one may depend on the other
+            # views make gradients stop at these inputs, even if one of them depends on the other
             x, weight = x.view_as(x), weight.view_as(weight)
             logits = F.linear(x.to(ctx.dtype), weight.to(ctx.dtype))
             loss = weighted_cross_entropy(logits, targets, row_weights)
-            wanted = [t for t in (x, weight) if t.requires_grad]
-            found = iter(torch.autograd.grad(loss, wanted, grad, create_graph=True))
-            return *(next(found) if t.requires_grad else None for t in (x, weight)), None, None, None, None
+            inputs = [t for t in (x, weight) if t.requires_grad]
+            grads = iter(torch.autograd.grad(loss, inputs, grad, create_graph=True))
+            return *(next(grads) if t.requires_grad else None for t in (x, weight)), None, None, None, None
         grad = grad * top
-        # a large vocabulary's gradient is the largest tensor there is: copied only where it may be asked for again
-        again = graph_is_kept() or grad_weight.dtype != grad.dtype
-        grad_weight = (grad_weight * grad).to(grad_weight.dtype) if again else grad_weight.mul_(grad)
+        # the gradient of a large vocabulary is the largest tensor of all: copy it only if a second pass may need it
+        copies = graph_is_kept() or grad_weight.dtype != grad.dtype
+        grad_weight = (grad_weight * grad).to(grad_weight.dtype) if copies else grad_weight.mul_(grad)
         return (grad_x * grad).to(x.dtype), grad_weight, None, None, None, None
 
 
 def graph_is_kept() -> bool:
-    """Whether the backward pass that runs may run again (`retain_graph`)."""
+    """Whether the current backward pass keeps its graph, so that it may run again (`retain_graph`)."""
     ask = getattr(torch._C._autograd, '_get_current_graph_task_keep_graph', None)
     return torch.compiler.is_compiling() or ask is None or ask()
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor) -> Tensor:
-    """The weighted sum of the cross entropies of `x @ weight.T`, of which no more than a chunk is ever in memory.
+    """Weighted sum of the cross entropies of the logits `x @ weight.T`, in nats. Holds one chunk of logits at a time.
 
-    x: `(rows, dim)`; weight: `(sets * num_tokens, dim)`, a matrix for each of the sets; targets and row_weights:
-    `(rows, sets)`. Logits are formed in autocast's dtype, if it is on; softmax and sums in float32 at least. Under the
-    transforms of torch.func, and for second derivatives, the logits of all rows are formed at once.
+    Logits have the dtype of autocast, if it is on. Softmax and sums run in float32 or float64. The transforms of
+    torch.func and second derivatives form the logits of all rows at once.
+
+    Args:
+        x: `(rows, dim)`.
+        weight: `(sets * num_tokens, dim)`, one matrix for each set.
+        targets: ids, `(rows, sets)`.
+        row_weights: the weight of each cross entropy, `(rows, sets)`.
     """
     dtype = autocast_dtype(x.device) or torch.promote_types(x.dtype, weight.dtype)
     train = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     row_weights = row_weights.to(torch.promote_types(x.dtype, torch.float32))
-    # logits that are no wider than what they are made of need no chunks, and a GPU takes half the time for them at
-    # once; but not in float16, whose gradients would be too small
-    few = x.is_cuda and len(weight) <= x.shape[-1] and dtype != torch.float16
-    if few or torch._C._are_functorch_transforms_active():
-        # the transforms of torch.func see through plain operations alone
+    # logits no wider than their inputs need no chunks, and a GPU computes them at once in half the time; but not in
+    # float16, where the gradients would underflow
+    is_small = x.is_cuda and len(weight) <= x.shape[-1] and dtype != torch.float16
+    if is_small or is_transformed():
         return weighted_cross_entropy(F.linear(x, weight), targets, row_weights)
-    with nullcontext() if autocast_dtype(x.device) is None else torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device):
         return _LinearCrossEntropy.apply(x, weight, targets, row_weights, dtype, train)
 
 
 def weighted_cross_entropy(logits: Tensor, targets: Tensor, row_weights: Tensor) -> Tensor:
-    """The same of logits that are at hand, `(rows, sets * num_tokens)`."""
+    """Weighted sum of the cross entropies of logits `(rows, sets * num_tokens)`. See `linear_cross_entropy`."""
     log_probs = logits.unflatten(-1, (targets.shape[1], -1)).to(row_weights.dtype).log_softmax(-1)
     return -(log_probs.gather(-1, targets[..., None])[..., 0] * row_weights).sum()
 
@@ -126,26 +131,30 @@ def cross_entropy(
     count: Tensor | None = None,
     sample: float = 1.0,
 ) -> Tensor:
-    """Mean over the targets that are not ignored; zero, and not nan, where all of them are.
+    """Mean cross entropy over the targets that are not ignored, in nats. Zero, not NaN, if all are ignored.
 
-    x: `(batch, seq, dim)`; targets: `(batch, seq)`, or `(batch, seq, sets)` where each token has several; head: maps x
-    to `sets * num_tokens` logits. With `sample` below 1, that share of the tokens is drawn at random, and the
-    expectation is the loss over all. With `count`, the sum over targets divided by that.
+    A plain head without a bias runs as `linear_cross_entropy`. Any other head is called with `x`, or with the sampled
+    tokens `(tokens, dim)`.
 
-    A plain head without a bias runs as `linear_cross_entropy`. Any other is called, with x as it comes, or with the
-    drawn tokens `(tokens, dim)`.
+    Args:
+        x: `(batch, seq, dim)`.
+        head: maps `x` to `sets * num_tokens` logits.
+        targets: `(batch, seq)`, or `(batch, seq, sets)` where each token has several targets.
+        ignore_index: the target that does not count.
+        count: divides the sum over targets in place of the number of targets.
+        sample: the share of tokens that is drawn at random. The expectation is the loss over all tokens.
     """
     targets = (targets[..., None] if targets.ndim == 2 else targets).flatten(0, 1)
     counted = targets != ignore_index
     exact = torch.promote_types(x.dtype, torch.float32)
     scale = 1 / (counted.sum() if count is None else count).clamp(min=1).to(exact)
-    # an ignored target may be no id at all
+    # an ignored target need not be a valid id
     targets = targets.masked_fill(~counted, 0)
 
     rows = len(targets)
     drawn = max(round(sample * rows), 1) if rows else 0
     if drawn < rows:
-        # each row stands for as many as were left out, so that the expectation is the mean over all
+        # the drawn rows stand for all rows, so that the expectation is the mean over all
         scale = scale * (rows / drawn)
         index = torch.randperm(rows, device=x.device)[:drawn]
         x, targets, counted = x.flatten(0, 1)[index], targets[index], counted[index]

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_choice
-from .export import power_of_two
-from .norm import is_traced
+from .tracing import is_traced, power_of_two
 
 FFTS = ('torch', 'monarch')
 
@@ -22,16 +21,23 @@ def check_fft(fft: str) -> str:
 
 
 def causal_conv(x: Tensor, kernel: Tensor, fft: str = 'torch') -> Tensor:
-    """`y[:, t] = sum over s of kernel[s] * x[:, t - s]`, channel by channel, with zeros before the first token.
+    """Depthwise causal convolution: `y[:, t] = sum over s of kernel[s] * x[:, t - s]`.
 
-    x and the result: `(batch, seq, dim)`; kernel: `(taps, dim)`. In float32 at least. Time `O(seq * log(seq) * dim)`
-    by PyTorch's FFT; `O(seq * sqrt(seq) * dim)` by 'monarch', in matrix products alone, for devices
-    that are much faster at those: on a CPU it is the slower one. A position
-    hears of later ones by rounding, some 1e-16 of them in float64.
+    Tokens before the first one are zeros. It computes in float32 or float64. Rounding makes a position depend on later
+    ones, by about 1e-16 of their values in float64.
+
+    Args:
+        x: `(batch, seq, dim)`.
+        kernel: `(taps, dim)`.
+        fft: 'torch' uses PyTorch's FFT, in time `O(seq * log(seq) * dim)`. 'monarch' uses matrix products only, in
+            time `O(seq * sqrt(seq) * dim)`. It suits devices that are much faster at these, and is slower on a CPU.
+
+    Returns:
+        `(batch, seq, dim)`, in the dtype of `x`.
     """
     exact = torch.promote_types(x.dtype, torch.float32)
     n, taps = x.shape[1], min(kernel.shape[0], x.shape[1])
-    # room for the whole product, so that its end does not come round to its beginning
+    # long enough for the whole product: a cyclic convolution must not wrap around
     size = power_of_two(n + taps - 1)
     if fft == 'torch' and 3 * size // 4 >= n + taps - 1:
         size = 3 * size // 4
@@ -44,21 +50,21 @@ def causal_conv(x: Tensor, kernel: Tensor, fft: str = 'torch') -> Tensor:
 
 
 def conv_products(n: float, dim: int, fft: str) -> float:
-    """Operations of `causal_conv` over n tokens with as many taps: three transforms of twice the length."""
+    """Number of operations of `causal_conv` with `n` tokens and `n` taps: three transforms of length `2 * n`."""
     size = 2 * max(n, 1.0)
-    # 5 n log2 n, the usual count of a complex transform, or two complex products of matrices
+    # 5 n log2 n is the usual count of a complex transform; a Monarch transform is two complex matrix products
     return 3 * dim * size * (5 * math.log2(size) / 2 if fft == 'torch' else 2 * 8 * math.sqrt(size))
 
 
 @lru_cache(maxsize=16)
 def monarch_factors(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The Fourier matrices of both factors of `size`, and the twiddles between them, `(first, second)`."""
+    """The Fourier matrices of both factors of `size`, and the twiddle factors between them, `(first, second)`."""
     first = 1 << (size.bit_length() - 1) // 2
     second = size // first
 
     def roots(rows: int, columns: int, of: int) -> Tensor:
         power = torch.outer(torch.arange(rows, device=device), torch.arange(columns, device=device)) % of
-        # angles in float64, whatever the roots are kept in
+        # angles are computed in float64, whatever the dtype of the roots
         return torch.polar(torch.ones((), device=device, dtype=torch.float64), -2 * torch.pi / of * power.double()).to(
             dtype
         )
@@ -67,13 +73,22 @@ def monarch_factors(size: int, dtype: torch.dtype, device: torch.device) -> tupl
 
 
 def monarch_product(x: Tensor, kernel: Tensor, size: int) -> Tensor:
-    """The cyclic convolution over the last dimension, filled up with zeros to `size`, by matrix products.
+    """Cyclic convolution over the last dimension, padded with zeros to `size`, by matrix products.
 
-    A Fourier transform of `first * second` points is one of `first` points over columns, twiddles, and one of `second`
-    points over rows: two block-diagonal matrices and a permutation, a Monarch matrix. The permutation is left out, as
-    the product of spectra does not ask for an order. Fu et al. 2023, arXiv 2311.05908, section 3.1.
+    A Fourier transform of `first * second` points consists of transforms of `first` points over columns, twiddle
+    factors, and transforms of `second` points over rows. These are two block-diagonal matrices and a permutation: a
+    Monarch matrix. The permutation is left out, since the product of two spectra needs no particular order. Fu et al.
+    2023, arXiv 2311.05908, section 3.1.
+
+    Args:
+        x: `(batch, dim, seq)`.
+        kernel: `(dim, taps)`.
+        size: a power of two.
+
+    Returns:
+        `(batch, dim, size)`.
     """
-    # a compiler makes them part of its graph, and a mode that pretends to compute makes none that may be kept
+    # the cache must not keep tensors of a compiler's graph, or fake ones
     factors = monarch_factors.__wrapped__ if is_traced() else monarch_factors
     with torch.inference_mode(False):
         columns, rows, twiddles = factors(size, torch.promote_types(x.dtype, torch.complex64), x.device)

@@ -1,4 +1,4 @@
-"""Linear maps, by the faster of two kernels, that keep little for the backward pass."""
+"""Linear maps on the faster of two kernels, which store little for the backward pass."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .norm import RMSNorm, is_traced, rms_norm
+from .norm import RMSNorm, rms_norm
+from .precision import autocast_dtype, no_autocast
+from .tracing import is_traced
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
-# below this size of a weight the call costs more than the product
+# number of elements of a weight, below which the call costs more than the product
 MIN_WEIGHT = 1 << 15
-# below this size of a weight that widens, the BLAS is faster at its gradient
+# number of elements of a weight with more outputs than inputs, below which the BLAS computes its gradient faster
 MIN_WIDENING = 1 << 19
-# into how many slices a weight is cut: enough for the threads of a desktop, and a divisor of most widths
+# number of slices of a weight: enough for the threads of a desktop computer, and a divisor of most widths
 SLICES = 32
 FEW_ROWS = (1, 2)
 
@@ -28,16 +30,16 @@ Matrix = tuple[Tensor, Tensor | None]
 
 
 def register_plain(module_class: type[nn.Module]) -> type[nn.Module]:
-    """Registers a class whose call a fused route may replace: it draws no random numbers and changes no state."""
+    """Register a class whose call a fused route may replace: it draws no random numbers and changes no state."""
     PLAIN[module_class] = module_class.forward
     return module_class
 
 
-# each with its `forward`, which a library that patches classes may replace
+# each class with its `forward`: libraries that patch classes may replace this
 PLAIN: dict[type[nn.Module], Callable[..., Any]] = {
     kind: kind.forward for kind in (nn.Linear, nn.Conv1d, nn.LayerNorm, RMSNorm, nn.GELU, nn.SiLU, nn.ReLU, nn.Tanh)
 }
-# tensors that the kernels here may read; quantized and sharded ones are subclasses with operations of their own
+# types of tensors that the kernels here may read; quantized and sharded tensors are subclasses that override operations
 DENSE = {Tensor, nn.Parameter}
 DENSE_OR_NONE = {*DENSE, type(None)}
 
@@ -45,12 +47,12 @@ DENSE_OR_NONE = {*DENSE, type(None)}
 def is_plain(module: nn.Module) -> bool:
     """Whether calling the module runs the `forward` of a registered class and nothing else.
 
-    False for subclasses and wrappers (LoRA, parametrizations), compiled or patched modules, and modules with hooks,
-    their own or global ones. A fused route must call those.
+    False for subclasses and wrappers (LoRA, parametrizations), for compiled or patched modules, and where hooks are
+    registered, on the module or globally. A fused route must call such modules.
     """
     kind = type(module)
     return (
-        # looked up first: modules of TorchScript have no `forward` to ask the class for
+        # the lookup comes first: classes of TorchScript modules have no `forward`
         kind in PLAIN and PLAIN[kind] is kind.forward and is_untouched(module) and not _has_any_global_hook()
     )
 
@@ -68,16 +70,16 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_dense(*tensors: Tensor | None) -> bool:
-    """Whether the kernels here may read these tensors: none of them is a tensor subclass."""
+    """Whether the kernels here may read these tensors: none is a tensor subclass."""
     return DENSE_OR_NONE.issuperset(map(type, tensors))
 
 
 def chain(x: Tensor, *parts: Part) -> Tensor:
-    """`parts` applied to x in turn, where what stands before a linear map is not kept for the backward pass.
+    """Apply `parts` to `x` in turn, without storing the input of a linear map for the backward pass.
 
-    A part is a module, or a function of one tensor that has no parameters and gives the same each time. A norm or an
-    activation followed by a linear map runs as one operation (`linear`) where both are plain (`is_plain`). All other
-    parts are called, so hooks fire, and wrappers, replaced modules and dropout take effect.
+    A part is a module, or a deterministic function of one tensor without parameters. A norm or an activation followed
+    by a linear map runs as one operation (`linear`) where both are plain (`is_plain`). All other parts are called.
+    Hooks, wrappers, replaced modules and dropout therefore take effect.
     """
     if not torch.is_grad_enabled() or is_traced():
         for part in parts:
@@ -96,33 +98,43 @@ def chain(x: Tensor, *parts: Part) -> Tensor:
 
 
 def matrix_of(part: Part) -> Matrix | None:
-    """The weight `(dim_out, dim_in)` and bias of a plain linear map, None for any other part.
+    """The weight `(dim_out, dim_in)` and bias of a plain linear map. None for any other part.
 
-    A Conv1d without groups, padding or dilation counts as the map of its windows, `(dim_in * taps)` numbers each.
+    A Conv1d without groups, padding or dilation is a linear map of its windows, of `dim_in * taps` values each.
     """
     kind = type(part)
-    if (kind is not nn.Linear and kind is not nn.Conv1d) or not is_plain(part):  # type: ignore[arg-type]
+    if (kind is not nn.Linear and kind is not nn.Conv1d) or not isinstance(part, nn.Module) or not is_plain(part):
         return None
-    # an attribute of a module takes longer to find
-    weights = part._parameters  # type: ignore[attr-defined]
-    if weights.get('weight') is None or 'bias' not in weights or not is_dense(*weights.values()):
+    # the table is faster to read than attributes of a module
+    weights = part._parameters
+    weight = weights.get('weight')
+    if weight is None or 'bias' not in weights or not is_dense(*weights.values()):
         return None
-    weight, bias = weights['weight'], weights['bias']
-    if kind is nn.Conv1d and (part.groups, part.padding, part.dilation) != (1, (0,), (1,)):  # type: ignore[attr-defined]
+    if kind is nn.Conv1d and (part.groups, part.padding, part.dilation) != (1, (0,), (1,)):
         return None
-    return (weight if kind is nn.Linear else weight.flatten(1)), bias
+    return (weight if kind is nn.Linear else weight.flatten(1)), weights['bias']
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, after: Part | None = None) -> Tensor:
-    """`F.linear(after(x), weight, bias)`, and `after` is a cheap part: a norm, an activation, a gathering of windows.
+    """`F.linear(after(x), weight, bias)`. Where `after` is plain, the backward pass computes `after(x)` again.
 
-    Where `after` is plain, only `x` is kept for the backward pass, which forms `after(x)` again. In a feed-forward that
-    halves the memory, and the product is not computed twice, as it would be by a checkpoint around both.
+    Only `x` is stored then. This halves the memory of a feed-forward. A checkpoint around both would also compute the
+    product twice.
 
-    float32 on a CPU runs on faster kernels than `F.linear` has. A step of generation multiplies each weight by a
-    vector or a few, so its time is the time to read the weights. The BLAS reads them at half the memory's speed or
-    less. A batched product, whose batches are slices of the weight, reaches the memory's speed for a row or two,
-    oneDNN's kernel for more. oneDNN is also faster than the BLAS for many rows (benchmarks/linear.py).
+    float32 on a CPU runs on faster kernels than those of `F.linear`. A step of generation multiplies each weight by one
+    vector or a few, so its time is the time to read the weights. The BLAS reads them at half the memory bandwidth or
+    less. A batched product, whose batches are slices of the weight, reaches the memory bandwidth for one row or two.
+    oneDNN's kernel reaches it for more rows, and is also faster than the BLAS for many rows (benchmarks/linear.py).
+
+    Args:
+        x: `(..., dim)`.
+        weight: `(dim_out, dim_in)`.
+        bias: `(dim_out,)`.
+        after: a cheap part that runs before the product, such as a norm, an activation or a gathering of windows.
+            It maps `x` to `(..., dim_in)`.
+
+    Returns:
+        `(..., dim_out)`.
     """
     function = None if after is None else as_function(after)
     if after is not None and function is None:
@@ -137,7 +149,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, after: Part | 
 
 
 def is_served(x: Tensor, weight: Tensor) -> bool:
-    """Whether the faster kernels are for these: float32 on a CPU, outside of autocast, and nothing traces."""
+    """Whether the faster kernels serve these: float32 on a CPU, without autocast or tracing."""
     return (
         x.dtype == weight.dtype == torch.float32
         and weight.numel() >= MIN_WEIGHT
@@ -148,17 +160,8 @@ def is_served(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast, if it is on, has matrices multiplied in. Not every device knows it: 'meta' does not."""
-    # a question that not every version of the compiler can trace; 'meta' is not compiled for
-    asks = not torch.compiler.is_compiling()
-    if (asks and not torch.amp.is_autocast_available(device.type)) or not torch.is_autocast_enabled(device.type):
-        return None
-    return torch.get_autocast_dtype(device.type)
-
-
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` by the kernel that is fastest for these, without gradients where it is not `F.linear` itself."""
+    """`F.linear` on the fastest kernel. It has no gradient where this is another kernel than that of `F.linear`."""
     if not is_served(x, weight):
         return F.linear(x, weight, bias)
 
@@ -175,9 +178,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class RecomputingLinear(torch.autograd.Function):
-    """`product(fn(x, *params), weight, bias)`, of which `x` is kept and not what `fn` makes of it.
+    """`product(fn(x, *params), weight, bias)`, which stores `x` instead of `fn(x)`.
 
-    Chen et al. 2016, arXiv 1604.06174, section 4.1: what is cheap to compute is dropped, what is dear is kept.
+    Chen et al. 2016, arXiv 1604.06174, section 4.1: drop the results of cheap operations, keep those of expensive ones.
     """
 
     @staticmethod
@@ -196,15 +199,15 @@ class RecomputingLinear(torch.autograd.Function):
         x = x if fn is None else fn(x, *params)
         if dtype is None:
             return product(x, weight, bias)
-        # by hand: what autocast casts itself it would keep, without its gradient, for whoever uses the weight next
-        with torch.autocast(x.device.type, enabled=False):
+        # cast by hand: autocast would cache its own cast of the weight, here without a gradient, for later uses
+        with no_autocast(x.device):
             return product(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, bias, *inputs = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
-        # gradients end at the inputs, which in a graph of gradients have a history of their own
+        # gradients must stop at the inputs, which with `create_graph` have a graph of their own
         create_graph = torch.is_grad_enabled()
         inputs = [t.view_as(t) if create_graph else t.detach().requires_grad_(t.requires_grad) for t in inputs]
         autocast = nullcontext() if ctx.dtype is None else torch.autocast(grad.device.type, dtype=ctx.dtype)
@@ -219,29 +222,29 @@ class RecomputingLinear(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * len(inputs)
         if x.requires_grad:
             grad_x = linear(grad, weight.t().to(grad.dtype)).to(x.dtype)
-            wanted = [i for i, t in enumerate(inputs) if t.requires_grad]
+            trained = [i for i, t in enumerate(inputs) if t.requires_grad]
             found = (
-                torch.autograd.grad(x, [inputs[i] for i in wanted], grad_x, create_graph=create_graph)
+                torch.autograd.grad(x, [inputs[i] for i in trained], grad_x, create_graph=create_graph)
                 if ctx.fn
                 else [grad_x]
             )
-            for i, each in zip(wanted, found, strict=True):
+            for i, each in zip(trained, found, strict=True):
                 grads[i] = each
         return None, None, grad_weight, grad_bias, *grads
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """`grad.T @ x`, of `(rows, dim_out)` and `(rows, dim_in)`."""
+    """`grad.T @ x`, `(dim_out, dim_in)`, for grad `(rows, dim_out)` and x `(rows, dim_in)`."""
     if x.shape[1] >= grad.shape[1]:
         return linear(grad.t(), x.t())
-    # oneDNN copies its first factor's transpose: let it be the narrow one
+    # oneDNN copies the transpose of its first factor: make that the narrow one
     if x.shape[1] * grad.shape[1] >= MIN_WIDENING:
         return linear(x.t(), grad.t()).t()
     return grad.t() @ x
 
 
 def as_function(part: Part) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]] | None:
-    """A part as a function of its input and its parameters, None where only a call of the part is right."""
+    """A part as a function of its input and its parameters. None where the part itself must be called."""
     module = part.func if isinstance(part, partial) else part
     if not isinstance(module, nn.Module):
         return part, ()
@@ -257,24 +260,24 @@ def as_function(part: Part) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]] 
             else None
         )
     if module._parameters or module._modules or getattr(module, 'inplace', False):
-        # a gradient could not reach the first two, and what is kept must stay as it is
+        # gradients would not reach parameters, and an operation in place would overwrite the stored input
         return None
-    # `forward` and not a call, so that hooks registered after the forward pass do not fire in the backward pass
+    # `forward` instead of a call: hooks registered after the forward pass must not fire in the backward pass
     return (partial(module.forward, **part.keywords) if isinstance(part, partial) else module.forward), ()
 
 
 @register_plain
 class Chain(nn.Sequential):
-    """`nn.Sequential` that runs as a `chain`."""
+    """An `nn.Sequential` that runs as a `chain`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return chain(x, *self)
 
 
 def effective_weight(layer: nn.Module, like: Tensor) -> Tensor:
-    """The matrix `(dim_out, dim_in)` that a linear map of `like` `(..., dim_in)` multiplies by.
+    """The matrix `(dim_out, dim_in)` of a linear map of `like` `(..., dim_in)`.
 
-    A wrapped map (LoRA) is asked for what it makes of each unit vector.
+    A wrapped map (LoRA) is applied to the unit vectors.
     """
     matrix = matrix_of(layer)
     if matrix is not None:
@@ -284,6 +287,6 @@ def effective_weight(layer: nn.Module, like: Tensor) -> Tensor:
 
 
 def begin_at_zero(module: nn.Module | None) -> None:
-    """Makes a map one that gives zeros, where there is one."""
+    """Set all parameters of a module to zero, if there is a module."""
     for p in () if module is None else module.parameters():
         nn.init.zeros_(p)

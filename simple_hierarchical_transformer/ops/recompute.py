@@ -1,41 +1,52 @@
-"""What is computed again in the backward pass, with the modules as they were in the forward pass."""
+"""Recomputation in the backward pass, with the modules as they were in the forward pass."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from operator import is_
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .linear import has_hooks
+from .rng import get_rng_states, replay_rng
+from .tracing import is_transformed
 
-# the tables in which a module registers hooks that its calls run
+# names of the tables that hold the hooks of a module's forward and backward pass
 HOOKS = [name for name, table in vars(nn.Module()).items() if 'ward' in name and isinstance(table, dict)]
 
 PACKAGE = __name__.partition('.')[0]
 
+Result = TypeVar('Result')
+Hooks = dict[str, dict[int, Callable[..., Any]]]
+ModuleState = tuple[
+    nn.Module, bool, dict[str, nn.Parameter | None], dict[str, Tensor | None], dict[str, nn.Module | None], Hooks | None
+]
+
 
 class Snapshot:
-    """What modules and all inside them hold at the moment: tensors, submodules, hooks, modes, generators.
+    """The contents of modules and their submodules: tensors, submodules, hooks, training modes and generators.
 
-    Tensors are not copied. It is made for each layer of each step, so that every microsecond counts.
+    Tensors are not copied. Each layer makes one in each training step, so every microsecond counts.
+
+    Args:
+        roots: modules; None is skipped.
     """
 
     def __init__(self, roots: Iterable[nn.Module | None]) -> None:
-        # each with its mode, parameters, buffers, submodules, and tables of hooks if it has any
-        self.held: list[tuple[nn.Module, bool, dict[str, Any], dict[str, Any], dict[str, Any], Any]] = []
+        # each module with its mode, parameters, buffers, submodules, and copies of its tables of hooks if it has any
+        self.modules: list[ModuleState] = []
         self.generators: list[torch.Generator] = []
-        # buffers that a forward pass may write, of modules that are not this package's: with their values
-        self.written: list[tuple[dict[str, Any], str, Tensor]] = []
+        # buffers that a forward pass may write, with copies of their values; modules of this package have none
+        self.written: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
         self.has_hooks = False
         modules, seen = [*roots], set()
-        found: list[Any] = []
+        parameters_found: list[Tensor | None] = []
         for module in modules:
             if module is None or id(module) in seen:
                 continue
@@ -43,22 +54,22 @@ class Snapshot:
             parameters, buffers, children = module._parameters, module._buffers, module._modules
             hooks = None
             if has_hooks(module):
-                hooks, self.has_hooks = {name: table.copy() for name, table in tables_of_hooks(module)}, True
-            self.held.append((module, module.training, {**parameters}, {**buffers}, {**children}, hooks))
-            found += parameters.values()
+                hooks, self.has_hooks = {name: table.copy() for name, table in hook_tables(module)}, True
+            self.modules.append((module, module.training, {**parameters}, {**buffers}, {**children}, hooks))
+            parameters_found += parameters.values()
             modules += children.values()
-            kind: Any = type(module)
+            kind: type = type(module)
             if buffers and not kind.__module__.startswith(f'{PACKAGE}.'):
                 self.written += [
                     (buffers, name, each.detach().clone()) for name, each in buffers.items() if each is not None
                 ]
             if not is_known(kind):
                 self.generators += [value for value in vars(module).values() if isinstance(value, torch.Generator)]
-        self.parameters: list[Tensor] = list({id(p): p for p in found if p is not None}.values())
+        self.parameters: list[Tensor] = list({id(p): p for p in parameters_found if p is not None}.values())
 
     def is_current(self) -> bool:
-        """Whether the modules still hold that, generators aside."""
-        for module, training, parameters, buffers, children, hooks in self.held:
+        """Whether the modules still have these contents, apart from generators."""
+        for module, training, parameters, buffers, children, hooks in self.modules:
             if (
                 module.training is not training
                 or hooks is not None
@@ -72,42 +83,42 @@ class Snapshot:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Inside, the modules hold what they held. What was changed since is there again after.
+        """Inside, the modules have these contents again. Afterwards they have the present ones.
 
-        It holds for weights that `functional_call` put in for a call, for another mode (`train()`, `eval()`), and for
-        modules, hooks and buffers that were replaced, added or removed.
+        This covers weights that `functional_call` swapped in for a call, modes (`train()`, `eval()`), and submodules,
+        hooks and buffers that were replaced, added or removed.
         """
         if self.is_current() and not self.written:
             yield
             return
-        undo: list[tuple[Any, Any, Any]] = []
-        modes = [(module, module.training) for module, mode, *_ in self.held if module.training is not mode]
+        undo: list[tuple[dict[str, Any], str, Any]] = []
+        modes = [(module, module.training) for module, mode, *_ in self.modules if module.training is not mode]
 
-        def put(table: Any, name: str, value: Any) -> None:
+        def replace(table: dict[str, Any], name: str, value: Any) -> None:
             undo.append((table, name, table[name]))
             table[name] = value
 
         try:
             for module, training in modes:
                 module.training = not training
-            for module, _, parameters, buffers, children, hooks in self.held:
-                tables: Any = (
+            for module, _, parameters, buffers, children, hooks in self.modules:
+                tables: tuple[tuple[dict[str, Any], Mapping[str, Any]], ...] = (
                     (module._parameters, parameters),
                     (module._buffers, buffers),
                     (module._modules, children),
                 )
                 for table, old in tables:
                     for name, value in old.items():
-                        # FSDP puts whole weights in place of shards for as long as a layer runs
+                        # FSDP swaps in whole weights while a layer runs: these must stay
                         if name in table and table[name] is not value and not is_sharding(table[name], value):
-                            put(table, name, value)
+                            replace(table, name, value)
                 if hooks or has_hooks(module):
-                    for name, _ in tables_of_hooks(module):
-                        put(vars(module), name, OrderedDict() if hooks is None else hooks[name])
+                    for name, _ in hook_tables(module):
+                        replace(vars(module), name, OrderedDict() if hooks is None else hooks[name])
             for table, name, value in self.written:
-                # a copy is written in place of the buffer, which the forward pass has written already
+                # a copy stands in for the buffer, which the forward pass has written already
                 if name in table:
-                    put(table, name, value.clone())
+                    replace(table, name, value.clone())
             yield
         finally:
             for table, name, value in reversed(undo):
@@ -116,22 +127,23 @@ class Snapshot:
                 module.training = training
 
 
-def tables_of_hooks(module: nn.Module) -> list[tuple[str, dict[Any, Any]]]:
+def hook_tables(module: nn.Module) -> list[tuple[str, dict[Any, Any]]]:
     return [(name, vars(module)[name]) for name in HOOKS if name in vars(module)]
 
 
-def is_sharding(one: Any, other: Any) -> bool:
-    """Whether one of them is sharded and the other is not."""
+def is_sharding(one: object, other: object) -> bool:
+    """Whether one of these tensors is sharded and the other is not."""
     return hasattr(one, 'full_tensor') != hasattr(other, 'full_tensor')
 
 
-def same(table: Any, old: dict[str, Any]) -> bool:
+def same(table: Mapping[str, object], old: Mapping[str, object]) -> bool:
+    """Whether both tables hold the same objects in the same order."""
     return len(table) == len(old) and all(map(is_, table.values(), old.values()))
 
 
 @lru_cache(maxsize=1024)
-def is_known(kind: Any) -> bool:
-    """Whether a class of modules is one of PyTorch or this package, whose modules have no generators."""
+def is_known(kind: type) -> bool:
+    """Whether a class of modules comes from PyTorch or this package: these have no generators as attributes."""
     bases = (base for base in kind.__mro__ if issubclass(base, nn.Module))
     return all(base.__module__.partition('.')[0] in ('torch', PACKAGE) for base in bases)
 
@@ -141,56 +153,51 @@ def versions(tensors: Sequence[Tensor]) -> list[int]:
     try:
         return [tensor._version for tensor in tensors]
     except RuntimeError:
-        # tensors of inference mode do not count
+        # tensors of inference mode have no such counter
         return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
-def recompute(fn: Callable[..., Any], modules: Sequence[nn.Module], *args: Any, preserve_rng_state: bool = True) -> Any:
-    """`fn(*args)`, computed again in the backward pass in place of keeping what it computes on the way.
+def recompute(
+    fn: Callable[..., Result], modules: Sequence[nn.Module], *args: Any, preserve_rng_state: bool = True
+) -> Result:
+    """`fn(*args)`, computed again in the backward pass, instead of storing its intermediate results.
 
-    `modules` are all that `fn` calls. In the backward pass they are as they were (`Snapshot.restored`), and random
-    numbers from PyTorch's default generators and from generators that are attributes of `modules` are drawn again.
-    Where there is no gradient, and under the transforms of torch.func, `fn` is called and nothing more.
+    In the backward pass the modules have the contents that they had in the forward pass (`Snapshot.restored`). Random
+    numbers from PyTorch's default generators and from generators that are attributes of modules are drawn again. Where
+    gradients are disabled, and under the transforms of torch.func, it only calls `fn`.
 
-    The backward pass raises RuntimeError where parameters were written in place since.
+    Args:
+        fn: a function of `args`.
+        modules: all modules that `fn` calls.
+        preserve_rng_state: whether to draw the same random numbers again from the default generators.
+
+    Raises:
+        RuntimeError: in the backward pass, where parameters were changed in place since the forward pass.
     """
-    if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+    if not torch.is_grad_enabled() or is_transformed():
         return fn(*args)
     if torch.compiler.is_compiling():
-        # a compiler's graph holds what it reads
+        # a graph holds the tensors that it reads, so no snapshot is needed
         return checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
-    before: tuple[Snapshot, list[int], list[Tensor]] | None = None
+    first: tuple[Snapshot, list[int], list[Tensor]] | None = None
 
-    def run(*args: Any) -> Any:
-        nonlocal before
-        if before is None:
-            now = Snapshot(modules)
-            drawn = [generator.get_state() for generator in now.generators]
+    def run(*args: Any) -> Result:
+        nonlocal first
+        if first is None:
+            snapshot = Snapshot(modules)
+            states = get_rng_states(snapshot.generators)
             out = fn(*args)
-            before = now, versions(now.parameters), drawn
+            first = snapshot, versions(snapshot.parameters), states
             return out
 
-        now, written, drawn = before
-        if versions(now.parameters) != written:
+        snapshot, written, states = first
+        if versions(snapshot.parameters) != written:
             raise RuntimeError(
                 'weights were changed in place after the forward pass (optimizer.step, load_state_dict, an average '
                 'swapped in), and layers that are computed again (gradient_checkpointing, ff_chunks) need them as they '
                 'were: run the backward pass first'
             )
-        with now.restored(), generators_at(now.generators, drawn):
+        with snapshot.restored(), replay_rng(states, snapshot.generators):
             return fn(*args)
 
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
-
-
-@contextmanager
-def generators_at(generators: Sequence[torch.Generator], states: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, generators draw what came after `states`. Outside, they go on as if nothing had been drawn."""
-    now = [generator.get_state() for generator in generators]
-    for generator, state in zip(generators, states, strict=True):
-        generator.set_state(state)
-    try:
-        yield
-    finally:
-        for generator, state in zip(generators, now, strict=True):
-            generator.set_state(state)

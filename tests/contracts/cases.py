@@ -15,8 +15,8 @@ from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.block import ACTIVATIONS
 from simple_hierarchical_transformer.levels import COMPRESSORS
 from simple_hierarchical_transformer.mixers import MIXERS
-from simple_hierarchical_transformer.mixers.attention import BACKENDS
-from simple_hierarchical_transformer.mixers.patterns import MODES, PATTERNS
+from simple_hierarchical_transformer.ops.pattern_attention import MODES, PATTERNS
+from simple_hierarchical_transformer.ops.window_attention import BACKENDS
 
 # FlexAttention supports heads of 32 channels
 BASE: dict[str, Any] = dict(

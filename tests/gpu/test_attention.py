@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from simple_hierarchical_transformer.mixers.attention import BACKENDS, Backend, attend_window
+from simple_hierarchical_transformer.ops.window_attention import BACKENDS, Backend, attend_window
 
 from .compare import peak_memory
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from support.configs import TWO_LEVELS, build, configs
 
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.mixers import attention
+from simple_hierarchical_transformer.ops import window_attention as attention
 
 
 @pytest.mark.parametrize('backend', ['sdpa', 'flex', 'local-attention'])

@@ -13,7 +13,7 @@ from torch import Tensor
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.levels import COMPRESSORS, Level
 from simple_hierarchical_transformer.memory import State
-from simple_hierarchical_transformer.mixers.patterns import PATTERNS
+from simple_hierarchical_transformer.ops.pattern_attention import PATTERNS
 
 SEQ_LEN = 48
 # small models of one level, of three levels, and of two levels with a stride
