@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import pretrained
-from ..data.corpus import file_digest
+from ..data.files import file_digest
 from ..memory import State
 from ..model import HierarchicalTransformer
 from ..pretrained import WEIGHTS_FILE, shared_names, write_tensors
