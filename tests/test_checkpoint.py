@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import nn
 
 from simple_hierarchical_transformer import HierarchicalTransformer, __version__, sample
-from simple_hierarchical_transformer.pretrained import read_tensors, write_tensors
+from simple_hierarchical_transformer.weights import read_tensors, write_tensors
 
 GOOD: dict[str, Any] = dict(num_tokens=11, dim=8, depth=1, seq_len=16, dim_head=4, heads=2, hierarchies=(1, 2))
 
