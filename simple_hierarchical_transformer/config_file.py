@@ -30,15 +30,14 @@ def record_arguments(
         kwargs: the keyword arguments.
 
     Returns:
-        The values for config.json by name, defaults included, and the names of the arguments that it cannot hold.
+        The values for config.json by name, without defaults, and the names of the arguments that it cannot hold.
     """
     names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     # Arguments for `*args` have no name, so they cannot be passed as keywords again.
     given = {'*args': object()} if len(args) > len(names) else dict(zip(names, args, strict=False))
     given = {name: plain(value) for name, value in {**given, **kwargs}.items()}
     lost = sorted(name for name, value in given.items() if name in HEADER or not is_json(value))
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty and is_json(p.default)}
-    return {**defaults, **{name: value for name, value in given.items() if name not in lost}}, lost
+    return {name: value for name, value in given.items() if name not in lost}, lost
 
 
 def argument_names(cls: type) -> set[str]:

@@ -97,7 +97,8 @@ class Pretrained(HubModule):
         """Records the arguments of the constructor for `save_pretrained`."""
         model = super().__new__(cls)
         parameters = list(cls._hub_mixin_init_parameters.values())[1:]
-        model._hub_mixin_config, model._not_in_config = record_arguments(parameters, args, kwargs)
+        recorded, model._not_in_config = record_arguments(parameters, args, kwargs)
+        model._hub_mixin_config = {**cls._hub_mixin_jsonable_default_values, **recorded}
         return model
 
     def save_pretrained(
