@@ -16,7 +16,8 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .formats import TextWriter, display_names
+from .formats import display_names
+from .texts import TextWriter
 
 BYTES, ENDS = 'bytes', 'ends'
 CACHE_LIMIT = 32 << 30

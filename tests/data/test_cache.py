@@ -16,7 +16,7 @@ from conftest import ROOT
 from corpora import load, text_of, tree
 
 from simple_hierarchical_transformer.data import find_files, load_corpus
-from simple_hierarchical_transformer.data.formats import TextWriter
+from simple_hierarchical_transformer.data.texts import TextWriter
 
 
 def unpacked(tmp_path: Path, name: str, size: int = 1000) -> Path:

@@ -26,6 +26,7 @@ import torch
 from conftest import ROOT
 
 from simple_hierarchical_transformer.data import Corpus, find_files, formats, load_corpus
+from simple_hierarchical_transformer.data.texts import TextWriter
 
 # Longer than what is read at once.
 TEXT = random.Random(0).randbytes(100_000) * 2
@@ -232,7 +233,7 @@ def test_damage_of_any_kind_is_an_error_that_names_the_file(tmp_path: Path) -> N
         with open(tmp_path / 'bytes', 'wb') as to, open(tmp_path / 'ends', 'wb') as ends:
             said = f'data: {path}'
             try:
-                formats.TextWriter(to, ends, 'text').add_file(path)
+                TextWriter(to, ends, 'text').add_file(path)
                 read += 1
             except ValueError as error:
                 said = str(error)
@@ -373,7 +374,7 @@ def test_tables_are_read_in_little_memory(tmp_path: Path, name: str) -> None:
 
 
 def test_a_row_longer_than_a_row_may_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, 'MAX_ROW', 1000)
+    monkeypatch.setattr('simple_hierarchical_transformer.data.texts.MAX_ROW', 1000)
     assert 'row 2: it is longer than 1,000 bytes' in refused(tmp_path / 'a.jsonl', jsonl('a', 1000 * 'b'))
 
 
