@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from simple_hierarchical_transformer import HierarchicalTransformer
+from simple_hierarchical_transformer.config_file import CONFIG_FILE
 from simple_hierarchical_transformer.data.batches import (
     END,
     Batches,
@@ -44,7 +45,6 @@ from simple_hierarchical_transformer.data.batches import (
 )
 from simple_hierarchical_transformer.data.corpus import Corpus
 from simple_hierarchical_transformer.memory import State
-from simple_hierarchical_transformer.pretrained import CONFIG_FILE, shared_names
 from simple_hierarchical_transformer.terminal import UNREAD, abandon, prepare, printable
 from simple_hierarchical_transformer.training import checkpoints, cost, report
 from simple_hierarchical_transformer.training.compiled import compile_blocks
@@ -72,6 +72,7 @@ from simple_hierarchical_transformer.training.sharded import full
 from simple_hierarchical_transformer.training.sources import load_sources
 from simple_hierarchical_transformer.training.trackers import check_trackers, start_trackers
 from simple_hierarchical_transformer.training.watch import Bar, counted
+from simple_hierarchical_transformer.weights import shared_names
 
 ROOT = Path(__file__).resolve().parent
 DATA_DIR, RUNS = ROOT / 'data', ROOT / 'runs'

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .pretrained import shared_names
+from .weights import shared_names
 
 # the rotary frequencies of windowed attention, under the published package's name
 WINDOWED_FREQS = re.compile(r'(layers\.\d+\.\d+\.attn\.)attn_fn\.rel_pos\.inv_freq')

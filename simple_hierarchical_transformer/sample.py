@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from .checks import MOST
+from .config_file import CONFIG_FILE
 from .generation.loop import BYTE_VOCABULARIES
 from .model import HierarchicalTransformer
-from .pretrained import CONFIG_FILE
 from .terminal import UNREAD, Number, abandon, prepare, unread
 
 

@@ -26,7 +26,7 @@ from torch.profiler import record_function
 
 import simple_hierarchical_transformer
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.data.corpus import standard_library
+from simple_hierarchical_transformer.data.files import standard_library
 from simple_hierarchical_transformer.training import cost
 from simple_hierarchical_transformer.training.compiled import compile_blocks
 from simple_hierarchical_transformer.training.optim import build_optimizer

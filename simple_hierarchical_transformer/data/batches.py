@@ -1,7 +1,7 @@
-"""What a model learns from and is scored on: sequences of corpora, each a function of its number alone.
+"""Batches of sequences to train and evaluate on.
 
-Nothing is remembered from one batch to the next. So a run goes on where it stopped, and any number of processes and
-workers see together what one would.
+A batch is a function of its step alone, with no state between batches. A run can therefore resume at any step, and any
+number of processes and workers together read the same sequences as one process.
 """
 
 from __future__ import annotations
@@ -17,17 +17,21 @@ from torch.utils.data import Dataset
 from .corpus import Corpus
 
 SPLITS = ('train', 'valid', 'test')
-# what no byte is: where a text has ended, which is learnt, and what fills up after it, which is not
+# Ids above those of bytes. END follows the last byte of a text and is predicted. PAD follows END and is not.
 END, PAD = 256, 257
 IGNORED = -1
-LEAST_SHARE = 1e-6
+MIN_SHARE = 1e-6
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def split_bytes(size: int, *, seq_len: int) -> dict[str, range]:
-    """The first 90 %, the next 5 % and the last 5 % of a corpus, as is the custom for enwik8 and text8.
+    """Splits a corpus of `size` bytes into 90 % train, 5 % valid and 5 % test, as is customary for enwik8 and text8.
 
-    Raises ValueError where one of them is too short for a sequence of `seq_len` and the byte after it.
+    Returns:
+        The positions of each split, by the names in `SPLITS`.
+
+    Raises:
+        ValueError: a split is too short for a sequence of `seq_len` bytes and the byte after it.
     """
     valid, test = size * 90 // 100, size * 95 // 100
     spans = dict(zip(SPLITS, (range(valid), range(valid, test), range(test, size)), strict=True))
@@ -41,48 +45,49 @@ def split_bytes(size: int, *, seq_len: int) -> dict[str, range]:
 
 
 def seed_of(*parts: int) -> int:
-    """A seed for every combination of numbers, as unlike each other as those of neighbours."""
+    """Returns a seed that depends on all of the numbers. Seeds of neighbouring numbers are unrelated."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], 'little', signed=True)
 
 
 def scale_weights(weights: Sequence[float]) -> list[float]:
-    """The same weights with the largest between 0.5 and 1, so that their sum is finite. Exact: by a power of 2.
+    """Scales weights by a power of 2, which is exact, so that the largest is in [0.5, 1) and their sum is finite.
 
-    Raises ValueError where one is not finite and above 0, or where the smallest is less than `LEAST_SHARE` of all:
-    its corpus would hardly be read, or by rounding never.
+    Raises:
+        ValueError: a weight is not finite and above 0, or is less than `MIN_SHARE` of the sum. Its corpus would hardly
+            be read, or never because of rounding.
     """
     if not all(0 < weight < math.inf for weight in weights):
         raise ValueError(f'weights must be finite and above 0, got {", ".join(map(str, weights))}')
     _, exponent = math.frexp(max(weights))
     scaled = [math.ldexp(weight, -exponent) for weight in weights]
-    if min(scaled) < LEAST_SHARE * sum(scaled):
-        raise ValueError(
-            f'weights must each be at least {LEAST_SHARE} of their sum, got {", ".join(map(str, weights))}'
-        )
+    if min(scaled) < MIN_SHARE * sum(scaled):
+        raise ValueError(f'weights must each be at least {MIN_SHARE} of their sum, got {", ".join(map(str, weights))}')
     return scaled
 
 
-class Batches(Dataset):
-    """The sequences of each step of a run: `batches[step]` is int64 `(rows, seq_len + 1)`.
+class Batches(Dataset[Tensor]):
+    """The sequences of each step of a training run: `batches[step]` is int64 `(rows, seq_len + 1)`.
 
-    A span is gone through in passes, each of which cuts it at other places and reads all of it once. With `segments`
-    above 1, a stretch of that many times seq_len is read in as many steps, for a model that carries its state along:
-    the last id of one step is the first of the next.
+    A span is read in passes. Each pass cuts it into stretches at other places, and reads each stretch once. A stretch
+    is `segments` sequences long, and is read in as many consecutive steps, for a model that carries its state from step
+    to step. The last id of a sequence is the first id of the next one of its stretch.
 
     Args:
-        corpora: what to read from.
-        spans: of each corpus, the positions to read from.
-        weights: of each corpus, how often to read from it; by default as its span is long.
-        rows: how many sequences a step has, over all processes.
-        seq_len: how many bytes of each are predicted.
-        segments: how many steps a stretch lasts. Made fewer where the shortest span has no room for them.
-        documents: no sequence crosses from one text into the next: `END` follows its last byte, then `PAD`. Longer
-            texts are read more often, in proportion: each where a pass without this would begin a stretch in it.
-        seed: another seed, other sequences in another order.
-        part: `(i, n)`, the i-th of n equal parts of the rows, that of one process.
+        corpora: the corpora to read.
+        spans: for each corpus, the positions to read.
+        rows: number of sequences of a step, over all processes.
+        seq_len: number of bytes that are predicted in a sequence.
+        weights: for each corpus, how often to read it. The default is the length of its span.
+        segments: number of sequences of a stretch. Fewer are used if the shortest span has no room for them.
+        documents: keep texts apart. No sequence then crosses from one text into the next: `END` follows the last byte
+            of a text, then `PAD`. A text is read wherever a pass without this option would start a stretch in it, so
+            longer texts are read proportionally more often.
+        seed: another seed gives other sequences in another order.
+        part: `(i, n)` reads the i-th of n equal parts of the rows, those of one of n processes.
 
     Raises:
-        ValueError: a span has no room for a sequence; rows do not divide; weights do not fit, or one is 0 or nearly.
+        ValueError: a span has no room for a sequence; `rows` is not divisible by the number of parts; `weights` has the
+            wrong length, or a weight is 0 or almost 0.
     """
 
     def __init__(
@@ -110,63 +115,74 @@ class Batches(Dataset):
         self.weights = torch.tensor(each, dtype=torch.float64)
         self.rows, self.seq_len = rows, seq_len
         self.segments = min(segments, (shortest - 1) // seq_len)
-        # stretches in a pass of each
+        # For each corpus, the number of stretches of a pass.
         self.counts = [(len(span) - 1) // (self.segments * seq_len) for span in spans]
         self.documents, self.seed, self.part = documents, seed, part
 
     def begins(self, step: int) -> bool:
-        """Whether the sequences of that step are the first of their stretch."""
+        """Returns whether the sequences of this step are the first of their stretch."""
         return step % self.segments == 0
 
-    def turns(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each row of that step the corpus, how many passes of it are over, and the stretch's number in its pass."""
+    def schedule(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns what each row of this step reads, over all processes.
+
+        Returns:
+            The corpus, the number of completed passes over it, and the index of the stretch in its pass: int64
+            `(rows,)` each.
+        """
         number = step // self.segments * self.rows + torch.arange(self.rows)
         which, free = torch.full_like(number, -1), torch.ones_like(number, dtype=torch.bool)
         left = self.weights.flip(0).cumsum(0).flip(0)
-        # each corpus takes its share of the rows that those before it left, evenly spread
+        # Each corpus takes its share of the rows that the previous corpora left, evenly spaced.
         for i, share in enumerate((self.weights / left).tolist()):
             before, after = ((k.double() * share).floor().long() for k in (number, number + 1))
-            mine = free & (after > before)
-            which[mine] = i
-            number = torch.where(mine, before, torch.where(free, number - before, number))
-            free &= ~mine
+            taken = free & (after > before)
+            which[taken] = i
+            number = torch.where(taken, before, torch.where(free, number - before, number))
+            free &= ~taken
         count = torch.tensor(self.counts)[which]
         return which, number // count, number % count
 
-    def own(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """`turns` of this process's rows."""
-        # every process counts for all, so that how many there are changes nothing
+    def local_schedule(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the `schedule` of this process's rows."""
+        # Computed for all rows first, so that the number of processes has no influence.
         index, count = self.part
-        mine = slice(self.rows // count * index, self.rows // count * (index + 1))
-        which, passed, number = self.turns(step)
-        return which[mine], passed[mine], number[mine]
+        local = slice(self.rows // count * index, self.rows // count * (index + 1))
+        which, passed, number = self.schedule(step)
+        return which[local], passed[local], number[local]
 
     def readings(self, step: int) -> Tensor:
-        """How often what each of this process's rows reads in that step was read before: `(rows,)`."""
-        return self.own(step)[1]
+        """Returns how often the bytes of each of this process's rows were read before: int64 `(rows,)`."""
+        return self.local_schedule(step)[1]
 
     def __getitem__(self, step: int) -> Tensor:
-        which, passed, number = self.own(step)
+        which, passed, number = self.local_schedule(step)
         ids = torch.empty(len(which), self.seq_len + 1, dtype=torch.int64)
-        for i, turn in {*zip(which.tolist(), passed.tolist(), strict=True)}:
-            rows = (which == i) & (passed == turn)
-            start, stop = self.find(i, turn, number[rows])
+        for i, passes in {*zip(which.tolist(), passed.tolist(), strict=True)}:
+            rows = (which == i) & (passed == passes)
+            start, stop = self.locate(i, passes, number[rows])
             start = start + step % self.segments * self.seq_len
             read = self.corpora[i].read(start, stop, self.seq_len + 1, pad=PAD)
             if self.documents:
-                # a text that the span cuts off has not ended
+                # A text that the span cuts off has no END.
                 ended = find_ends(self.corpora[i], stop)[1] == stop
                 read[ended[:, None] & (torch.arange(self.seq_len + 1) == (stop - start)[:, None])] = END
             ids[rows] = read
         return ids
 
-    def find(self, which: int, turn: int, number: Tensor) -> tuple[Tensor, Tensor]:
-        """Where stretches of a pass of a corpus begin and end, `(rows,)` both, by their numbers `(rows,)`."""
+    def locate(self, which: int, passes: int, number: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns where stretches start and stop in their corpus: int64 `(rows,)` each.
+
+        Args:
+            which: index of the corpus.
+            passes: number of completed passes over it.
+            number: `(rows,)`, indices of the stretches in their pass.
+        """
         corpus, span, count = self.corpora[which], self.spans[which], self.counts[which]
         length = self.segments * self.seq_len
-        generator = torch.Generator().manual_seed(seed_of(self.seed, which, turn))
+        generator = torch.Generator().manual_seed(seed_of(self.seed, which, passes))
         first, offset = (int(torch.randint(high, (), generator=generator)) for high in (count, length))
-        # stretches that follow each other lie far apart, and any number of them evenly over the span
+        # The golden ratio spreads any number of consecutive stretches evenly over the span, far from each other.
         stride = next(a for a in range(round(count * GOLDEN), 2 * count + 1) if math.gcd(a, count) == 1)
         position = span.start + (first + number * stride) % count * length + offset
         if not self.documents:
@@ -174,21 +190,33 @@ class Batches(Dataset):
             return start, start + length + 1
         begin, end = find_ends(corpus, position + 1)
         begin, stop = begin.clamp(min=span.start), end.clamp(max=span.stop)
-        # the end of a text is one id more
+        # END is one more id, at the end of a text.
         last = stop - length - (end > span.stop).long()
         return torch.maximum(torch.minimum(position, last), begin), stop
 
 
 def find_ends(corpus: Corpus, position: Tensor) -> tuple[Tensor, Tensor]:
-    """Of positions `(rows,)` above 0, the last end of a text before each, or 0, and the first at it or after."""
+    """Returns the ends of texts around positions above 0.
+
+    Args:
+        corpus: the corpus.
+        position: int64 `(rows,)`.
+
+    Returns:
+        The last end before each position, or 0, and the first end at or after it: int64 `(rows,)` each.
+    """
     text = torch.searchsorted(corpus.ends, position)
     return torch.where(text > 0, corpus.ends[text - 1], 0), corpus.ends[text]
 
 
 def find_windows(corpus: Corpus, span: range, seq_len: int, documents: bool) -> tuple[Tensor, Tensor]:
-    """Runs of up to `seq_len` bytes to predict, that together are the span: where they begin and end, `(windows,)`."""
+    """Splits a span into windows of up to `seq_len` bytes to predict.
+
+    Returns:
+        The start and the stop of each window: int64 `(windows,)` each.
+    """
     if not documents:
-        # only the very first byte of a corpus has none before it
+        # The first byte of a corpus has no byte before it to be predicted from.
         start = torch.arange(max(span.start, 1), span.stop, seq_len)
         return start, (start + seq_len).clamp(max=span.stop)
     first, last = torch.searchsorted(corpus.ends, torch.tensor([span.start, span.stop - 1]), right=True)
@@ -211,14 +239,26 @@ def evaluation_batches(
     documents: bool = False,
     part: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Goes through `span` in windows that do not overlap: ids and labels, int64 `(batch, up to seq_len)` each.
+    """Yields the windows of a span, which do not overlap, in batches.
 
-    Every byte of the span is a label once: the first of a window is predicted from the byte before it alone. Where a
-    window has ended, the id is 0 and the label `IGNORED`. With `max_bytes`, that many bytes are taken, in whole windows
-    spread evenly, the same ones each time. With `documents`, windows end with their text, whose first byte, which
-    nothing announces, is not predicted. `part` `(i, n)` is the i-th of n parts, all of as many batches.
+    Every byte of the span is a label once. The first byte of a window is predicted from the byte before it alone.
 
-    Raises ValueError where the span has no byte to predict: it has no score, and 0 would be the best of all.
+    Args:
+        corpus: the corpus to read.
+        span: the positions whose bytes are labels.
+        seq_len: the longest window.
+        batch_size: number of windows of a batch.
+        max_bytes: read about this many bytes only, in whole windows that are evenly spaced and always the same.
+        documents: end windows at the ends of texts. The first byte of a text is then not predicted, since no byte of
+            the text precedes it.
+        part: `(i, n)` yields the i-th of n parts. All parts have the same number of batches.
+
+    Yields:
+        Ids and labels, int64 `(batch, seq)` each, with `seq` at most `seq_len`. After the end of a window the id is 0
+        and the label is `IGNORED`.
+
+    Raises:
+        ValueError: the span has no byte to predict, so that it has no score.
     """
     start, stop = find_windows(corpus, span, seq_len, documents)
     if not len(start):
@@ -233,7 +273,7 @@ def evaluation_batches(
     index, parts = part
     for begin in range(0, len(start), batch_size * parts):
         row = torch.arange(begin + index, begin + batch_size * parts, parts)
-        # beyond the last window, a window of nothing
+        # A part that has no window left yields an empty one.
         beyond = row >= len(start)
         row = row[~beyond] if not beyond.all() else row[:1].clamp(max=len(start) - 1)
         first, last = start[row], stop[row]
@@ -246,8 +286,18 @@ def evaluation_batches(
 
 
 def streaming_rows(corpus: Corpus, span: range, *, rows: int, size: int) -> Tensor:
-    """Texts spread over the span, `size` bytes in all, to be read side by side: int64 `(rows, size / rows)`."""
-    # none without two bytes, one to predict from the other
+    """Reads evenly spaced pieces of a span, for a model that reads each as a stream.
+
+    Args:
+        corpus: the corpus to read.
+        span: the positions to read.
+        rows: number of pieces. Fewer are read from a span that is too short.
+        size: number of bytes of all pieces together.
+
+    Returns:
+        Ids, int64 `(rows, size // rows)`.
+    """
+    # A row needs two bytes, to predict one from the other.
     rows = max(min(rows, len(span) // 2), 1)
     length = min(size, len(span)) // rows
     start = torch.tensor([span.start + i * (len(span) // rows) for i in range(rows)])

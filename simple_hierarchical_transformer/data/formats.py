@@ -1,6 +1,6 @@
-"""What files hold: plain text, packed text, archives of files, and tables with one text a row.
+"""File formats: which one a file has, and streams of what compressed files and tars hold.
 
-The first bytes of a file decide what it is, and its suffix where they say nothing.
+The first bytes of a file decide its format. The suffix decides if they match no format.
 """
 
 from __future__ import annotations
@@ -9,35 +9,28 @@ import bz2
 import errno
 import gzip
 import io
-import itertools
-import json
 import lzma
 import re
-import shutil
-import sys
 import tarfile
-import tempfile
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import IO, Any
+from types import ModuleType
+from typing import IO, TYPE_CHECKING, Protocol
 
 from ..terminal import printable
 
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
 try:
-    # of Python 3.14
+    # Python 3.14 or newer.
     from compression import zstd
 except ImportError:
     zstd = None
 
 CHUNK = 1 << 16
-HEAD = 512  # bytes that tell formats apart: one block of a tar
-MAX_LAYERS = 8
-MAX_ROW = 1 << 28
-# a table of whose first rows none has the wanted column is not read to its end
-ROWS_WITHOUT_COLUMN = 1000
+HEAD = 512  # bytes that identify a format: one block of a tar
 
 MAGIC = {
     '.gz': rb'\x1f\x8b\x08',
@@ -63,26 +56,52 @@ KINDS = {*MAGIC, *REFUSED, '.tar', '.jsonl'}
 
 
 class UnreadableError(ValueError):
-    """A file that is broken, or of a format that is not read."""
+    """A file is damaged, or has an unsupported format."""
 
 
-def shown(name: str | PurePath) -> str:
-    """A file's name as text that can be printed and stored: bytes of it that are not UTF-8 are written as escapes."""
+class Readable(Protocol):
+    """A binary stream that can be read from."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
+class Decompressor(Protocol):
+    """The interface that the decompressors of bz2, lzma and zstd share."""
+
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def needs_input(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, max_length: int = -1) -> bytes: ...
+
+
+def display_name(name: str | PurePath) -> str:
+    """Returns a file's name as text that can be printed and stored. Bytes that are not UTF-8 become escapes."""
     return printable(str(name))
 
 
+def display_names(files: Sequence[Path]) -> str:
+    """Returns a short text that stands for all of these files in a message."""
+    return display_name(files[0]) + (' and the files beside it' if len(files) > 1 else '')
+
+
 def is_hidden(path: PurePath) -> bool:
-    """Whether a path below a folder or in an archive is left out: hidden, or what macOS adds to archives."""
+    """Returns whether a path below a folder or in an archive is hidden, or is what macOS adds to archives."""
     return any(part == '__MACOSX' or (part.startswith('.') and part != '..') for part in path.parts)
 
 
 def kind_of(head: bytes, name: str) -> str | None:
-    """A file's format, a key of `MAGIC`, `.tar` or `.jsonl`, by its first `HEAD` bytes and its name. None: plain."""
+    """Returns a file's format from its first `HEAD` bytes and its name.
+
+    The format is an element of `KINDS`, or None for plain text.
+    """
     for kind, magic in MAGIC.items():
         if re.match(magic, head, re.DOTALL):
             return kind
     try:
-        # a block with a sum that is right
+        # Succeeds if the checksum of the header is right.
         tarfile.TarInfo.frombuf(head, 'utf-8', 'surrogateescape')
         return '.tar'
     except tarfile.TarError:
@@ -92,12 +111,13 @@ def kind_of(head: bytes, name: str) -> str | None:
 
 
 def kind_of_file(path: Path) -> str | None:
+    """Returns the format of a file on the disk, as `kind_of` does."""
     with open(path, 'rb') as file:
         return kind_of(file.read(HEAD), path.name)
 
 
 def inner_name(name: str) -> str:
-    """`a.jsonl.gz` holds `a.jsonl`, and `a.tgz` holds `a.tar`."""
+    """Returns the name of what a compressed file holds: `a.jsonl` for `a.jsonl.gz`, `a.tar` for `a.tgz`."""
     suffix = PurePath(name).suffix
     if suffix.lower() in TARS:
         return name.removesuffix(suffix) + '.tar'
@@ -106,49 +126,52 @@ def inner_name(name: str) -> str:
 
 @contextmanager
 def named_errors(name: str, kind: str) -> Iterator[None]:
-    """Raises `UnreadableError` in place of what the readers of a format raise for broken files."""
+    """Raises `UnreadableError` in place of the errors that a format's reader raises for damaged files."""
     try:
         yield
     except (UnreadableError, MemoryError):
         raise
     except (RuntimeError, NotImplementedError) as error:
-        # what zipfile says of passwords and of methods that it does not know
+        # zipfile raises these for passwords and for unknown compression methods.
         raise UnreadableError(f'data: {name} cannot be unpacked: {error}') from error
     except Exception as error:
-        # an error with a number is of the disk, not of the format; but that of a place before the file's beginning
+        # An errno means that the disk failed, not the format. The exception is EINVAL: a damaged file can make its
+        # reader seek to a negative position.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         raise UnreadableError(f'data: {name} is torn, or not a {kind} file: {error}') from error
 
 
-class Source(io.RawIOBase):
-    """A stream whose errors name the file. Every read is filled up, so a buffer of it shows the whole head."""
+class NamedStream(io.RawIOBase):
+    """A stream whose errors name the file. A read returns fewer bytes than asked for only at the end of the stream."""
 
-    def __init__(self, file: Any, name: str, kind: str) -> None:
+    def __init__(self, file: Readable, name: str, kind: str) -> None:
         self.file, self.name, self.kind = file, name, kind
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        view = memoryview(buffer)
         filled = 0
         with named_errors(self.name, self.kind):
-            while filled < len(buffer) and (piece := self.file.read(len(buffer) - filled)):
-                buffer[filled : filled + len(piece)] = piece
+            while filled < len(view) and (piece := self.file.read(len(view) - filled)):
+                view[filled : filled + len(piece)] = piece
                 filled += len(piece)
         return filled
 
 
 class Decompressed:
-    """What compressed streams, one after the other, hold.
+    """The contents of concatenated compressed streams.
 
-    Raises for whatever follows a stream and is none, which `bz2.open` and `lzma.open` drop without a word.
+    Reading raises an error if a stream is followed by something else than another stream. `bz2.open` and `lzma.open`
+    ignore that.
     """
 
-    def __init__(self, file: IO[bytes], make: Callable[[], Any]) -> None:
+    def __init__(self, file: Readable, make: Callable[[], Decompressor]) -> None:
         self.file, self.make, self.stream = file, make, make()
 
-    def read(self, size: int) -> bytes:
+    def read(self, size: int, /) -> bytes:
         while True:
             if self.stream.eof:
                 rest = self.stream.unused_data.lstrip(b'\0')
@@ -166,10 +189,10 @@ class Decompressed:
 
 
 class Member(tarfile.TarInfo):
-    """One that is broken ends the reading of a tar with an error, where tarfile takes it for the end."""
+    """A member of a tar. Raises ReadError for a damaged header, which tarfile takes for the end of the archive."""
 
     @classmethod
-    def frombuf(cls, buf: Any, encoding: str, errors: str) -> Any:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Member:
         try:
             return super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
@@ -178,7 +201,21 @@ class Member(tarfile.TarInfo):
             raise tarfile.ReadError(str(error)) from error
 
 
-def import_pyarrow(name: str, kind: str) -> Any:
+class Tar(tarfile.TarFile):
+    """A tar that is read as a stream."""
+
+    tarinfo = Member
+    members: list[tarfile.TarInfo]
+
+    def __iter__(self) -> Iterator[tarfile.TarInfo]:
+        while member := self.next():
+            yield member
+            # TarFile keeps all members that it has read.
+            self.members.clear()
+
+
+def import_pyarrow(name: str, kind: str) -> ModuleType:
+    """Returns the module pyarrow. Raises `UnreadableError`, which names the file that needs it, without it."""
     try:
         import pyarrow.parquet
     except ImportError as error:
@@ -186,8 +223,8 @@ def import_pyarrow(name: str, kind: str) -> Any:
     return pyarrow
 
 
-def decompress(file: IO[bytes], name: str, kind: str) -> Any:
-    """A stream of what a compressed stream holds."""
+def decompress(file: IO[bytes], name: str, kind: str) -> Readable:
+    """Returns a stream of the decompressed contents of `file`, whose format is one of `STREAMS`."""
     if kind == '.gz':
         return gzip.GzipFile(fileobj=file)
     if kind == '.bz2':
@@ -198,143 +235,3 @@ def decompress(file: IO[bytes], name: str, kind: str) -> Any:
         return Decompressed(file, zstd.ZstdDecompressor)
     pyarrow = import_pyarrow(name, kind)
     return pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode='r'), {'.zst': 'zstd', '.lz4': 'lz4'}[kind])
-
-
-def jsonl_rows(file: IO[bytes], name: str, key: str) -> Iterator[tuple[Any, list[str]]]:
-    """Of each row what it has in the column, None without one, and the names of its columns."""
-    for number in itertools.count(1):
-        if not (line := file.readline(MAX_ROW)):
-            return
-        try:
-            if len(line) == MAX_ROW:
-                raise ValueError(f'it is longer than {MAX_ROW:,} bytes')
-            text = line.decode('utf-8-sig' if number == 1 else 'utf-8')
-            if not text.strip():
-                continue
-            row = json.loads(text)
-            if not isinstance(row, dict):
-                raise ValueError(f'it is a {type(row).__name__}, not an object')
-        except (ValueError, RecursionError) as error:
-            raise UnreadableError(f'data: {name} cannot be read: row {number:,}: {error}') from error
-        yield row.get(key), list(row)
-
-
-def parquet_rows(file: IO[bytes], name: str, key: str) -> Iterator[tuple[Any, list[str]]]:
-    pyarrow = import_pyarrow(name, '.parquet')
-    try:
-        table = pyarrow.parquet.ParquetFile(file, buffer_size=CHUNK)
-        columns = table.schema_arrow.names
-        if key not in columns:
-            yield None, columns
-            return
-        for batch in table.iter_batches(batch_size=256, columns=[key]):
-            for text in batch.column(key).to_pylist():
-                yield text, columns
-    except Exception as error:
-        # whatever pyarrow raises for broken files
-        raise UnreadableError(f'data: {name} cannot be read: {error}') from error
-
-
-def table_texts(rows: Iterator[tuple[Any, list[str]]], name: str, key: str) -> Iterator[bytes]:
-    """The texts of a table's rows, in order; rows without one are left out."""
-    found = False
-    columns: list[str] | None = None
-    for number, (text, names) in enumerate(rows):
-        found = found or key in names
-        columns = columns or names
-        if not found and number >= ROWS_WITHOUT_COLUMN:
-            break
-        if text is not None and not isinstance(text, (str, bytes)):
-            raise UnreadableError(f'data: {name} cannot be read: column {key!r} holds {type(text).__name__}, not text')
-        if text:
-            yield text if isinstance(text, bytes) else text.encode('utf-8', 'surrogatepass')
-    if columns is not None and not found:
-        there = shown(', '.join(columns))
-        raise UnreadableError(f'data: {name} cannot be read: there is no column {key!r}, only {there:.200}')
-
-
-@dataclass
-class Texts:
-    """Writes the texts of files one after the other: a plain file, a member of an archive and a table's row are one."""
-
-    to: IO[bytes]
-    """Takes the bytes. A file on a disk."""
-    ends: IO[bytes]
-    """Takes the position after each text, int64."""
-    text_key: str
-
-    def add_file(self, path: Path) -> None:
-        """Raises ValueError where the file is broken, or of a format that is not read."""
-        with open(path, 'rb') as file:
-            name = shown(path)
-            self.add(Source(file, name, 'plain'), name, path.name, 0)
-
-    def end(self) -> None:
-        self.ends.write(self.to.tell().to_bytes(8, sys.byteorder))
-
-    def add(self, stream: Source, name: str, base: str, layers: int) -> None:
-        """Appends the texts of a stream that was packed in that many layers.
-
-        `name` is for messages, `base` for the suffix.
-        """
-        if layers > MAX_LAYERS:
-            raise UnreadableError(f'data: {name} is packed in more than {MAX_LAYERS} layers')
-        source = io.BufferedReader(stream, CHUNK)
-        head = source.peek(HEAD)[:HEAD]
-        kind = kind_of(head, base)
-        if kind in REFUSED:
-            raise UnreadableError(f'data: {name} is packed as {kind}, which is not read here: unpack it first')
-        if kind is None:
-            shutil.copyfileobj(source, self.to, CHUNK)
-            self.end()
-        elif kind == '.jsonl':
-            self.add_rows(jsonl_rows(source, name, self.text_key), name)
-        elif not head:
-            raise UnreadableError(f'data: {name} is torn, or not a {kind} file: it is empty')
-        elif kind == '.tar':
-            self.add_tar(source, name, layers)
-        elif kind in STREAMS:
-            self.add(Source(decompress(source, name, kind), name, kind), name, inner_name(base), layers + 1)
-        else:
-            # these are read from their ends
-            with self.seekable(stream, source, layers) as whole:
-                if kind == '.zip':
-                    self.add_zip(whole, name, layers)
-                else:
-                    self.add_rows(parquet_rows(whole, name, self.text_key), name)
-
-    @contextmanager
-    def seekable(self, stream: Source, source: IO[bytes], layers: int) -> Iterator[IO[bytes]]:
-        if not layers:
-            stream.file.seek(0)
-            yield stream.file
-            return
-        with tempfile.TemporaryFile(dir=Path(self.to.name).parent) as whole:
-            shutil.copyfileobj(source, whole, CHUNK)
-            whole.seek(0)
-            yield whole
-
-    def add_rows(self, rows: Iterator[tuple[Any, list[str]]], name: str) -> None:
-        for text in table_texts(rows, name, self.text_key):
-            self.to.write(text)
-            self.end()
-
-    def add_zip(self, file: IO[bytes], name: str, layers: int) -> None:
-        """Members in the order of their names; of one name, in that of the archive."""
-        with named_errors(name, '.zip'), zipfile.ZipFile(file) as archive:
-            for member in sorted(archive.infolist(), key=lambda member: member.filename):
-                path = PurePath(member.filename)
-                if not member.is_dir() and not is_hidden(path):
-                    with archive.open(member) as packed:
-                        self.add(Source(packed, name, '.zip'), f'{name}/{shown(path)}', path.name, layers + 1)
-
-    def add_tar(self, file: IO[bytes], name: str, layers: int) -> None:
-        """Members in the order of the archive."""
-        with named_errors(name, '.tar'), tarfile.open(fileobj=file, mode='r|', tarinfo=Member) as archive:
-            while member := archive.next():
-                path = PurePath(member.name)
-                if member.isreg() and not is_hidden(path):
-                    packed = Source(archive.extractfile(member), name, '.tar')
-                    self.add(packed, f'{name}/{shown(path)}', path.name, layers + 1)
-                # which would keep all of them
-                archive.members.clear()  # type: ignore[attr-defined]

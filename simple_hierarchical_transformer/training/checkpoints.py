@@ -22,11 +22,12 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from .. import pretrained
-from ..data.corpus import file_digest
+from ..config_file import check_file
+from ..data.files import file_digest
 from ..memory import State
 from ..model import HierarchicalTransformer
-from ..pretrained import WEIGHTS_FILE, shared_names, write_tensors
+from ..weights import WEIGHTS_FILE, shared_names, write_tensors
+from ..weights import read_tensors as read_safetensors
 from .optim import WeightAverage, state_shapes
 from .sharded import fill, full, reshard, shard_like
 
@@ -298,7 +299,7 @@ def sync(path: Path) -> None:
 
 def read_file(file: Path) -> bytes:
     """Raises ValueError where it is no regular file: a pipe would block."""
-    pretrained.check_file(file)
+    check_file(file)
     return file.read_bytes()
 
 
@@ -337,7 +338,7 @@ def read_record(folder: Path, *, digests: bool = True) -> dict[str, Any]:
 
 def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What `gather_all` returned."""
-    return pretrained.read_tensors(folder / WEIGHTS_FILE)[0], pretrained.read_tensors(folder / TENSORS_FILE)[0]
+    return read_safetensors(folder / WEIGHTS_FILE)[0], read_safetensors(folder / TENSORS_FILE)[0]
 
 
 def identity_of(record: dict[str, Any]) -> object:

@@ -1,48 +1,65 @@
-"""Tensors that may be sharded over processes (FSDP2), seen whole. Every process has to call what is here."""
+"""Tensors that may be sharded over processes (FSDP2). Every process has to call these functions.
+
+They use DTensor itself. `torch.distributed.checkpoint.state_dict` would lose something: it creates a missing optimizer
+state by a step of the optimizer, and takes half a second to import in a run of one process.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-# torch.distributed.tensor takes half a second to import: only where there is such a tensor
+if TYPE_CHECKING:
+    # Half a second to import, so it is imported only for tensors that are sharded.
+    from typing import TypeGuard
+
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
+
+
+def is_sharded(tensor: Tensor) -> TypeIs[DTensor]:
+    """Returns whether a tensor is a DTensor, without importing it."""
+    return hasattr(tensor, 'full_tensor')
+
+
+def is_fsdp(module: nn.Module) -> TypeGuard[FSDPModule]:
+    """Returns whether FSDP2 shards the parameters of a module."""
+    return hasattr(module, 'reshard') and hasattr(module, 'unshard')
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The tensor with all its parts."""
-    sharded: Any = tensor
-    return sharded.full_tensor() if is_sharded(tensor) else tensor
+    """Returns the whole tensor, gathered from all processes if it is sharded."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor that every process has whole, sharded as `like` is: each keeps its part, nothing is sent."""
+    """Shards a whole tensor in the way `like` is sharded, with its device and dtype.
+
+    Every process has the whole tensor and keeps its part of it, so nothing is sent.
+    """
     tensor = tensor.to(like.device, like.dtype)
     if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import DTensor, Replicate
 
-    sharded: Any = like
-    mesh = sharded.device_mesh
-    copies = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return copies.redistribute(mesh, sharded.placements)
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, 'full_tensor')
+    mesh = like.device_mesh
+    replicated = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return replicated.redistribute(mesh, like.placements)
 
 
 def reshard(model: nn.Module) -> None:
-    """Frees the full weights that a forward pass may have left, so that parameters are their shards again."""
+    """Frees the whole weights that a forward pass may have left, so that the parameters are their shards again."""
     for module in model.modules():
-        if hasattr(module, 'reshard') and hasattr(module, 'unshard'):
-            module.reshard()  # type: ignore[operator]
+        if is_fsdp(module):
+            module.reshard()
 
 
 @torch.no_grad()
 def fill(target: Tensor, source: Tensor) -> None:
-    """Writes a whole tensor into one that may be sharded. Raises ValueError where the shapes differ."""
+    """Copies a whole tensor into one that may be sharded. Raises ValueError if their shapes differ."""
     if target.shape != source.shape:
         raise ValueError(f'a tensor of shape {tuple(target.shape)} cannot hold one of {tuple(source.shape)}')
     target.copy_(shard_like(source, target))

@@ -1,4 +1,4 @@
-"""The corpora that a run names: files, several with weights, or those that are known by name."""
+"""The corpora that a run names: files, folders and globs, or corpora that are known by name."""
 
 from __future__ import annotations
 
@@ -9,59 +9,76 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..data import corpus as data
 from ..data.batches import scale_weights
-from ..data.corpus import Corpus
+from ..data.corpus import Corpus, load_corpus
+from ..data.download import DOWNLOADS, load_download
+from ..data.files import find_files, standard_library
+from ..data.formats import display_name
 
-NAMED = (*data.DOWNLOADS, 'stdlib')
+NAMED = (*DOWNLOADS, 'stdlib')
 
 
 def load_source(source: str | None, folder: Path, *, text_key: str, say: Callable[[str], object]) -> Corpus:
-    """What was asked for; without a name enwik8, and where that cannot be had, the standard library.
+    """Loads the corpus that `source` names.
 
-    `folder` is where downloads lie and what is unpacked goes.
+    Args:
+        source: a name of `NAMED`, or a file, folder or glob. None stands for enwik8, or for the standard library if
+            enwik8 cannot be downloaded.
+        folder: the folder for downloads. Its subfolder `cache` holds unpacked corpora.
+        text_key: the column of a table that holds the text.
+        say: receives messages for the user.
     """
     cache = folder / 'cache'
-    if source not in (None, *NAMED):
-        return data.load_corpus(str(source), data.find_files(str(source)), cache, text_key=text_key)
+    if source is not None and source not in NAMED:
+        return load_corpus(source, find_files(source), cache, text_key=text_key)
 
     if source != 'stdlib':
         name = source or 'enwik8'
         try:
             with tqdm(unit='B', unit_scale=True, desc=f'fetching {name}', delay=1) as bar:
-                return data.load_download(name, folder, cache, progress=bar.update)
+                return load_download(name, folder, cache, progress=bar.update)
         except OSError as error:
             if source:
                 raise
             say(f'{name} is not in {folder} and cannot be had: {error}')
             say("using the source text of Python's standard library instead (--data takes any other text)")
-    return data.load_corpus('stdlib', data.standard_library(), cache)
+    return load_corpus('stdlib', standard_library(), cache)
 
 
 def load_sources(
     sources: Sequence[str] | None, folder: Path, *, text_key: str, say: Callable[[str], object]
 ) -> tuple[list[Corpus], list[float] | None]:
-    """The corpora, and their weights where they have some: `name=weight`.
+    """Loads the corpora that the user named, with their weights.
 
-    Raises ValueError where some have weights and some not, or where weights are too far apart.
+    Args:
+        sources: a name for each corpus, see `load_source`, or `name=weight`. None stands for the default corpus.
+        folder: see `load_source`.
+        text_key: see `load_source`.
+        say: see `load_source`.
+
+    Returns:
+        The corpora, and their weights if they have some.
+
+    Raises:
+        ValueError: some sources have weights and others do not, or the weights are too different.
     """
-    asked = [split_weight(source) for source in sources or [None]]  # type: ignore[list-item]
-    weights = [weight for _, weight in asked if weight is not None]
+    named = [split_weight(source) for source in sources] if sources else [(None, None)]
+    weights = [weight for _, weight in named if weight is not None]
     if weights:
-        if len(weights) < len(asked):
-            got = data.shown(' '.join(sources or []))
+        if len(weights) < len(named):
+            got = display_name(' '.join(sources or []))
             raise ValueError(f'--data takes a weight above 0 for every source, or for none, got {got}')
         try:
             scale_weights(weights)
         except ValueError as error:
             raise ValueError(f'--data: {error}') from error
-    return [load_source(name, folder, text_key=text_key, say=say) for name, _ in asked], weights or None
+    return [load_source(name, folder, text_key=text_key, say=say) for name, _ in named], weights or None
 
 
-def split_weight(source: str | None) -> tuple[str | None, float | None]:
-    """A source's name, and its weight if it has one. A file's name may have an equals sign in it."""
-    name, equals, weight = (source or '').rpartition('=')
-    if equals and not os.path.exists(os.path.expanduser(source or '')):
+def split_weight(source: str) -> tuple[str | None, float | None]:
+    """Splits a source into its name and its weight, None if it has none. A file's name may have an equals sign."""
+    name, equals, weight = source.rpartition('=')
+    if equals and not os.path.exists(os.path.expanduser(source)):
         with contextlib.suppress(ValueError):
             return name, float(weight)
     return source, None

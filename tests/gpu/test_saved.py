@@ -1,4 +1,4 @@
-"""Models and states on the device, off it and between processes: saved, loaded, streamed and scored."""
+"""Models and states are saved, loaded and moved between devices, and text is streamed and scored on a device."""
 
 from __future__ import annotations
 

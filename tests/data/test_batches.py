@@ -1,4 +1,4 @@
-"""What is learnt from and scored on: inside its split and text, all of it, and the same for any number of processes."""
+"""Batches stay inside their split and text, cover all of it, and are the same for any number of processes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Make = Callable[..., Corpus]
 
 @pytest.fixture(scope='module')
 def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """A corpus whose byte at `i` is `(first + i) % 256`, in texts of the given lengths."""
+    """Builds corpora whose byte at `i` is `(first + i) % 256`, in texts of the given lengths."""
     folder = tmp_path_factory.mktemp('corpora')
     made = iter(range(10**9))
 
@@ -81,9 +81,9 @@ def test_a_pass_reads_each_corpus_once_before_any_of_it_again(
     times = [torch.zeros(size, dtype=torch.long) for size in sizes]
     rows_of = [0] * len(sizes)
     for stretch in range(60):
-        which, passed, number = batches.turns(stretch * segments)
+        which, passed, number = batches.schedule(stretch * segments)
         for i, turn, k in zip(which.tolist(), passed.tolist(), number.tolist(), strict=True):
-            [start], [stop] = batches.find(i, turn, torch.tensor([k]))
+            [start], [stop] = batches.locate(i, turn, torch.tensor([k]))
             assert stop - start == length + 1
             assert (turn, k) == divmod(rows_of[i], batches.counts[i])
             rows_of[i] += 1
@@ -94,7 +94,7 @@ def test_a_pass_reads_each_corpus_once_before_any_of_it_again(
     for i, share in enumerate((shares / shares.sum()).tolist()):
         assert abs(rows_of[i] - 60 * rows * share) < len(sizes)
         whole, begun = divmod(rows_of[i], batches.counts[i])
-        # but for what passes leave over at the ends, where two stretches may meet, all of it as often, or once more
+        # A pass reads every byte once, except at the ends of the span, where it leaves bytes out or reads them twice.
         inner = times[i][3 + length : max(sizes[i] - 2 * length, 0)]
         assert (inner >= whole).all()
         assert (inner <= whole + (begun > 0)).all()
@@ -171,7 +171,7 @@ def test_corpora_come_by_their_weights(make: Make) -> None:
 
     assert share(None) == pytest.approx(2 / 3, abs=0.03)
     assert share([1, 9]) == pytest.approx(0.1, abs=0.02)
-    # of which each is finite, and their sum is not
+    # Each weight is finite, and their sum is not.
     assert share([1e308, 1e308]) == pytest.approx(0.5, abs=0.02)
     assert share([2e-320, 2e-320]) == pytest.approx(0.5, abs=0.02)
     with pytest.raises(ValueError, match=r'weights must each be at least 1e-06 of their sum, got 1e\+308, 1'):
@@ -181,13 +181,13 @@ def test_corpora_come_by_their_weights(make: Make) -> None:
 @given(weights=st.lists(st.floats(0.1, 1e5), min_size=1, max_size=4), scale=st.integers(-900, 900))
 def test_weights_are_scaled_without_rounding(make: Make, weights: list[float], scale: int) -> None:
     def turns(each: list[float]) -> Tensor:
-        return Batches([make(50)] * len(each), [range(50)] * len(each), rows=50, seq_len=4, weights=each).turns(7)[0]
+        return Batches([make(50)] * len(each), [range(50)] * len(each), rows=50, seq_len=4, weights=each).schedule(7)[0]
 
     plain = Batches([make(50)] * len(weights), [range(50)] * len(weights), rows=50, seq_len=4, weights=weights)
     scaled = plain.weights.clone()
     plain.weights = torch.tensor(weights, dtype=torch.float64)
-    assert torch.equal(turns(weights), plain.turns(7)[0])
-    assert torch.equal(turns([math.ldexp(weight, scale) for weight in weights]), plain.turns(7)[0])
+    assert torch.equal(turns(weights), plain.schedule(7)[0])
+    assert torch.equal(turns([math.ldexp(weight, scale) for weight in weights]), plain.schedule(7)[0])
     assert 0.5 <= scaled.max() < 1
 
 
@@ -212,18 +212,18 @@ def test_no_sequence_crosses_from_one_text_into_the_next(
         return
     seen = set()
     for first in range(0, 3 * batches.segments, batches.segments):
-        # overlap by one, so put back together
+        # Consecutive sequences of a stretch overlap by one id. Join them.
         stretch = torch.cat([batches[first + i][:, i > 0 :] for i in range(batches.segments)], dim=1)
         for row in stretch.tolist():
             ids = [i for i in row if i < END]
             assert ids
-            # a text that the span cuts off has no end
+            # A text that the span cuts off has no END.
             end = [END] if len(ids) < len(row) and ids[-1] + 1 in edges else []
             assert row == ids + end + [PAD] * (len(row) - len(ids) - len(end))
             assert ids == list(range(ids[0], ids[0] + len(ids)))
             assert len({text_of[i] for i in ids}) == 1
             assert span.start <= ids[0] <= ids[-1] < span.stop
-            # a text ends early, or its stretch is full
+            # The text ends early, or it fills the stretch.
             assert len(ids) == len(row) or ids[-1] + 1 in (*edges, span.stop)
             seen.add(text_of[ids[0]])
     longest = max(range(len(lengths)), key=lambda i: min(edges[i + 1], span.stop) - max(edges[i], span.start))
@@ -231,13 +231,13 @@ def test_no_sequence_crosses_from_one_text_into_the_next(
 
 
 def test_the_end_of_each_text_is_learnt(make: Make) -> None:
-    """Of texts that are shorter than a sequence, as long, and longer; but not of one that the span cuts off."""
+    """For texts shorter than a sequence, equally long and longer, but not for a text that the span cuts off."""
     corpus = make(3, 8, 9, 60, 30)
     for span, ends in ((range(110), {3, 11, 20, 80, 110}), (range(100), {3, 11, 20, 80})):
         ids = all_rows(Batches([corpus], [span], rows=200, seq_len=8, documents=True), 5)
         row, at = (ids == END).nonzero().unbind(1)
         assert {*(ids[row, at - 1] + 1).tolist()} == ends
-        # each has it once, among what is predicted, and nothing but filling after it
+        # Each text has one END, which is predicted, and only PAD after it.
         assert len(row) == len(row.unique())
         assert at.min() > 0
         assert all((ids[i, j + 1 :] == PAD).all() for i, j in zip(row, at, strict=True))
@@ -272,7 +272,7 @@ def test_what_cannot_be_drawn_is_refused(make: Make) -> None:
             Batches([corpus], [range(100)], **{'rows': 4, 'seq_len': 8, **settings})
 
 
-# evaluation
+# Evaluation.
 
 
 def labels_of(corpus: Corpus, span: range, **settings: Any) -> list[int]:
@@ -282,7 +282,7 @@ def labels_of(corpus: Corpus, span: range, **settings: Any) -> list[int]:
         assert ids.shape[1] <= settings['seq_len']
         counted = targets != IGNORED
         assert torch.equal((ids + 1)[counted], targets[counted])
-        # what does not count comes last
+        # Ignored labels come last.
         assert (counted.long().diff(dim=1) <= 0).all()
         labels += targets[counted].tolist()
     return labels
@@ -302,7 +302,7 @@ def test_evaluation_counts_every_byte_once(
     shares = [dict(seq_len=seq_len, batch_size=batch_size, part=(i, parts)) for i in range(parts)]
     labels = [label for settings in shares for label in labels_of(make(size), span, **settings)]
     assert sorted(labels) == list(range(max(span.start, 1), span.stop))
-    # processes that did not run as many passes would wait for each other
+    # All processes need the same number of batches, or they would wait for each other.
     assert len({len(list(evaluation_batches(make(size), span, **settings))) for settings in shares}) == 1
 
 
@@ -357,7 +357,7 @@ def test_streams_lie_apart_in_the_split(make: Make, size: int, start: int, rows:
 
 
 def test_a_corpus_is_not_read_into_memory(tmp_path: Path) -> None:
-    """A file of 64 GB with a few bytes in it: mapped, drawn from and scored on."""
+    """Reads batches of a sparse file of 64 GiB."""
     size = 1 << 36
     with open(tmp_path / 'huge', 'wb') as file:
         file.truncate(size)

@@ -1,4 +1,4 @@
-"""What files hold: every format is read, or refused by its name, whatever the file is called."""
+"""Every format is read, or refused with its name, whatever the file is called."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from simple_hierarchical_transformer.data import corpus as data
-from simple_hierarchical_transformer.data import formats
+from simple_hierarchical_transformer.data import Corpus, find_files, formats, load_corpus
+from simple_hierarchical_transformer.data.texts import TextWriter
 
-# longer than what is read at once
+# Longer than what is read at once.
 TEXT = random.Random(0).randbytes(100_000) * 2
 
 
@@ -37,7 +37,7 @@ def zipped(**members: bytes) -> bytes:
     with zipfile.ZipFile(file, 'w', zipfile.ZIP_DEFLATED) as archive, warnings.catch_warnings():
         warnings.simplefilter('ignore')
         for name, text in members.items():
-            # so that one name can come twice
+            # So that two members can have the same name.
             archive.writestr(name.rstrip('\0'), text)
     return file.getvalue()
 
@@ -83,12 +83,12 @@ STREAMS: dict[str, Callable[[bytes], bytes]] = {
 ARCHIVES: dict[str, Callable[..., bytes]] = {'.zip': zipped, '.tar': tarred}
 
 
-def load(path: Path, key: str = 'text') -> data.Corpus:
-    return data.load_corpus('corpus', data.find_files(path), path.parent / 'cache', text_key=key)
+def load(path: Path, key: str = 'text') -> Corpus:
+    return load_corpus('corpus', find_files(path), path.parent / 'cache', text_key=key)
 
 
 def read(path: Path, key: str = 'text') -> list[bytes]:
-    """The texts of a file."""
+    """Returns the texts of a file."""
     corpus = load(path, key)
     [ids] = corpus.read(torch.tensor([0]), torch.tensor([len(corpus)]), len(corpus), pad=0)
     ends = corpus.ends.tolist()
@@ -96,7 +96,7 @@ def read(path: Path, key: str = 'text') -> list[bytes]:
 
 
 def refused(path: Path, content: bytes, key: str = 'text') -> str:
-    """What is said of a file that is not read, and of which nothing is left."""
+    """Returns the error of a file that cannot be read, and checks that the cache is empty afterwards."""
     path.write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(f'data: {path}')) as error:
         load(path, key)
@@ -104,7 +104,7 @@ def refused(path: Path, content: bytes, key: str = 'text') -> str:
     return str(error.value)
 
 
-# packed text, and archives
+# Compressed text and archives.
 
 
 @pytest.mark.parametrize('name', ['right', 'none', 'wrong', 'LARGE'])
@@ -182,7 +182,7 @@ def test_links_and_devices_in_a_tar_are_no_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize('kind', STREAMS)
 def test_streams_one_after_the_other_are_all_read(tmp_path: Path, kind: str) -> None:
     first, second = STREAMS[kind](TEXT), STREAMS[kind](b'second')
-    # a .lzma ends where its file does
+    # A .lzma extends to the end of its file.
     if kind != '.lzma':
         (tmp_path / f'a{kind}').write_bytes(first + second)
         assert read(tmp_path / f'a{kind}') == [TEXT + b'second']
@@ -199,11 +199,11 @@ def test_streams_one_after_the_other_are_all_read(tmp_path: Path, kind: str) -> 
 @pytest.mark.parametrize('damage', ['torn', 'foreign', 'empty', 'turned'])
 def test_broken_files_are_named_and_leave_nothing(tmp_path: Path, kind: str, damage: str) -> None:
     if damage == 'turned' and kind in ('.lzma', '.zst', '.lz4'):
-        # these have no checksum
+        # These formats have no checksum.
         return
     packed = STREAMS[kind](TEXT) if kind in STREAMS else ARCHIVES[kind](a=b'1', b=TEXT, c=TEXT)
     turned = bytearray(packed)
-    # a byte of the contents; of a tar, which sums its headers alone, one of the last header
+    # Change a byte of the contents. A tar has checksums of its headers only, so change one of the last header.
     turned[-len(TEXT) // 1000 if kind != '.tar' else packed.rindex(b'c' + bytes(99))] ^= 1
     content = {'torn': packed[: len(packed) // 2], 'foreign': b'no archive', 'empty': b'', 'turned': bytes(turned)}
     assert f'a{kind} is torn, or not a {kind} file' in refused(tmp_path / f'a{kind}', content[damage])
@@ -233,7 +233,7 @@ def test_damage_of_any_kind_is_an_error_that_names_the_file(tmp_path: Path) -> N
         with open(tmp_path / 'bytes', 'wb') as to, open(tmp_path / 'ends', 'wb') as ends:
             said = f'data: {path}'
             try:
-                formats.Texts(to, ends, 'text').add_file(path)
+                TextWriter(to, ends, 'text').add_file(path)
                 read += 1
             except ValueError as error:
                 said = str(error)
@@ -252,7 +252,7 @@ def test_an_archive_of_archives_without_end_is_refused(tmp_path: Path) -> None:
 
 def test_a_locked_archive_is_named(tmp_path: Path) -> None:
     packed = bytearray(zipped(a=TEXT))
-    # the bit that says encrypted, in the local header and in the directory
+    # The bit for encryption, in the local header and in the directory.
     packed[6] |= 1
     packed[packed.rindex(b'PK\x01\x02') + 8] |= 1
     assert re.search(r'locked\.zip cannot be unpacked: .*encrypted', refused(tmp_path / 'locked.zip', bytes(packed)))
@@ -280,9 +280,9 @@ def test_formats_that_are_not_read_are_refused_by_name(tmp_path: Path, kind: str
 def test_text_that_resembles_a_format_is_text(tmp_path: Path) -> None:
     for number, text in enumerate((b'BZh9 is no stream', b'PK', b'PAR1 is a gene', b'Rar! ', b'LZIP is a tool', b'7z')):
         (tmp_path / str(number)).write_bytes(text * 100)
-        assert data.kind_of_file(tmp_path / str(number)) is None
+        assert formats.kind_of_file(tmp_path / str(number)) is None
     (tmp_path / 'zeros').write_bytes(bytes(10_000))
-    assert data.kind_of_file(tmp_path / 'zeros') is None
+    assert formats.kind_of_file(tmp_path / 'zeros') is None
 
 
 @pytest.mark.parametrize('kind', ['.zst', '.lz4', '.parquet'])
@@ -297,7 +297,7 @@ def test_without_pyarrow_its_formats_are_refused_by_name(
         assert f'is a {kind} file, which pyarrow reads: pip install pyarrow' in refused(tmp_path / name, content)
 
 
-# tables
+# Tables.
 
 
 @pytest.mark.parametrize('name', ['a.jsonl', 'a.ndjson', 'a.JSONL', 'a.parquet', 'a', 'a.jsonl.bz2', 'a.jsonl.zip'])
@@ -336,7 +336,7 @@ def test_rows_of_a_jsonl_may_differ(tmp_path: Path) -> None:
     ],
 )
 def test_tables_that_cannot_be_read_are_named(tmp_path: Path, content: bytes, key: str, message: str) -> None:
-    # the first bytes tell one of parquet
+    # The first bytes identify a .parquet.
     assert message in refused(tmp_path / 'a.jsonl', content, key)
 
 
@@ -345,9 +345,9 @@ def test_a_row_that_nests_without_end_ends_no_process(tmp_path: Path) -> None:
     path.write_bytes(b'{"text": ' + b'[' * 1_000_000)
     code = f"""
         from pathlib import Path
-        from simple_hierarchical_transformer.data import corpus as data
+        from simple_hierarchical_transformer.data import load_corpus
         try:
-            data.load_corpus('a', [Path({str(path)!r})], Path({str(tmp_path / 'cache')!r}))
+            load_corpus('a', [Path({str(path)!r})], Path({str(tmp_path / 'cache')!r}))
         except ValueError as error:
             print(error)
         """
@@ -374,7 +374,7 @@ def test_tables_are_read_in_little_memory(tmp_path: Path, name: str) -> None:
 
 
 def test_a_row_longer_than_a_row_may_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, 'MAX_ROW', 1000)
+    monkeypatch.setattr('simple_hierarchical_transformer.data.texts.MAX_ROW', 1000)
     assert 'row 2: it is longer than 1,000 bytes' in refused(tmp_path / 'a.jsonl', jsonl('a', 1000 * 'b'))
 
 
