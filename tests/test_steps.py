@@ -104,7 +104,7 @@ def test_caches_are_given_room_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_where_the_decay_begins_anew_a_step_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ('mixers.rotary', 'steps'):
+    for module in ('mixers.rotary', 'generation.captured'):
         monkeypatch.setattr(f'simple_hierarchical_transformer.{module}.BLOCK', 4)
     monkeypatch.setattr('simple_hierarchical_transformer.mixers.rotary.XPOS_SCALE_BASE', 16)
     assert_steps_are_the_model_s(build(dict(HOURGLASS, window_sizes=(None, None))).eval(), 9, 14, never=1)
