@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .checks import MOST
-from .generation.loop import BYTE_VOCABULARIES
+from .generation.prompts import BYTE_VOCABULARIES
 from .model import HierarchicalTransformer
 from .pretrained import CONFIG_FILE
 from .terminal import UNREAD, Number, abandon, prepare, unread
