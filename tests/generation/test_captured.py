@@ -210,3 +210,32 @@ def test_angles_are_compared_when_a_step_first_needs_them(watched: bool, monkeyp
     assert len(steps.graphs) == 4
     # once, each with those before it
     assert len(compared) <= len([module for module in model.modules() if isinstance(module, Rotary)]) ** 2
+
+
+@pytest.mark.parametrize('settings', [{}, dict(stop_ids=[3]), dict(repetition_penalty=1.3)], ids=str)
+def test_generation_with_captured_steps_draws_the_same_ids(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, built = build(HOURGLASS).eval(), []
+    prompts = [torch.randint(1, 11, (n,)) for n in (30, 21)]
+
+    def draw() -> list[Tensor]:
+        new = model.generate(prompts, 40, temperature=0, **settings)
+        more, state = model.generate(prompts[0][None], 12, temperature=0, return_state=True, **settings)
+        stream = model.stream(prompts[0][None], 40, temperature=0, state=state, **settings)
+        return [new, more, *stream]
+
+    class CountedSteps(RecordedSteps):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            built.append(self)
+
+    expected = draw()
+    monkeypatch.setattr('simple_hierarchical_transformer.generation.loop.pays_to_capture', lambda *_: True)
+    monkeypatch.setattr('simple_hierarchical_transformer.generation.loop.CapturedSteps', CountedSteps)
+    found = draw()
+    assert all(map(torch.equal, found, expected))
+    assert len(found) == len(expected)
+    assert [steps.watched for steps in built] == [False, False, True]
+    # a stop may come before the first capture
+    assert 'stop_ids' in settings or all(steps.graphs for steps in built)

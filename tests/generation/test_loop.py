@@ -11,7 +11,7 @@ from small_model import model
 from simple_hierarchical_transformer import HierarchicalTransformer
 
 
-def test_greedy_goes_on_with_the_likeliest_id() -> None:
+def test_temperature_zero_takes_the_most_likely_id() -> None:
     net, prompt = model(), torch.randint(0, 11, (2, 3))
     ids = prompt
     for _ in range(10):
@@ -19,7 +19,7 @@ def test_greedy_goes_on_with_the_likeliest_id() -> None:
     assert torch.equal(net.generate(prompt, 10, temperature=0), ids[:, 3:])
 
 
-def test_same_seed_same_ids() -> None:
+def test_the_same_seed_draws_the_same_ids() -> None:
     net, prompt = model(), torch.randint(0, 11, (2, 3))
     draws = []
     for seed in (1, 1, 2):
@@ -29,7 +29,7 @@ def test_same_seed_same_ids() -> None:
     assert not torch.equal(draws[0], draws[2])
 
 
-def test_builds_no_graph_and_takes_any_integers() -> None:
+def test_builds_no_graph_and_accepts_any_integers() -> None:
     net = model().train()
     out = net.generate(torch.zeros(1, 1, dtype=torch.uint8), 2)
     assert net.training
@@ -38,7 +38,7 @@ def test_builds_no_graph_and_takes_any_integers() -> None:
     assert net.generate(torch.zeros(1, 1, dtype=torch.long), 0).shape == (1, 0)
 
 
-def test_own_generator_gives_the_same_ids_again() -> None:
+def test_a_generator_of_the_caller_draws_the_same_ids_again() -> None:
     net, prompt = model(), torch.randint(0, 11, (2, 3))
 
     def draw(seed: int) -> torch.Tensor:
@@ -50,8 +50,8 @@ def test_own_generator_gives_the_same_ids_again() -> None:
 
 @pytest.mark.parametrize('window_sizes', [(2, None), (3, 4), (0, 2)])
 @pytest.mark.parametrize('stride', [1, 2, 4])
-def test_greedy_is_the_same_with_and_without_cache(window_sizes: tuple[int | None, ...], stride: int) -> None:
-    """300 steps, far beyond seq_len."""
+def test_ids_are_the_same_with_and_without_a_cache(window_sizes: tuple[int | None, ...], stride: int) -> None:
+    """For 300 steps, far beyond seq_len."""
     net = HierarchicalTransformer(
         num_tokens=11,
         dim=8,
@@ -70,7 +70,7 @@ def test_greedy_is_the_same_with_and_without_cache(window_sizes: tuple[int | Non
 
 
 @pytest.mark.parametrize('use_cache', [True, False])
-def test_prompts_of_unequal_length_get_what_each_gets_alone(use_cache: bool) -> None:
+def test_prompts_of_unequal_length_get_the_ids_each_gets_alone(use_cache: bool) -> None:
     net = model().double()
     prompts = [torch.randint(0, 11, (n,)) for n in (4, 1, 9, 30)]
     together = net.generate(prompts, 12, temperature=0, use_cache=use_cache)
@@ -86,7 +86,7 @@ def test_stop_ids_end_rows() -> None:
         return net.generate(rows, 40, filter_thres=0.0, generator=torch.Generator().manual_seed(0), **settings)
 
     free = draw(prompts)
-    # ids that come late, so that rows end at different steps
+    # ids that first appear late, so that rows end at different steps
     stop = sorted(range(11), key=lambda id: -min(row.tolist().index(id) if id in row else 99 for row in free))[:2]
     ends = [next((i for i, id in enumerate(row.tolist()) if id in stop), 39) for row in free]
     assert ends[0] != ends[1]
@@ -104,7 +104,7 @@ def test_stop_ids_end_rows() -> None:
     assert len(streamed) == alone.index(alone[3]) + 1
 
 
-def test_a_conversation_goes_on_with_the_state() -> None:
+def test_a_conversation_continues_from_the_state() -> None:
     net = model().double()
     first, second = torch.randint(0, 11, (2, 7)), torch.randint(0, 11, (2, 3))
     answer, state = net.generate(first, 5, temperature=0, return_state=True)
@@ -119,7 +119,7 @@ def test_a_conversation_goes_on_with_the_state() -> None:
 
 
 @torch.no_grad()
-def test_repetition_penalty_counts_the_prompt_and_what_came() -> None:
+def test_repetition_penalty_counts_the_prompt_and_the_output() -> None:
     net, prompts = model().double(), [torch.randint(0, 11, (n,)) for n in (3, 5)]
     new = net.generate(prompts, 9, temperature=0, repetition_penalty=1.5)
     plain = net.generate(prompts, 9, temperature=0)

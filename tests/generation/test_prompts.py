@@ -32,7 +32,7 @@ INTS: dict[str, Callable[[list[int]], Any]] = {
 
 @pytest.mark.parametrize('kind', INTS.values(), ids=INTS)
 @pytest.mark.parametrize('count', [0, 1, 2])
-def test_stop_ids_are_ints_of_any_kind(kind: Callable[[list[int]], Any], count: int) -> None:
+def test_stop_ids_can_be_ints_of_any_type(kind: Callable[[list[int]], Any], count: int) -> None:
     net, prompt = model(), torch.ones(1, 3, dtype=torch.long)
     settings: dict[str, Any] = dict(filter_thres=0.0, seq_len=60)
 
@@ -48,7 +48,7 @@ def test_stop_ids_are_ints_of_any_kind(kind: Callable[[list[int]], Any], count: 
 
 
 @pytest.mark.parametrize('kind', [int, np.int64, np.uint8, torch.tensor, np.array], ids=lambda kind: kind.__name__)
-def test_one_int_may_be_of_any_kind(kind: Callable[[int], Any]) -> None:
+def test_single_ints_can_have_any_type(kind: Callable[[int], Any]) -> None:
     net, prompt = model(), torch.ones(2, 3, dtype=torch.long)
     free = net.generate(prompt, 20, temperature=0)
     last = free[0, -1].item()
@@ -61,7 +61,7 @@ def test_one_int_may_be_of_any_kind(kind: Callable[[int], Any]) -> None:
     assert net.initial_state(kind(3)).batch_size == 3
 
 
-def test_prompts_rows_and_ids_are_sequences_of_any_kind() -> None:
+def test_prompts_rows_and_ids_can_be_sequences_of_any_type() -> None:
     net, ids = model(), torch.randint(0, 11, (2, 5))
     expected, score = net.generate(ids, 6, temperature=0), net.score(ids)
     _, state = net(ids, return_state=True)
@@ -116,14 +116,14 @@ def test_prompts_rows_and_ids_are_sequences_of_any_kind() -> None:
     ],
     ids=repr,
 )  # fmt: skip
-def test_refuses_what_it_cannot_take(prompt: Any, settings: dict[str, Any], message: str) -> None:
+def test_refuses_prompts_and_settings_that_are_not_allowed(prompt: Any, settings: dict[str, Any], message: str) -> None:
     net = HierarchicalTransformer(num_tokens=256, dim=8, depth=1, dim_head=4, heads=1, window_sizes=2)
     for draw in (net.generate, net.stream):
         with pytest.raises(ValueError, match=re.escape(message)):
             draw(prompt, **{'seq_len': 2, **settings})
 
 
-def test_text_is_for_models_of_bytes() -> None:
+def test_text_needs_a_model_of_bytes() -> None:
     for prompt, settings, name in (('a', {}, 'prompt'), (torch.ones(1, 2).long(), dict(stop='a'), 'stop')):
         message = f'{name} can be text only where num_tokens is 256, 257 or 258, and it is 11'
         with pytest.raises(ValueError, match=message):
@@ -131,7 +131,7 @@ def test_text_is_for_models_of_bytes() -> None:
 
 
 @pytest.mark.parametrize('wrong', [dict(generator=3), dict(use_cache='no')], ids=str)
-def test_a_setting_of_the_wrong_kind_is_named(wrong: dict[str, Any]) -> None:
+def test_a_setting_of_the_wrong_type_is_named(wrong: dict[str, Any]) -> None:
     model = HierarchicalTransformer(num_tokens=11, dim=8, depth=1, seq_len=16, heads=2, dim_head=4)
     (name,) = wrong
     with pytest.raises(ValueError, match=f'{name} must be'):

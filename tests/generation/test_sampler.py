@@ -15,7 +15,7 @@ from simple_hierarchical_transformer.generation.sampler import Sampler
     ('vocabulary', 'filter_thres', 'kept'),
     [(256, 0.9, 26), (30, 0.9, 3), (10, 0.7, 3), (10, 0.0, 10), (10, 1.0, 1), (11, 0.9, 2), (3, 0.9, 1)],
 )
-def test_only_the_likeliest_share_is_drawn(vocabulary: int, filter_thres: float, kept: int) -> None:
+def test_only_the_most_likely_share_is_drawn(vocabulary: int, filter_thres: float, kept: int) -> None:
     logits = torch.randn(vocabulary)
     drawn = Sampler(temperature=5.0, filter_thres=filter_thres)(logits.expand(4000, -1))
     assert set(drawn.tolist()) == set(logits.topk(kept).indices.tolist())
@@ -47,16 +47,16 @@ def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
         (dict(min_p=0.1), 4),
         (dict(min_p=0.0), 5),
         (dict(top_k=4, min_p=0.1, top_p=0.89), 3),
-        # any of the three takes the place of filter_thres
+        # any of the three replaces filter_thres
         (dict(top_k=5, filter_thres=1.0), 5),
     ],
     ids=str,
 )
-def test_filters_keep_the_likeliest(settings: dict[str, Any], kept: int) -> None:
+def test_filters_keep_the_most_likely_ids(settings: dict[str, Any], kept: int) -> None:
     logits = torch.tensor([0.1, 0.5, 0.04, 0.25, 0.11]).log()
-    likeliest = logits.topk(kept).indices.tolist()
+    most_likely = logits.topk(kept).indices.tolist()
     drawn = Sampler(**settings)(logits.expand(20_000, -1))
-    assert set(drawn.tolist()) == set(likeliest)
+    assert set(drawn.tolist()) == set(most_likely)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
@@ -81,7 +81,7 @@ def test_repetition_penalty_is_that_of_ctrl() -> None:
     assert Sampler(repetition_penalty=2.0, temperature=0)(logits, seen).tolist() == [2, 0]
 
 
-def test_ids_that_are_ruled_out_may_have_no_logit() -> None:
+def test_excluded_ids_may_have_a_logit_of_minus_infinity() -> None:
     logits = torch.full((2, 5), -torch.inf)
     logits[:, 3] = 0.0
     for settings in (dict(temperature=0), {}, dict(top_p=0.9)):
@@ -92,7 +92,7 @@ def test_ids_that_are_ruled_out_may_have_no_logit() -> None:
 
 @pytest.mark.parametrize('settings', [dict(temperature=0), {}, dict(top_k=2), dict(top_p=0.5), dict(temperature=1e-40)])
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
-def test_logits_that_are_not_finite_are_one_clear_error(settings: dict[str, Any], bad: float) -> None:
+def test_logits_that_are_not_finite_raise_one_clear_error(settings: dict[str, Any], bad: float) -> None:
     logits = torch.zeros(3, 11)
     logits[1, 4] = bad
     message = f'logits must be finite to draw an id from, and the largest of row 1 is {bad}'

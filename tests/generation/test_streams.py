@@ -18,7 +18,7 @@ def test_stream_yields_what_generate_returns() -> None:
 
 
 @pytest.mark.parametrize('count', [0, 1, 5])
-def test_a_stream_tells_its_state(count: int) -> None:
+def test_a_stream_has_a_state_after_any_number_of_ids(count: int) -> None:
     net, prompt = model(), torch.randint(0, 11, (2, 7))
     stream = net.stream(prompt, 9, temperature=0)
     for _ in range(count):
@@ -35,9 +35,7 @@ def test_a_stream_tells_its_state(count: int) -> None:
 
 @pytest.mark.parametrize('where', ['model', 'sampler'])
 @pytest.mark.parametrize('count', [0, 3])
-def test_a_stream_that_was_interrupted_has_no_wrong_state(
-    monkeypatch: pytest.MonkeyPatch, where: str, count: int
-) -> None:
+def test_an_interrupted_stream_never_has_a_wrong_state(monkeypatch: pytest.MonkeyPatch, where: str, count: int) -> None:
     net, prompt = model().double(), torch.randint(0, 11, (2, 7))
     whole = net.generate(prompt, 9, temperature=0)
     stream = net.stream(prompt, 9, temperature=0)
@@ -59,14 +57,14 @@ def test_a_stream_that_was_interrupted_has_no_wrong_state(
         with pytest.raises(ValueError, match='was consumed by a chunk that came after it, or that failed halfway'):
             _ = stream.state
         return
-    # a prompt that failed to be read is read again; an id whose successor was not drawn has been read
+    # a prompt whose read failed is read again. An id whose successor was not drawn is not
     state = stream.state
     assert state.position == 7 + count
     goes_on = net.generate(whole[:, count : count + 1], 8 - count, temperature=0, state=state)
     assert torch.equal(goes_on, whole[:, count + 1 :])
 
 
-def test_a_stream_may_begin_and_go_on_in_different_modes() -> None:
+def test_a_stream_can_start_and_continue_in_different_modes() -> None:
     net, prompt = model(), torch.randint(0, 11, (2, 3))
     settings: dict[str, Any] = dict(temperature=0, stop_ids=[99 % 11], repetition_penalty=1.1)
     whole = net.generate(prompt, 9, **settings)

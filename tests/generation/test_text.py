@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from simple_hierarchical_transformer import HierarchicalTransformer
 
 
-class Written(HierarchicalTransformer):
-    """A model of bytes that goes on with a text, whatever it reads."""
+class Scripted(HierarchicalTransformer):
+    """A model of bytes that continues with a given text, whatever it reads."""
 
     def __init__(self, text: bytes | list[int], num_tokens: int = 256) -> None:
         super().__init__(num_tokens=num_tokens, dim=8, depth=1, seq_len=24, dim_head=4, heads=1, window_sizes=2)
@@ -29,8 +29,8 @@ STORY = 'Ein Bär — fand\n\nden Weg. Ende. Und weiter'
 
 
 @pytest.mark.parametrize('prompt', ['abc', b'abc', bytearray(b'abc'), ['abc', 'xyz'], (b'abc', b'xyz')], ids=repr)
-def test_text_in_text_out(prompt: Any) -> None:
-    net, count = Written(STORY.encode()), len(STORY.encode())
+def test_output_has_the_type_of_the_prompt(prompt: Any) -> None:
+    net, count = Scripted(STORY.encode()), len(STORY.encode())
     many = isinstance(prompt, (list, tuple))
     is_str = isinstance(prompt[0] if many else prompt, str)
     expected = STORY if is_str else STORY.encode()
@@ -48,8 +48,8 @@ def test_text_in_text_out(prompt: Any) -> None:
     assert bytes(net.generate(ids, count, temperature=0)[0].tolist()) == STORY.encode()
 
 
-def test_a_character_comes_whole_or_is_said_to_be_cut() -> None:
-    net = Written('añ€'.encode())
+def test_characters_are_yielded_whole_or_replaced_if_cut() -> None:
+    net = Scripted('añ€'.encode())
     assert list(net.stream('abc', 6, temperature=0)) == ['a', 'ñ', '€']
     assert list(net.stream('abc', 5, temperature=0)) == ['a', 'ñ', '\ufffd']
     assert net.generate('abc', 5, temperature=0) == 'añ\ufffd'
@@ -67,13 +67,13 @@ def test_a_character_comes_whole_or_is_said_to_be_cut() -> None:
         ('—', '—'),
         (['Ende', 'Ende. U'], 'Ende'),
         ('nothing', STORY),
-        # what the prompt ends with does not count
+        # the end of the prompt does not count
         ('abcE', STORY),
         ([], STORY),
     ],
 )
 def test_stop_strings_end_a_text(stop: Any, end: str) -> None:
-    net, count = Written(STORY.encode()), len(STORY.encode())
+    net, count = Scripted(STORY.encode()), len(STORY.encode())
     expected = STORY[: STORY.index(end) + len(end)]
     assert net.generate('abc', count, temperature=0, stop=stop) == expected
     assert ''.join(net.stream('abc', count, temperature=0, stop=stop)) == expected
@@ -81,7 +81,7 @@ def test_stop_strings_end_a_text(stop: Any, end: str) -> None:
     assert bytes(ids[0].tolist()).decode() == expected
 
 
-def test_stop_strings_end_each_row_by_itself() -> None:
+def test_each_row_ends_at_its_own_stop_string() -> None:
     net = HierarchicalTransformer(num_tokens=256, dim=8, depth=1, seq_len=24, dim_head=4, heads=1, window_sizes=2)
     prompts = [b'abc', b'xyzxyz', b'1']
 
@@ -100,9 +100,9 @@ def test_stop_strings_end_each_row_by_itself() -> None:
         assert bytes(row) == text[:end] + text[end - 1 : end] * (max(ends) - end)
 
 
-def test_a_text_ends_where_no_byte_follows() -> None:
+def test_text_ends_at_an_id_above_255() -> None:
     for num_tokens in (257, 258):
-        net = Written([*b'The end', 256, *b'and on'], num_tokens)
+        net = Scripted([*b'The end', 256, *b'and on'], num_tokens)
         assert net.generate('abc', 14, temperature=0) == 'The end'
         assert ''.join(net.stream('abc', 14, temperature=0)) == 'The end'
         ids = torch.tensor([list(b'abc')])
