@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .arrangements import arrangement_of
 from .block import ACTIVATIONS
 from .checks import MOST_IN_TURN, MOST_PARTS, check_number, check_sequence, is_int, per_level, plain
-from .generation.loop import BYTE_VOCABULARIES
+from .generation.prompts import BYTE_VOCABULARIES
 from .levels import Level, build_levels
 from .merges import MERGES, find_receivers
 from .mixers import MIXERS

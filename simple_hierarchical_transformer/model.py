@@ -17,7 +17,8 @@ from .checks import check_int
 from .compressors import Autoencoder, Compressor
 from .config import Config
 from .embeddings import Contexts, NGramEmbedding, RecallEmbedding, embed
-from .generation.loop import Generative, check_ids
+from .generation.methods import Generative
+from .generation.prompts import check_ids
 from .halting import AdaptiveHalting
 from .memory import Memory, State
 from .merges import MERGES, Contribution, Merge, concat_levels, zero_columns

@@ -16,7 +16,7 @@ import torch
 
 from .checks import MOST
 from .config_file import CONFIG_FILE
-from .generation.loop import BYTE_VOCABULARIES
+from .generation.prompts import BYTE_VOCABULARIES
 from .model import HierarchicalTransformer
 from .terminal import UNREAD, Number, abandon, prepare, unread
 

@@ -71,11 +71,11 @@ def arguments(function: ast.FunctionDef) -> set[str]:
 
 def test_overloads_have_all_arguments() -> None:
     """What they return is checked by mypy, in tests/typed_use.py."""
-    *overloads, function = functions('generate.py', 'score')
+    *overloads, function = functions('generation/methods.py', 'score')
     assert len(overloads) == 2
     for overload in overloads:
         assert arguments(overload) == arguments(function)
-    *overloads, function = functions('generate.py', 'generate')
+    *overloads, function = functions('generation/methods.py', 'generate')
     assert len(overloads) == 6
     for overload in overloads:
         assert arguments(overload) | set(Sampling.__annotations__) == arguments(function)

@@ -1,0 +1,1 @@
+"""Generation and scoring with models that carry a state."""

@@ -1,9 +1,11 @@
-"""A step of generation as CUDA graphs: launched once, where a step by itself launches hundreds of small kernels.
+"""Steps of generation as CUDA graphs.
 
-A captured graph repeats its kernels with the numbers that they were launched with. What a step does depends on its
-position in two ways. Which levels have a new token depends on the position modulo the compressions: so there is a graph
-for each residue. Where keys are written and by which angle they are turned depends on the position itself: so the
-position is a tensor there, which a replay reads (`Position`).
+A step launches hundreds of small kernels. A CUDA graph launches all of them at once.
+
+A captured graph repeats its kernels with the arguments of the capture. A step depends on its position in two ways.
+First, the position modulo the compressions decides which levels have a new token. Each residue therefore has its own
+graph. Second, the position decides where keys are written and by which angle they are rotated. It is therefore a tensor
+that a replay reads (`Position`).
 """
 
 from __future__ import annotations
@@ -11,11 +13,11 @@ from __future__ import annotations
 import gc
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -26,64 +28,107 @@ from ..mixers.rotary import BLOCK, Rotary
 from ..ops.linear import is_dense, is_untouched
 from ..ops.precision import autocast_dtype
 from ..ops.tracing import is_traced
+from .protocol import StatefulModel
 
-# more residues would take longer to capture than most texts take to write
+if TYPE_CHECKING:
+    from ..block import HierarchicalBlock
+    from ..levels import Level
+
+# with more residues, capturing would take longer than writing most texts
 MOST_RESIDUES = 64
-# from how many steps for each residue on capturing pays
-PAYS = 3
+# steps per residue from which capturing saves time
+MIN_ROUNDS = 3
 CAPTURING = threading.Lock()
 PACKAGE = __name__.partition('.')[0]
 
 
-def is_capturable(model: Any) -> bool:
-    """Whether a step of the model is always the same sequence of kernels, and nothing else.
+class CapturableModel(StatefulModel, Protocol):
+    """The parts of this package's model that captured steps depend on."""
 
-    False where a module is neither of this package nor of torch.nn, has hooks, or is patched or compiled: what it does
-    in Python would not happen in a replay. False for mixers whose work depends on the position.
+    levels: Sequence[Level]
+    layers: Sequence[Sequence[HierarchicalBlock | None]]
+    hierarchical_merges: nn.ModuleList
+
+    @property
+    def silent(self) -> frozenset[int]:
+        """Compressions of the levels that are ablated."""
+
+    def reserve(self, state: State, n: int) -> State:
+        """`state` with room for `n` more ids, so that its tensors stay at the same address."""
+
+    def modules(self) -> Iterator[nn.Module]: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def buffers(self) -> Iterator[Tensor]: ...
+
+
+def is_capturable(model: StatefulModel) -> TypeGuard[CapturableModel]:
+    """Whether every step of the model is the same sequence of kernels and nothing else.
+
+    False if a module belongs to neither this package nor torch.nn, has hooks, or is patched or compiled: a replay would
+    skip its Python code. False for mixers whose work depends on the position.
     """
-    if not isinstance(getattr(model, 'levels', None), (list, tuple)) or _has_any_global_hook() or is_traced():
+    levels = getattr(model, 'levels', None)
+    if not isinstance(model, nn.Module) or not isinstance(levels, (list, tuple)):
+        return False
+    if _has_any_global_hook() or is_traced():
         return False
     for module in model.modules():
         known = type(module).__module__.startswith((f'{PACKAGE}.', 'torch.nn.modules'))
         if not known or not is_untouched(module) or not getattr(module, 'static_step', True):
             return False
-    return is_dense(*model.parameters()) and math.lcm(*compressions(model)) <= MOST_RESIDUES
+    return is_dense(*model.parameters()) and cycle_of(levels) <= MOST_RESIDUES
 
 
-def compressions(model: Any) -> list[int]:
-    return [level.compression for level in model.levels]
+def cycle_of(levels: Sequence[Level]) -> int:
+    """The number of residues: after this many ids, the same levels get a new token again."""
+    return math.lcm(*(level.compression for level in levels))
 
 
-def pays_to_capture(model: Any, steps: int) -> bool:
-    """Whether `steps` steps of the model are worth capturing, on a device that has graphs."""
+def pays_to_capture(model: StatefulModel, steps: int) -> TypeGuard[CapturableModel]:
+    """Whether capturing `steps` steps of the model saves time. False on devices without CUDA graphs."""
     embedding = getattr(model, 'token_emb', None)
     if embedding is None or embedding.weight.device.type != 'cuda' or not is_capturable(model):
         return False
-    return steps >= PAYS * math.lcm(*compressions(model))
+    return steps >= MIN_ROUNDS * cycle_of(model.levels)
 
 
-def fingerprint(model: nn.Module) -> list[Any]:
-    """What replays rely on: modules, their modes and settings, the memory of weights, what is ablated, autocast."""
+def fingerprint(model: CapturableModel) -> list[object]:
+    """What replays depend on: modules, their modes and settings, addresses of weights, ablations and autocast."""
     tensors = chain(model.parameters(), model.buffers())
     modules = [(module, module.training, module.extra_repr()) for module in model.modules()]
     return [model.silent, autocast_dtype(next(model.parameters()).device), *modules, *(t.data_ptr() for t in tensors)]
 
 
-class CapturedSteps:
-    """`logits, state = steps(ids, state)` for ids `(batch, 1)`: what the model gives, by replays where it can be.
+def share_angles(model: CapturableModel) -> dict[Rotary, Rotary]:
+    """Maps each rotary embedding to the first one that rotates by the same angles.
 
-    The first step of each residue runs as it is, the second is captured. A replay writes the state in place, as a step
-    does. The logits `(batch, 1, num_tokens)` are overwritten by the next step.
+    Layers of a level do, unless somebody changed one. Each comparison synchronizes with the device.
+    """
+    rotaries = [module for module in model.modules() if isinstance(module, Rotary)]
+    return {module: next((other for other in rotaries if other.agrees(module)), module) for module in rotaries}
+
+
+class CapturedSteps:
+    """Runs steps of a model by replaying CUDA graphs.
+
+    `logits, state = steps(ids, state)` returns what `model(ids, state=state, return_state=True)` returns for ids
+    `(batch, 1)`. The first step of each residue runs eagerly, and the second one is captured. A replay writes the state
+    in place, as an eager step does. The next step overwrites the logits `(batch, 1, num_tokens)`.
+
+    Args:
+        model: the model to run.
+        watched: whether the model may change between two steps. Each step then looks for changes.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: CapturableModel, *, watched: bool = False) -> None:
         self.model = model
+        self.watched = watched
         device = model.token_emb.weight.device
-        self.cycle = math.lcm(*compressions(model))
-        # before this, windows still reach back to before the first token
+        self.cycle = cycle_of(model.levels)
+        # before this position, windows still reach back beyond the first token
         windows = [getattr(merge, 'window', 0) for merge in model.hierarchical_merges]
         self.settled = 2 * self.cycle * (1 + max(windows, default=0))
-        # where full attention moves the origin of its decay, a step does more than others
+        # a step does more at positions where full attention moves the origin of its decay
         self.blocks = {
             BLOCK * level.compression
             for layer in model.layers
@@ -91,63 +136,60 @@ class CapturedSteps:
             if block is not None and getattr(getattr(block.attn, 'rotary_emb', None), 'xpos', False)
         }
         self.rounds = torch.zeros((), dtype=torch.long, device=device)
-        # layers of a level turn by the same angles, unless somebody changed one
-        self.alike: dict[Any, Any] = {}
-        rotaries = [module for module in model.modules() if isinstance(module, Rotary)]
-        for module in rotaries:
-            self.alike[module] = next((other for other in rotaries if other.agrees(module)), module)
-        self.stream: Any = torch.cuda.Stream(device) if device.type == 'cuda' else None
+        # formed by the first step that needs it. A watched model may change one layer's angles at any time
+        self.shared_angles: dict[Rotary, Rotary] | None = {} if watched else None
+        self.stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
         self.reserved = 0
         self.fingerprint = fingerprint(model)
         self.forget()
 
     def is_unchanged(self) -> bool:
-        """Whether steps may be captured still. Forgets those that were, where the model is another now."""
+        """Whether steps can still be captured. Discards the graphs if the model has changed."""
         if not is_capturable(self.model):
             return False
-        if (now := fingerprint(self.model)) != self.fingerprint:
+        if (found := fingerprint(self.model)) != self.fingerprint:
             self.forget()
-            self.fingerprint = now
+            self.fingerprint = found
         return True
 
     def forget(self) -> None:
-        # memory that no graph uses any more is given back, and its pool is gone
-        self.pool: Any = torch.cuda.graph_pool_handle() if self.stream is not None else None
+        """Discards all graphs."""
+        # memory that no graph uses is freed together with its pool
+        self.pool = torch.cuda.graph_pool_handle() if self.stream is not None else None
         self.warm: set[int] = set()
-        self.graphs: dict[int, Any] = {}
-        self.held: list[int] = []
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.addresses: list[int] = []
         self.ids: Tensor | None = None
         self.logits: Tensor | None = None
 
-    def __call__(self, ids: Tensor, state: State, steps: int = 0, watched: bool = False) -> tuple[Tensor, State]:
-        """`steps` is how many are to come at most. With `watched` the model may have changed since the last step."""
-        if watched:
-            # whoever changes values may change those of one layer
-            self.alike = {}
-            if not self.is_unchanged():
-                return self.model(ids, state=state, return_state=True)
+    def __call__(self, ids: Tensor, state: State, steps: int = 0) -> tuple[Tensor, State]:
+        """Reads ids `(batch, 1)` after `state`. `steps` is an upper bound on how many steps will follow."""
+        if self.watched and not self.is_unchanged():
+            return self.model(ids, state=state, return_state=True)
         position, residue = state.position, state.position % self.cycle
         if position < self.settled or any(position % block < block // BLOCK for block in self.blocks):
             return self.model(ids, state=state, return_state=True)
         state.check_valid()
         state = state.writable()
         if not position < self.reserved:
-            # not for all steps, of which few may come
+            # not for all steps: only a few of them may be taken
             more = max(min(steps, ROOM), 1)
             state, self.reserved = self.model.reserve(state, more), position + more
-        held = [tensor.data_ptr() for tensor in state.tensors()]
-        if held != self.held:
+        addresses = [tensor.data_ptr() for tensor in state.tensors()]
+        if addresses != self.addresses:
             self.forget()
-            self.held, self.ids = held, torch.empty_like(ids)
+            self.addresses, self.ids = addresses, torch.empty_like(ids)
         assert self.ids is not None
         self.ids.copy_(ids)
         self.rounds.fill_(position // self.cycle)
+        if self.shared_angles is None:
+            self.shared_angles = share_angles(self.model)
         state.consume()
         before = replace(state, overwritten=[False])
 
         if residue not in self.warm:
             self.warm.add(residue)
-            with self.beside():
+            with self.side_stream():
                 logits = self.step(before)
             self.logits = torch.empty_like(logits) if self.logits is None else self.logits
             self.logits.copy_(logits)
@@ -159,22 +201,23 @@ class CapturedSteps:
         return self.logits, replace(state, position=position + 1, overwritten=[False])
 
     def step(self, state: State) -> Tensor:
-        """The logits of a step from the tensors that replays read."""
-        residue = state.position % self.cycle
-        position = Position(state.position, Clock(self.rounds, self.alike), self.cycle, residue)
-        # autocast would keep copies of weights that are made in a graph for what comes after
+        """The logits of a step, computed from the tensors that replays read."""
+        assert self.ids is not None
+        clock = Clock(self.rounds, self.shared_angles)
+        position = Position(state.position, clock, self.cycle, state.position % self.cycle)
+        # the cache of autocast would keep copies of weights from inside the graph for later operations
         dtype = autocast_dtype(self.rounds.device)
         kind = self.rounds.device.type
         uncached = nullcontext() if dtype is None else torch.autocast(kind, dtype=dtype, cache_enabled=False)
         with uncached:
             logits, after = self.model(self.ids, state=replace(state, position=position), return_state=True)
-        if [tensor.data_ptr() for tensor in after.tensors()] != self.held:
+        if [tensor.data_ptr() for tensor in after.tensors()] != self.addresses:
             raise RuntimeError('a step of generation did not write the state in place')
         return logits
 
     @contextmanager
-    def beside(self) -> Iterator[None]:
-        """On the stream that graphs are captured on, after what was asked for before and before what comes."""
+    def side_stream(self) -> Iterator[None]:
+        """Runs on the stream that graphs are captured on, in order with the current stream."""
         if self.stream is None:
             yield
             return
@@ -184,16 +227,16 @@ class CapturedSteps:
             yield
         current.wait_stream(self.stream)
 
-    def capture(self, state: State) -> Any:
-        """A graph of a step, which is not run yet."""
+    def capture(self, state: State) -> torch.cuda.CUDAGraph:
+        """Captures a step without running it."""
         graph = torch.cuda.CUDAGraph()
-        # one thread at a time: garbage collection is switched off for all of them
+        # one thread at a time, because garbage collection is disabled for all of them
         with CAPTURING:
             collects = gc.isenabled()
-            # what a collection frees must not become part of a graph
+            # a graph must not contain what a collection frees
             gc.disable()
             try:
-                with self.beside():
+                with self.side_stream():
                     graph.capture_begin(pool=self.pool, capture_error_mode='thread_local')
                     try:
                         assert self.logits is not None

@@ -1,4 +1,4 @@
-"""Generation by replayed CUDA graphs writes what eager steps write."""
+"""Generation with CUDA graphs draws the same ids as generation with eager steps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def captures(model: HierarchicalTransformer) -> Any:
-    """Counts the graphs that are captured."""
+    """A mock that counts captured graphs."""
     return patch.object(CapturedSteps, 'capture', autospec=True, side_effect=CapturedSteps.capture)
 
 
@@ -38,7 +38,7 @@ def prompt(rows: int, n: int, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize('name', CASES)
-def test_replayed_steps_have_the_logits_of_eager_ones(name: str, cuda: torch.device) -> None:
+def test_replayed_steps_have_the_logits_of_eager_steps(name: str, cuda: torch.device) -> None:
     model = build(CASES[name]).eval().double().to(cuda)
     steps, ids = CapturedSteps(model), prompt(2, 200, cuda)
     _, state = model(ids[:, :40], return_state=True)
@@ -51,7 +51,7 @@ def test_replayed_steps_have_the_logits_of_eager_ones(name: str, cuda: torch.dev
 
 
 @pytest.mark.parametrize('name', ['window', 'recipe'])
-def test_generation_by_graphs_draws_the_same_ids(name: str, cuda: torch.device) -> None:
+def test_generation_with_graphs_draws_the_same_ids(name: str, cuda: torch.device) -> None:
     model = build(CASES[name]).eval().double().to(cuda)
     prompts = [prompt(1, 60, cuda)[0], prompt(1, 41, cuda)[0]]
 
@@ -67,9 +67,9 @@ def test_generation_by_graphs_draws_the_same_ids(name: str, cuda: torch.device) 
         assert not captured.call_count
 
 
-def test_a_stream_by_graphs_hears_of_changes(cuda: torch.device) -> None:
+def test_a_stream_with_graphs_notices_changes(cuda: torch.device) -> None:
     model, ids = build(HOURGLASS).eval().double().to(cuda), prompt(1, 30, cuda)
-    heard: list[int] = []
+    calls: list[int] = []
 
     def draw() -> list[int]:
         found: list[int] = []
@@ -78,14 +78,14 @@ def test_a_stream_by_graphs_hears_of_changes(cuda: torch.device) -> None:
             if at == 40:
                 model.to_logits.weight.data = -model.to_logits.weight
             if at == 80:
-                hook = model.register_forward_hook(lambda *_: heard.append(1))
+                hook = model.register_forward_hook(lambda *_: calls.append(1))
         hook.remove()
         return found
 
     with captures(model) as captured:
         ours = draw()
     assert captured.call_count == 8
-    assert len(heard) == 39
+    assert len(calls) == 39
     model.to_logits.weight.data = -model.to_logits.weight
     with patch(EAGER, lambda *_: False):
         assert ours == draw()
@@ -99,6 +99,6 @@ def test_graphs_under_autocast_and_in_half_precision(dtype: torch.dtype, cuda: t
         ours = model.generate(ids, 100, temperature=0)
         with patch(EAGER, lambda *_: False):
             theirs = model.generate(ids, 100, temperature=0)
-    # rounding may change an id, and then all that come after
+    # rounding may change an id, and then all later ids
     assert (ours == theirs)[:, :20].all()
     model.to(dtype).generate(ids, 100)

@@ -1,6 +1,6 @@
-"""Steps of generation as graphs: what is recorded once serves every position of its kind.
+"""Captured steps: one recorded step serves every position of its residue.
 
-A CPU has no CUDA graphs. A recorder of operations takes their place. It runs them again on the same memory.
+A CPU has no CUDA graphs. A recorder of operations replaces them here: it runs the operations again on the same memory.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from torch.utils._pytree import tree_leaves
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.generation.captured import CapturedSteps, is_capturable
 from simple_hierarchical_transformer.memory import Clock, Position, State
+from simple_hierarchical_transformer.mixers.rotary import Rotary
 
 SMALL: dict[str, Any] = dict(num_tokens=11, dim=16, depth=2, dim_head=8, heads=2, seq_len=48, window_sizes=4)
 HOURGLASS = dict(SMALL, hierarchies=(1, 4), hierarchical_stride=(1, 4), window_sizes=(4, None), arrangement='hourglass')
 
 
 def memory(values: Any) -> set[int]:
+    """Addresses of the storages of all tensors in `values`."""
     return {t.untyped_storage().data_ptr() for t in tree_leaves(values) if isinstance(t, Tensor)}
 
 
 class Recorder(TorchDispatchMode):
-    """Records operations with their arguments. `replay` runs them again, and writes where they wrote."""
+    """Records operations with their arguments. `replay` runs them again and writes to the same memory."""
 
     measures_routes = True
 
@@ -38,7 +40,7 @@ class Recorder(TorchDispatchMode):
         self.calls: list[tuple[Any, Any, Any, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # a capture may not copy from the host
+        # a capture must not copy from the host
         assert func is not torch.ops.aten.lift_fresh.default
         out = func(*args, **(kwargs or {}))
         self.calls.append((func, args, kwargs or {}, out))
@@ -54,7 +56,7 @@ class Recorder(TorchDispatchMode):
 
 class RecordedSteps(CapturedSteps):
     def capture(self, state: State) -> Recorder:
-        """Without an effect, as a capture is."""
+        """Like a capture, it has no effect."""
         kept = [(tensor, tensor.clone()) for tensor in state.tensors()]
         with Recorder() as recorder:
             self.logits.copy_(self.step(state))  # type: ignore[union-attr]
@@ -90,27 +92,27 @@ def test_mixers_have_steps_to_record(mixer: str) -> None:
     assert_steps_are_the_model_s(build(dict(HOURGLASS, mixer=mixer)).eval(), 7, 6)
 
 
-def test_a_position_that_was_not_told_to_the_device_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests here can fail: with plain ints, what was recorded is of one position."""
+def test_positions_that_the_device_does_not_read_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests can fail: with plain ints, a recorded step is valid at one position only."""
     monkeypatch.setattr('simple_hierarchical_transformer.generation.captured.Position', lambda value, *_: value)
     with pytest.raises(AssertionError):
         assert_steps_are_the_model_s(build(HOURGLASS).eval(), 7, 6)
 
 
-def test_caches_are_given_room_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_are_enlarged_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr('simple_hierarchical_transformer.memory.ROOM', 4)
     config = dict(HOURGLASS, seq_len=256, recall=(2,), ngrams=(2, 3), ngram_rows=64)
     assert_steps_are_the_model_s(build(config).eval(), 9, 8)
 
 
-def test_where_the_decay_begins_anew_a_step_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ('mixers.rotary', 'steps'):
+def test_steps_that_move_the_origin_of_the_decay_run_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ('mixers.rotary', 'generation.captured'):
         monkeypatch.setattr(f'simple_hierarchical_transformer.{module}.BLOCK', 4)
     monkeypatch.setattr('simple_hierarchical_transformer.mixers.rotary.XPOS_SCALE_BASE', 16)
     assert_steps_are_the_model_s(build(dict(HOURGLASS, window_sizes=(None, None))).eval(), 9, 14, never=1)
 
 
-def test_a_remainder_that_the_device_does_not_know_is_refused() -> None:
+def test_remainders_that_depend_on_the_round_are_refused() -> None:
     position = Position(13, Clock(torch.tensor(3)), 4, 1)
     assert position.tensor.item() == 13
     assert (-(-position // 4) + 2).tensor.item() == -(-13 // 4) + 2
@@ -121,11 +123,11 @@ def test_a_remainder_that_the_device_does_not_know_is_refused() -> None:
             refused()
 
 
-class Own(nn.Linear):
+class UserLinear(nn.Linear):
     pass
 
 
-def test_what_a_replay_would_leave_out_is_not_captured() -> None:
+def test_models_whose_replay_would_skip_code_are_not_captured() -> None:
     def changed(change: Callable[[HierarchicalTransformer], Any], **config: Any) -> bool:
         model = build(dict(HOURGLASS, **config)).eval()
         change(model)
@@ -138,7 +140,7 @@ def test_what_a_replay_would_leave_out_is_not_captured() -> None:
     assert changed(lambda model: None)
     assert not changed(lambda model: model.register_forward_hook(lambda *_: None))
     assert not changed(lambda model: model.layers[0][0].ff.register_forward_pre_hook(lambda *_: None))
-    assert not changed(lambda model: setattr(model, 'to_logits', Own(16, 11)))
+    assert not changed(lambda model: setattr(model, 'to_logits', UserLinear(16, 11)))
     assert not changed(patch)
     assert not changed(lambda model: model.norms[0].compile())
     assert not changed(lambda model: None, mixer='hyena')
@@ -150,14 +152,14 @@ def test_what_a_replay_would_leave_out_is_not_captured() -> None:
 @torch.no_grad()
 def test_changes_between_watched_steps_take_effect() -> None:
     model = build(HOURGLASS).eval()
-    steps, ids = RecordedSteps(model), torch.randint(1, 11, (2, 130))
+    steps, ids = RecordedSteps(model, watched=True), torch.randint(1, 11, (2, 130))
     _, state = model(ids[:, :9], return_state=True)
-    expected, heard = state.clone(), []
+    expected, calls = state.clone(), []
 
     def compare(begin: int, end: int) -> None:
         nonlocal state, expected
         for at in range(begin, end):
-            ours, state = steps(ids[:, at : at + 1], state, 130 - at, watched=True)
+            ours, state = steps(ids[:, at : at + 1], state, 130 - at)
             theirs, expected = model(ids[:, at : at + 1], state=expected, return_state=True)
             torch.testing.assert_close(ours, theirs)
 
@@ -169,9 +171,9 @@ def test_changes_between_watched_steps_take_effect() -> None:
         compare(45, 60)
     model.layers[0][0].ff.net[1].weight.data = torch.randn(64, 16, dtype=torch.float64)
     compare(60, 75)
-    hook = model.layers[0][0].register_forward_hook(lambda *_: heard.append(1))
+    hook = model.layers[0][0].register_forward_hook(lambda *_: calls.append(1))
     compare(75, 80)
-    assert len(heard) == 10
+    assert len(calls) == 10
     hook.remove()
     compare(80, 90)
     model.layers[0][0].ff.net[2] = nn.ReLU()
@@ -183,7 +185,7 @@ def test_changes_between_watched_steps_take_effect() -> None:
 
 
 @torch.no_grad()
-def test_a_state_of_inference_mode_is_gone_on_from() -> None:
+def test_a_state_of_inference_mode_can_be_continued() -> None:
     model = build(HOURGLASS).eval()
     steps, ids = RecordedSteps(model), torch.randint(1, 11, (1, 40))
     with torch.inference_mode():
@@ -191,3 +193,49 @@ def test_a_state_of_inference_mode_is_gone_on_from() -> None:
     for at in range(9, 40):
         logits, state = steps(ids[:, at : at + 1], state, 40)
     torch.testing.assert_close(logits, model(ids)[:, -1:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('watched', [False, True])
+def test_angles_are_compared_when_a_step_first_needs_them(watched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+    agrees = Rotary.agrees
+    monkeypatch.setattr(Rotary, 'agrees', lambda self, other: compared.append(1) or agrees(self, other))
+    model = build(HOURGLASS).eval()
+    steps, ids = RecordedSteps(model, watched=watched), torch.randint(1, 11, (1, 40))
+    _, state = model(ids[:, :1], return_state=True)
+    for at in range(1, 40):
+        _, state = steps(ids[:, at : at + 1], state, 40 - at)
+        assert bool(compared) is (not watched and at >= steps.settled)
+    assert len(steps.graphs) == 4
+    # once, each with those before it
+    assert len(compared) <= len([module for module in model.modules() if isinstance(module, Rotary)]) ** 2
+
+
+@pytest.mark.parametrize('settings', [{}, dict(stop_ids=[3]), dict(repetition_penalty=1.3)], ids=str)
+def test_generation_with_captured_steps_draws_the_same_ids(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, built = build(HOURGLASS).eval(), []
+    prompts = [torch.randint(1, 11, (n,)) for n in (30, 21)]
+
+    def draw() -> list[Tensor]:
+        new = model.generate(prompts, 40, temperature=0, **settings)
+        more, state = model.generate(prompts[0][None], 12, temperature=0, return_state=True, **settings)
+        stream = model.stream(prompts[0][None], 40, temperature=0, state=state, **settings)
+        return [new, more, *stream]
+
+    class CountedSteps(RecordedSteps):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            built.append(self)
+
+    expected = draw()
+    monkeypatch.setattr('simple_hierarchical_transformer.generation.loop.pays_to_capture', lambda *_: True)
+    monkeypatch.setattr('simple_hierarchical_transformer.generation.loop.CapturedSteps', CountedSteps)
+    found = draw()
+    assert all(map(torch.equal, found, expected))
+    assert len(found) == len(expected)
+    assert [steps.watched for steps in built] == [False, False, True]
+    # a stop may come before the first capture
+    assert 'stop_ids' in settings or all(steps.graphs for steps in built)
