@@ -19,7 +19,7 @@ from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.block import FeedForward
 from simple_hierarchical_transformer.embeddings import WORD_REACH, NGramEmbedding, RecallEmbedding
 from simple_hierarchical_transformer.levels import Level
-from simple_hierarchical_transformer.merges.base import LinearMerge
+from simple_hierarchical_transformer.merges.linear import LinearMerge
 from simple_hierarchical_transformer.mixers import Attention
 from simple_hierarchical_transformer.training import optim
 

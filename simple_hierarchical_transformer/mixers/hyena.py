@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -112,6 +112,7 @@ class Hyena(nn.Module):
 
     # what a step reads depends on its position
     static_step = False
+    roles: ClassVar[Mapping[str, str]] = dict(short_conv='kernel', filters='kernel')
 
     def __init__(
         self,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -112,6 +113,8 @@ class S4D(nn.Module):
         fft: what the convolution runs on, 'torch' or 'monarch': see `causal_conv`.
     """
 
+    roles: ClassVar[Mapping[str, str]] = dict(ssm='kernel')
+
     def __init__(
         self,
         *,
@@ -158,6 +161,8 @@ class H3(nn.Module):
         init: of the diagonal model, as for `S4D`.
         fft: what convolutions run on, 'torch' or 'monarch'.
     """
+
+    roles: ClassVar[Mapping[str, str]] = dict(ssm='kernel', shift_ssm='kernel')
 
     def __init__(
         self,
