@@ -131,7 +131,7 @@ def halved(value: Any) -> Any:
 
 
 def is_sum_of_gradients(a: Tensor, b: Any) -> bool:
-    """Whether the backward pass would add `b` to `a` in place, since nothing else holds `a`. Under a mode it never does."""
+    """Whether the backward pass may add `b` to `a` in place: nothing else holds `a`. Under a mode it never does."""
     if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or not isinstance(b, Tensor):
         return False
     alone = a.shape == b.shape and not a._is_view() and a.layout == torch.strided

@@ -49,7 +49,7 @@ class MixedOptimizer(torch.optim.AdamW):
         self, params: Iterable[dict[str, Any]], *, momentum: float = 0.95, iterations: int = 5, **settings: Any
     ) -> None:
         super().__init__([{'rule': 'adamw', **group} for group in params], **settings)
-        # fused AdamW would unscale gradients and skip steps by itself, which the other rules cannot: the scaler does both
+        # fused AdamW would unscale gradients and skip steps itself, but the other rules do not: the scaler does both
         self._step_supports_amp_scaling = False
         for group in self.param_groups:
             group.update(momentum=momentum, iterations=iterations)
