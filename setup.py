@@ -18,6 +18,7 @@ setup(
     # an editable install is then a line of a .pth file, which type checkers follow
     package_dir={'': '.'},
     packages=find_packages(include=['simple_hierarchical_transformer*']),
+    entry_points={'console_scripts': ['simple-hierarchical-transformer=simple_hierarchical_transformer.__main__:main']},
     package_data={'simple_hierarchical_transformer': ['py.typed']},
     python_requires='>=3.10',
     install_requires=[

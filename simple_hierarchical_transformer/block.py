@@ -189,6 +189,10 @@ class HierarchicalBlock(nn.Module):
         """Level tokens `(batch, seq, dim)`, the first of index `start`."""
         return self.within_phases(self.mix, x, state, start)
 
+    def operations(self, n: float) -> float:
+        """Operations of reading n level tokens, besides the products with weights."""
+        return self.phases * getattr(self.attn, 'products', lambda _: 0.0)(n / self.phases)
+
     def within_phases(
         self,
         part: Callable[..., tuple[Tensor, BlockState | None]],

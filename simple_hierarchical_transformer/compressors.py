@@ -6,9 +6,9 @@ So each is causal, and its state is the tokens that the windows to come still re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -150,6 +150,10 @@ class AttentionPool(nn.Module):
         self.to_values = nn.Linear(dim_in, inner, bias=False)
         self.to_out = nn.Linear(inner, dim, bias=False)
 
+    def token_counts(self, n: float) -> Iterator[tuple[nn.Module, float]]:
+        """Scores and values are computed for every finer token."""
+        yield from ((part, n * self.windows.stride) for part in (self.to_scores, self.to_values))
+
     def forward(self, x: Tensor, offset: int, absent: int) -> Tensor:
         scores = self.windows.unfolded(chain(x, self.to_scores), offset)
         exists = self.windows.indices(scores.shape[1], offset, x.device) >= absent
@@ -222,6 +226,8 @@ class Compressor(nn.Module):
         num_tokens: size of the vocabulary, where ids are to be reconstructed.
     """
 
+    roles: ClassVar[Mapping[str, str]] = dict(to_recon='head')
+
     def __init__(
         self,
         level: Level,
@@ -274,6 +280,8 @@ class Autoencoder(nn.Module):
     The decoder mirrors it: of each `c`-th token of the coarsest map it makes the `c` ids that this one has seen.
     """
 
+    roles: ClassVar[Mapping[str, str]] = dict(to_ids='head')
+
     def __init__(self, levels: Sequence[Level], *, dim: int, num_tokens: int | None) -> None:
         super().__init__()
         self.dim = dim
@@ -282,6 +290,7 @@ class Autoencoder(nn.Module):
         self.decoders = nn.ModuleDict()
         # how far apart the tokens of each level's map stand
         self.grids: dict[int, int] = {}
+        self.compressions: dict[int, int] = {}
 
         finer, grid = 1, 1
         for place, i in enumerate(self.order):
@@ -294,8 +303,18 @@ class Autoencoder(nn.Module):
                     self.decoders[str(i)] = nn.Linear(dim, taps * dim)
                 grid = dense
             self.grids[i], finer = grid, c
+            self.compressions[i] = c
         self.coarsest = finer
         self.to_ids = None if num_tokens is None else nn.Linear(dim, num_tokens, bias=False)
+
+    def token_counts(self, n: float) -> Iterator[tuple[nn.Module, float]]:
+        """How many tokens each part processes when the model reads n ids."""
+        for i in self.order:
+            if str(i) in self.encoders:
+                yield self.encoders[str(i)], n / self.grids[i]
+            if str(i) in self.decoders:
+                # it splits each token of its level's map
+                yield self.decoders[str(i)], n / self.compressions[i]
 
     def sources(self, levels: Sequence[Level]) -> list[Source]:
         """The source of each level's compressor. A token of a map has the whole window."""

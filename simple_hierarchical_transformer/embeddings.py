@@ -5,9 +5,9 @@ Both look up contexts by numbers, which `Contexts` makes of a history: ids plus 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -204,6 +204,8 @@ class NGramEmbedding(ContextEmbedding):
             are bytes.
     """
 
+    roles: ClassVar[Mapping[str, str]] = dict(weight='rows')
+
     def __init__(
         self, dim: int, orders: Sequence[int], rows: int, dropout: float = 0.0, words: Sequence[int] = ()
     ) -> None:
@@ -248,6 +250,8 @@ class RecallEmbedding(ContextEmbedding):
         words: how many words have to be the same, the one that is being read among them, each at least 1. Ids are
             bytes, and words what they are in `word_hashes`.
     """
+
+    roles: ClassVar[Mapping[str, str]] = dict(weight='lookup')
 
     def __init__(self, num_tokens: int, dim: int, orders: Sequence[int], reach: int, words: Sequence[int] = ()) -> None:
         # one of none, and one of each id

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .ablation import Ablatable, Ablations
+from .accounting import Accountable
 from .arrangements import Request, arrangement_of, compress_all
 from .block import HierarchicalBlock
 from .calls import TypedModule
@@ -56,6 +57,7 @@ class Read:
 
 class HierarchicalTransformer(
     Ablatable,
+    Accountable,
     TypedModule,
     Stateful,
     Generative,

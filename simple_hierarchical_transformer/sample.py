@@ -1,4 +1,4 @@
-"""Text from a checkpoint, in the shell, as it comes:
+"""Prints text from a saved model as it is generated:
 
 `python -m simple_hierarchical_transformer.sample CHECKPOINT --prompt TEXT`
 """
@@ -21,29 +21,35 @@ from .model import HierarchicalTransformer
 from .terminal import UNREAD, Number, abandon, prepare, unread
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, prog: str = 'python -m simple_hierarchical_transformer.sample') -> None:
     prepare()
-    parser = argparse.ArgumentParser(
-        prog='python -m simple_hierarchical_transformer.sample', description='Goes on from a prompt, byte by byte.'
-    )
-    parser.add_argument('checkpoint', type=Path, help='a folder that save_pretrained wrote')
+    parser = argparse.ArgumentParser(prog=prog, description='Continues a prompt, byte by byte.')
+    parser.add_argument('checkpoint', type=Path, help='folder of a saved model')
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument('--prompt', help='text to go on from (default: a new line)')
-    prompt.add_argument('--prompt-file', type=Path, help='a file to go on from')
+    prompt.add_argument('--prompt', help='text to continue (default: a new line)')
+    prompt.add_argument('--prompt-file', type=Path, help='file with the text to continue')
     lengths = Number(int, 0, MOST)
-    parser.add_argument('--length', type=lengths, default=256, help='bytes to write, unless the text ends before')
-    parser.add_argument('--stop', action='append', metavar='TEXT', help='text to end with; may be given several times')
-    parser.add_argument('--temperature', type=float, default=1.0, help='0 takes the likeliest byte each time')
-    parser.add_argument('--filter-thres', type=float, default=0.9, help='share of the bytes that is never drawn')
-    parser.add_argument('--top-k', type=int, help='draw from that many of the likeliest bytes')
-    parser.add_argument('--top-p', type=float, help='draw from the likeliest bytes that reach this probability')
-    parser.add_argument('--min-p', type=float, help="draw from bytes of at least this share of the likeliest one's")
+    parser.add_argument('--length', type=lengths, default=256, help='how many bytes to write at most')
     parser.add_argument(
-        '--repetition-penalty', type=float, default=1.0, help='above 1, bytes that were there become less likely'
+        '--stop', action='append', metavar='TEXT', help='stop after this text; may be given several times'
     )
-    # what generators of random numbers take
+    parser.add_argument('--temperature', type=float, default=1.0, help='0 always takes the most likely byte')
+    parser.add_argument(
+        '--filter-thres', type=float, default=0.9, help='share of the bytes that is never drawn, the least likely ones'
+    )
+    parser.add_argument('--top-k', type=int, help='draw from the K most likely bytes')
+    parser.add_argument(
+        '--top-p', type=float, help='draw from the most likely bytes that together reach this probability'
+    )
+    parser.add_argument(
+        '--min-p', type=float, help='draw from bytes with at least this share of the highest probability'
+    )
+    parser.add_argument(
+        '--repetition-penalty', type=float, default=1.0, help='above 1, bytes that have occurred become less likely'
+    )
+    # the range of torch.Generator.manual_seed
     seeds = Number(int, -(2**63), 2**64 - 1)
-    parser.add_argument('--seed', type=seeds, help='for the same text again')
+    parser.add_argument('--seed', type=seeds, help='random seed, for a reproducible text')
     args = parser.parse_args(argv)
 
     try:
@@ -72,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
             generator=None if args.seed is None else torch.Generator(device).manual_seed(args.seed),
         )
 
-        # a character may arrive in pieces; bytes that make none are shown as such
+        # a character may arrive in pieces; bytes that are no UTF-8 are shown as escapes
         decoder = codecs.getincrementaldecoder('utf-8')(errors='backslashreplace')
         sys.stdout.write(decoder.decode(text))
         start, count, first = time.perf_counter(), 0, 0.0
@@ -87,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         spent = time.perf_counter() - start - first
         sys.stdout.write(decoder.decode(b'', final=True) + '\n')
         sys.stdout.flush()
-        # the first byte waits for the prompt to be read
+        # the time to the first byte is that of reading the prompt
         rate = f', {(count - 1) / spent:.0f} a second' if count > 1 else ''
         sys.stderr.write(f'{count} bytes{rate}, the first after {first:.2f} s\n')
     except KeyboardInterrupt:

@@ -13,7 +13,6 @@ from support.configs import UNEVEN, build
 from torch import Tensor, nn
 
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.training.cost import level_of
 
 
 @pytest.mark.parametrize(
@@ -34,9 +33,10 @@ def test_an_ablated_level_does_not_affect_the_outputs(option: dict[str, Any]) ->
 
     # the outputs do not depend on the weights of the ablated level
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if level_of(name) == 1:
-                parameter.mul_(2)
+        for part, level in model.by_level():
+            if level == 1:
+                for parameter in part.parameters():
+                    parameter.mul_(2)
     assert not torch.equal(model(ids), plain)
     with model.ablate(8):
         torch.testing.assert_close(model(ids), without)

@@ -195,8 +195,9 @@ def test_two_runs_do_not_share_a_folder(halfway: Path) -> None:
 CLOCKED = """
 import itertools, sys, time, types
 import train
+from simple_hierarchical_transformer.training import run
 ticks = itertools.count(int(sys.argv[1]))
-train.time = types.SimpleNamespace(**{**vars(time), 'monotonic': lambda: 0.05 * next(ticks)})
+run.time = types.SimpleNamespace(**{**vars(time), 'monotonic': lambda: 0.05 * next(ticks)})
 train.main(sys.argv[2:])
 """
 

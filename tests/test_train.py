@@ -31,10 +31,13 @@ from conftest import ROOT, run, run_command
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from simple_hierarchical_transformer import HierarchicalTransformer, data, sample
+from simple_hierarchical_transformer import HierarchicalTransformer, sample
+from simple_hierarchical_transformer.data import corpus as data
 from simple_hierarchical_transformer.data.batches import evaluation_batches, split_bytes
 from simple_hierarchical_transformer.training import cost, report, sources
+from simple_hierarchical_transformer.training import run as run_module
 from simple_hierarchical_transformer.training.optim import build_optimizer, learning_rate
+from simple_hierarchical_transformer.training.plan import Plan, make_plan
 from simple_hierarchical_transformer.training.scores import bits_per_byte
 from simple_hierarchical_transformer.training.settings import (
     BYTES,
@@ -279,23 +282,24 @@ def test_a_dry_run_that_does_not_fit_tells_the_cost_all_the_same(
 
 
 def test_a_device_without_room_for_the_weights_is_refused_and_one_that_is_tight_is_warned_of(
-    corpus: Path, tmp_path: Path, train: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Accelerators say so where their memory ends, and their kernels may take less than was planned."""
-    run = train.Run.__new__(train.Run)
-    run.s = SimpleNamespace(**new_settings(parse_args(list(map(str, TINY)), None)))
-    run.length, run.world, run.rows = 32, 1, 2
-    run.accelerator = SimpleNamespace(is_fsdp2=False)
-    run.device = torch.device('cuda')
+    s = SimpleNamespace(**new_settings(parse_args(list(map(str, TINY)), None)))
+    accelerator: Any = SimpleNamespace(is_fsdp2=False, num_processes=1, device=torch.device('cuda'))
+
+    def planned() -> Plan:
+        return make_plan(s, accelerator, length=32, segments=1)
+
     for limit, shortage, fits in ((None, False, True), (10**10, False, True), (10**5, True, False), (1, True, False)):
         monkeypatch.setattr(cost, 'device_memory', lambda device, limit=limit: limit)
-        run.plan()
-        assert (bool(run.shortage), run.fits) == (shortage, fits)
-    held = sum(run.memory.values()) - run.memory['activations of 2 x 32']
+        plan = planned()
+        assert (bool(plan.shortage), plan.fits) == (shortage, fits)
+    held = sum(plan.memory.values()) - plan.memory['activations of 2 x 32']
     monkeypatch.setattr(cost, 'device_memory', lambda device: held)
-    run.plan()
-    assert run.shortage
-    assert run.fits
+    plan = planned()
+    assert plan.shortage
+    assert plan.fits
 
 
 def test_a_run_whose_memory_cannot_be_planned_begins_all_the_same(
@@ -565,12 +569,13 @@ def test_the_sampling_command_refuses_too(
 READINGS = """
 import sys
 import train
-whole = train.Run.gradients
-def gradients(run, ids):
-    found = whole(run, ids)
-    print('readings', *run.model.ngram_emb.readings.tolist())
+from simple_hierarchical_transformer.training.learner import Learner
+whole = Learner.gradients
+def gradients(learner, ids):
+    found = whole(learner, ids)
+    print('readings', *learner.model.ngram_emb.readings.tolist())
     return found
-train.Run.gradients = gradients
+Learner.gradients = gradients
 train.main(sys.argv[1:])
 """
 
@@ -631,7 +636,7 @@ def test_short_runs_have_a_curve(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(importlib.import_module('train'), 'sample_text', lambda *args: 'text')
+    monkeypatch.setattr(run_module, 'sample_text', lambda *args: 'text')
     out = tmp_path / 'run'
     train_here('--data', corpus, '--out', out, *FEW, '--steps', 30, '--log-every', 2)
     with (out / 'metrics.csv').open(encoding='utf-8') as file:
@@ -648,10 +653,9 @@ def test_runs_in_minutes_have_a_curve_too(
     corpus: Path, tmp_path: Path, train_here: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a clock that moves on by a tick whenever it is read."""
-    train = importlib.import_module('train')
     ticks = itertools.count()
     seconds = 0.0
-    whole = train.Run.validate
+    whole = run_module.Run.validate
 
     def validate(run: Any) -> None:
         nonlocal seconds
@@ -659,9 +663,9 @@ def test_runs_in_minutes_have_a_curve_too(
         seconds += slow
 
     clock = types.SimpleNamespace(**{**vars(time), 'monotonic': lambda: 0.05 * next(ticks) + seconds})
-    monkeypatch.setattr(train, 'time', clock)
-    monkeypatch.setattr(train, 'sample_text', lambda *args: 'text')
-    monkeypatch.setattr(train.Run, 'validate', validate)
+    monkeypatch.setattr(run_module, 'time', clock)
+    monkeypatch.setattr(run_module, 'sample_text', lambda *args: 'text')
+    monkeypatch.setattr(run_module.Run, 'validate', validate)
     # two ticks a step: 30 steps, where scoring takes no time
     slow = 0.0
     train_here('--data', corpus, '--out', tmp_path / 'quick', *FEW, '--minutes', 0.05)
@@ -684,12 +688,13 @@ def test_what_is_scored_is_what_the_run_read(
 ) -> None:
     text, out = tmp_path / 'text.txt', tmp_path / 'run'
     text.write_text(corpus.read_text()[:9000])
-    train = importlib.import_module('train')
-    load = train.load_sources
+    load = run_module.load_sources
     # the default, which is fetched elsewhere
-    monkeypatch.setattr(train, 'load_sources', lambda data, *args, **kwargs: load(data or [str(text)], *args, **kwargs))
+    monkeypatch.setattr(
+        run_module, 'load_sources', lambda data, *args, **kwargs: load(data or [str(text)], *args, **kwargs)
+    )
     train_here('--out', out, *FEW, '--steps', 2)
-    monkeypatch.setattr(train, 'load_sources', load)
+    monkeypatch.setattr(run_module, 'load_sources', load)
     assert f'| data | `["{text}"]` |' in (out / 'report.md').read_text(encoding='utf-8')
     assert '`null`' not in (out / 'report.md').read_text(encoding='utf-8')
 
@@ -716,14 +721,12 @@ def test_what_is_scored_is_what_the_run_read(
 def test_a_checkpoint_is_written_before_anything_is_shown(
     corpus: Path, tmp_path: Path, train_here: Callable[..., None], monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
-    train = importlib.import_module('train')
-
     def fail(*args: Any) -> str:
         if fails == 'say' and not str(args[0]).startswith('step 2'):
             return ''
         raise RuntimeError('cannot be shown')
 
-    monkeypatch.setattr(train, fails, fail)
+    monkeypatch.setattr(run_module, fails, fail)
     command = ('--data', corpus, '--out', tmp_path / 'run', *FEW, '--steps', 2)
     if fails == 'say':
         with pytest.raises(RuntimeError, match='cannot be shown'):

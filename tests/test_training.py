@@ -27,6 +27,7 @@ from torch.utils.flop_counter import flop_registry
 
 from simple_hierarchical_transformer import HierarchicalTransformer, terminal
 from simple_hierarchical_transformer.training import checkpoints, cost, optim, processes, report, watch
+from simple_hierarchical_transformer.training.roles import walk
 from simple_hierarchical_transformer.training.settings import PRESETS, new_settings, parse_args, share
 
 SMALL: dict[str, Any] = dict(num_tokens=11, dim=(8, 12), depth=2, seq_len=32, dim_head=4, heads=2, hierarchies=(1, 4))
@@ -280,12 +281,11 @@ def test_operations_are_those_that_torch_counts(changes: dict[str, Any]) -> None
         num_tokens=50, depth=2, seq_len=n, dim_head=8, heads=2, **changes, next_latent_loss_weight=0.0
     )
     weights = forms_at_once = 0.0
-    for name, p in model.named_parameters(remove_duplicate=False):
-        if p.ndim >= 2 and 'token_emb' not in name and not name.endswith('bias'):
-            each = 2 * p.numel() * n / cost.apart(model, name)
-            weights += each
-            # with logits, the two products of their gradient
-            forms_at_once += 2 * each * any(head in name for head in ('to_logits', 'to_recon', 'to_prophet', 'to_ids'))
+    for weight in (weight for visit in walk(model, n) for weight in visit.weights if weight.multiplies):
+        each = 2 * weight.parameter.numel() * weight.tokens
+        weights += each
+        # with logits, the two products of their gradient
+        forms_at_once += 2 * each * (weight.role == 'head')
 
     with Operations() as counter:
         model(torch.randint(1, 50, (1, n + 1)), return_loss=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -69,6 +69,14 @@ class AttentionMerge(Merge):
     def receiver(self, i: int) -> Receiver:
         # a cast, since the module may be wrapped
         return cast(Receiver, self.receivers[str(i)])
+
+    def token_counts(self, n: float) -> Iterator[tuple[nn.Module, float]]:
+        for i in self.recipients:
+            receiver = self.receiver(i)
+            yield receiver, n / self.strides[i]
+            for to_kv, stride in zip(receiver.to_kv, self.strides, strict=True):
+                # without a window, tokens that no query attends to are not projected
+                yield to_kv, n / max(stride, 1 if self.window else self.strides[i])
 
     def zero_init(self) -> None:
         for i in self.recipients:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -78,7 +78,7 @@ class Merge(nn.Module):
     It takes and returns one `(batch, ceil(n / stride), dim)` for each level. A recipient of stride s gets the updates
     of positions 0, s, 2s, ...
 
-    Subclasses define `build`, `zero_init`, `gather`, `updates` and `weights`.
+    Subclasses define `build`, `token_counts`, `zero_init`, `gather`, `updates` and `weights`.
 
     Args:
         levels: the levels that are pooled.
@@ -107,6 +107,10 @@ class Merge(nn.Module):
 
     def build(self, levels: Sequence[Level]) -> None:
         """Creates the modules."""
+        raise NotImplementedError
+
+    def token_counts(self, n: float) -> Iterator[tuple[nn.Module, float]]:
+        """How many tokens parts process when the merge covers n tokens of its finest level. Others process n."""
         raise NotImplementedError
 
     def zero_init(self) -> None:

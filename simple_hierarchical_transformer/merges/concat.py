@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,11 @@ class ConcatMerge(Merge):
             nn.SiLU(),
             nn.Linear(2 * dim_out, dim_out),
         )
+
+    def token_counts(self, n: float) -> Iterator[tuple[nn.Module, float]]:
+        # each recipient has rows of its own in the last map, which are used at its own stride
+        rows = [(self.dims[i], self.strides[i]) for i in self.recipients]
+        yield self.net[-1], n * sum(dim / stride for dim, stride in rows) / sum(dim for dim, _ in rows)
 
     def zero_init(self) -> None:
         begin_at_zero(self.net[-1])

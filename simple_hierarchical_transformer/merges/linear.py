@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,9 @@ class LinearMerge(Merge):
             nn.Linear(dim, sum(self.dims[i] for i in listeners), bias=False) if listeners else nn.Identity()
             for listeners, dim in zip(self.listeners, self.dims, strict=True)
         )
+
+    def token_counts(self, n: float) -> Iterator[tuple[nn.Module, float]]:
+        yield from ((to, n / stride) for to, stride in zip(self.to_others, self.strides, strict=True))
 
     def zero_init(self) -> None:
         for to_others in self.to_others:

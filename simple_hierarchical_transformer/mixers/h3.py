@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -36,6 +37,8 @@ class H3(nn.Module):
     Raises:
         ValueError: a value is not allowed.
     """
+
+    roles: ClassVar[Mapping[str, str]] = dict(ssm='kernel', shift_ssm='kernel')
 
     def __init__(
         self,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -129,6 +129,7 @@ class Hyena(nn.Module):
 
     # what a step reads depends on its position
     static_step = False
+    roles: ClassVar[Mapping[str, str]] = dict(short_conv='kernel', filters='kernel')
 
     def __init__(
         self,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ class S4D(nn.Module):
     The model is that of Gu et al. 2022, arXiv 2206.11893, in the layer of S4 (Gu et al. 2022, arXiv 2111.00396).
     `(batch, seq, dim)` to `(batch, seq, dim)`. See `DiagonalSSM` for time, state and arguments.
     """
+
+    roles: ClassVar[Mapping[str, str]] = dict(ssm='kernel')
 
     def __init__(
         self,

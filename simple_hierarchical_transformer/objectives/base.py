@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeVar
 
@@ -60,6 +60,8 @@ class Objective:
     """
 
     kind: ClassVar[str]
+    roles: ClassVar[Mapping[str, str]] = {}
+    """The roles of its modules' weights for optimizers, by the names in `modules`: 'head' for a map to ids."""
     trains_tokens: ClassVar[bool] = True
     """Whether it reads the final tokens of its level."""
 

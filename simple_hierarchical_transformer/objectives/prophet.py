@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class Prophet(CrossEntropy):
     kind: ClassVar[str] = 'prophet'
+    roles: ClassVar[Mapping[str, str]] = dict(to_prophet='head')
 
     @classmethod
     def from_config(cls, config: Config) -> list[Prophet]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -56,6 +56,7 @@ class RandomProjectionQuantizer(nn.Module):
 @dataclass(frozen=True, kw_only=True)
 class Quantized(Objective):
     kind: ClassVar[str] = 'quantized'
+    roles: ClassVar[Mapping[str, str]] = dict(to_quantized='head')
 
     codebooks: int = 1
 

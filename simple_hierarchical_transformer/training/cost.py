@@ -1,4 +1,4 @@
-"""What a model costs: parameters, operations, memory, and what the machine could do at most."""
+"""What a training step costs: parameters, operations and memory, and the limits of the machine."""
 
 from __future__ import annotations
 
@@ -23,112 +23,49 @@ from torch.utils.hooks import RemovableHandle
 from ..memory import State
 from ..model import HierarchicalTransformer
 from ..ops.norm import RootMeanSquare
-from .optim import KERNELS, LOOKUPS, NGRAMS
+from .roles import walk
 
-# where in a parameter's name the number of its level stands
-LEVEL_AT = {
-    'compressors': 1,
-    'post_token_emb_norms': 1,
-    'layers': 2,
-    'norms': 1,
-    'latent_dynamics': 1,
-    'chunk_summarizers': 1,
-    'to_prophet': 1,
-    'to_quantized': 1,
-    'step_embeds': 1,
-    'halting': 1,
-    'autoencoder': 2,
-}
-
-# as many tokens are planned with before the rest are counted in proportion
+# larger batches are measured at this many tokens, and the rest counted in proportion
 FEW_TOKENS = 1 << 19
 MOST_BYTES = 1 << 62
-# older versions of PyTorch for a CPU do not have it
+# missing in older versions of PyTorch for CPUs
 USE_COUNT = getattr(torch._C, '_storage_Use_Count', None)
 
 
-def level_of(name: str) -> int | None:
-    """Which level a parameter of that name belongs to, None where to all."""
-    parts = name.split('.')
-    at = LEVEL_AT.get(parts[0])
-    return int(parts[at]) if at is not None and parts[at].isdigit() else None
-
-
 def parameters_by_level(model: HierarchicalTransformer) -> dict[int | None, int]:
-    """How many parameters each level has; under None those that serve several: embeddings, merges, shared ones."""
+    """The number of parameters of each level, by its index.
+
+    None holds those that serve several levels: embeddings, merges, shared weights.
+    """
     counts: Counter[int | None] = Counter(dict.fromkeys((*range(len(model.levels)), None), 0))
     owners: dict[nn.Parameter, set[int | None]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(parameter, set()).add(level_of(name))
+    for visit in walk(model):
+        for weight in visit.weights:
+            owners.setdefault(weight.parameter, set()).add(weight.level)
     for parameter, levels in owners.items():
         counts[levels.pop() if len(levels) == 1 else None] += parameter.numel()
     return dict(counts)
 
 
-def step_flops(model: HierarchicalTransformer, length: int) -> float:
-    """Operations that a sequence of `length` takes to learn from: forward once, backward twice as many.
+def step_flops(model: nn.Module, length: int) -> float:
+    """Operations of a training step on a sequence of `length` ids: the backward pass takes twice the forward pass.
 
-    Products with weights, and what mixers do besides (`products`, where they tell), two operations for a multiplication
-    and an addition.
+    Counts products with weights, at two operations for a multiplication and an addition, and what modules add by their
+    `operations`.
     """
     total = 0.0
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if multiplies(name, parameter):
-            total += 2 * parameter.numel() * length / apart(model, name)
-    layers: Any = model.layers
-    for layer in layers:
-        for level, block in zip(model.levels, layer, strict=True):
-            if block is None:
-                continue
-            row = length / level.stride / level.phases
-            total += level.phases * getattr(block.attn, 'products', lambda _: 0.0)(row)
+    for visit in walk(model, length):
+        total += sum(2 * weight.parameter.numel() * weight.tokens for weight in visit.weights if weight.multiplies)
+        # from the class: wrappers forward other attributes to the module that they wrap
+        operations = getattr(type(visit.module), 'operations', None)
+        total += operations(visit.module, visit.tokens) if callable(operations) else 0.0
     return 3 * total
 
 
-def multiplies(name: str, parameter: nn.Parameter) -> bool:
-    """Whether tokens are multiplied with a parameter of that name: not with tables, biases, or what makes kernels."""
-    apart = {*LOOKUPS, *NGRAMS, *KERNELS} & set(name.split('.'))
-    return parameter.ndim >= 2 and not apart and not name.endswith('bias')
-
-
-def apart(model: HierarchicalTransformer, name: str) -> float:
-    """How many positions the tokens that a weight is multiplied with stand apart, on average over its rows."""
-    parts, strides = name.split('.'), [level.stride for level in model.levels]
-    if parts[0] == 'hierarchical_merges':
-        merge: Any = model.hierarchical_merges[int(parts[1])]
-        # an hourglass' merges live between two levels, whose strides count from the finer one's
-        finest = strides[model.order[int(parts[1])]] if model.arrangement == 'hourglass' else 1
-        if parts[2] == 'receivers':
-            own = merge.strides[int(parts[3])]
-            if parts[4] != 'to_kv':
-                return finest * own
-            # without a window, what no token of the receiver hears is not projected
-            return finest * max(merge.strides[int(parts[5])], 1 if merge.window else own)
-        if parts[2] == 'to_others':
-            return finest * merge.strides[int(parts[3])]
-        if parts[2:4] == ['net', '3']:
-            # what is made for a receiving level, at its tokens
-            rows = [(merge.dims[i], merge.strides[i]) for i in merge.into]
-            return finest * sum(dim for dim, _ in rows) / sum(dim / stride for dim, stride in rows)
-        return finest
-    if parts[0] == 'autoencoder':
-        if parts[1] == 'encoders':
-            return model.autoencoder.grids[int(parts[2])]  # type: ignore[union-attr]
-        # a decoder splits each of the tokens of a level's map, one for each of the ids that it sums up
-        return 1 if parts[1] == 'to_ids' else model.levels[int(parts[2])].compression
-    level = level_of(name)
-    if level is None:
-        return 1
-    if 'to_scores' in parts or 'to_values' in parts:
-        # formed for each of the finer tokens that are pooled
-        return strides[level] // model.compressors[level].windows.stride  # type: ignore[operator, return-value]
-    return strides[level]
-
-
 def matmul_peak(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
-    """Operations a second that a large product reaches on this device, now: the best of a few."""
+    """Measures the operations a second of a large matrix product on this device: the best of a few trials."""
     native = device.type != 'cpu' or dtype == torch.float32
-    # where a product is slow, a small one says so soon enough
+    # a small product is enough to see that a dtype is slow
     size = (8192 if device.type != 'cpu' else 2048) if native else 512
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     best = 0.0
@@ -142,13 +79,13 @@ def matmul_peak(device: torch.device, dtype: torch.dtype = torch.float32) -> flo
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Waits until the device has finished its work."""
     if device.type != 'cpu':
         torch.accelerator.synchronize(device)
 
 
 class _Attention(torch.autograd.Function):
-    """What a fused kernel keeps: its arguments, a mask as numbers, what it returns, and a number for each query."""
+    """Keeps what a fused attention kernel keeps: its arguments, the mask as numbers, the output, and a number a query."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -161,7 +98,7 @@ class _Attention(torch.autograd.Function):
         return *map(torch.empty_like, ctx.saved_tensors[:3]), None
 
 
-# what autocast has multiplied in half precision
+# the functions that autocast runs in half precision
 PRODUCTS = {
     F.linear, F.conv1d, F.scaled_dot_product_attention,
     torch.matmul, torch.bmm, torch.einsum, Tensor.matmul, Tensor.__matmul__, Tensor.bmm,
@@ -169,9 +106,9 @@ PRODUCTS = {
 
 
 class FusedKernels(TorchFunctionMode):
-    """Has attention and norms on 'meta' take the memory of fused kernels, and products that of autocast with `half`.
+    """Makes attention and norms on 'meta' keep what fused kernels keep, and with `half` products what autocast keeps.
 
-    By itself 'meta' forms the whole matrix of scores and each step of a norm, and knows no autocast.
+    Without this mode, 'meta' materialises the matrix of attention scores and each step of a norm, and has no autocast.
     """
 
     def __init__(self, half: bool = False) -> None:
@@ -194,18 +131,18 @@ def halved(value: Any) -> Any:
 
 
 def is_sum_of_gradients(a: Tensor, b: Any) -> bool:
-    """Whether the backward pass would write the sum over `a`: nobody else holds it. Under a mode it never does."""
+    """Whether the backward pass may add `b` to `a` in place: nothing else holds `a`. Under a mode it never does."""
     if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or not isinstance(b, Tensor):
         return False
     alone = a.shape == b.shape and not a._is_view() and a.layout == torch.strided
-    # the tensor's own reference, and that of the Python object
+    # one reference from the tensor and one from the Python object
     return alone and USE_COUNT is not None and USE_COUNT(a.untyped_storage()._cdata) <= 2
 
 
 class Alive(TorchDispatchMode):
-    """Follows the memory of the tensors that operations make, on 'meta' too.
+    """Tracks the memory of the tensors that operations create, also on 'meta'.
 
-    What a kernel takes for itself and gives back before it ends is not seen.
+    Memory that a kernel allocates and frees before it returns is not seen.
     """
 
     measures_routes = True
@@ -214,9 +151,9 @@ class Alive(TorchDispatchMode):
         super().__init__()
         self.bytes = self.peak = self.gradients = self.gradients_at_peak = 0
         self.of_parameter: dict[nn.Parameter, int] = {}
-        # how many rows the last sparse gradient had
+        # the number of rows in the last sparse gradient
         self.rows: dict[nn.Parameter, int] = {}
-        # by the storage itself: on 'meta' there is no address
+        # keyed by the storage object: on 'meta' there is no address
         self.known: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in existing}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -244,7 +181,7 @@ class Alive(TorchDispatchMode):
             self.peak, self.gradients_at_peak = self.bytes, self.gradients
 
     def watch(self, parameter: nn.Parameter) -> list[RemovableHandle]:
-        """Tells its gradient from what else is alive."""
+        """Counts the gradient of a parameter apart from other tensors."""
 
         def before(grad: Tensor) -> None:
             if grad.is_sparse:
@@ -257,13 +194,13 @@ class Alive(TorchDispatchMode):
         return [parameter.register_hook(before), parameter.register_post_accumulate_grad_hook(after)]
 
     def note(self, parameter: nn.Parameter, size: int) -> None:
-        """The gradient of a parameter takes `size` bytes now."""
+        """Records that the gradient of a parameter takes `size` bytes."""
         self.gradients += size - self.of_parameter.get(parameter, 0)
         self.of_parameter[parameter] = size
 
 
 def bytes_kept(model: nn.Module, *args: Any, **kwargs: Any) -> int:
-    """Bytes that a forward pass leaves in memory for the backward pass; parameters and its output do not count."""
+    """Bytes that a forward pass keeps for the backward pass, besides parameters and its output."""
     given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     with Alive((*model.parameters(), *model.buffers())) as alive:
         for tensor in given:
@@ -284,28 +221,28 @@ def step_memory(
     averaged: bool = False,
     half: bool = False,
 ) -> dict[str, int]:
-    """Bytes that a device holds at the peak of a training step, by what holds them. They sum to the peak.
+    """Plans the memory of a training step: the bytes that a device holds at its peak, by purpose. They sum to the peak.
 
-    Nothing is computed, and no memory taken: a model on 'meta' takes the step. What the allocator adds, and what
-    kernels take for a moment, is not in it.
+    A model on 'meta' takes the step, so nothing is computed and no memory allocated. The plan leaves out what the
+    allocator adds and what kernels allocate for a moment.
 
     Args:
         model: built on 'meta', in float32.
-        optimizer: of it.
+        optimizer: of this model.
         rows: sequences in a batch.
-        length: ids of a sequence that are predicted.
+        length: predicted ids in a sequence.
         accum: batches in a step.
-        position: where segments are read with a state, how many ids a state has read at most.
-        averaged: whether an average of the weights is kept besides.
-        half: whether products are those of autocast in bfloat16 or float16.
+        position: for segments with a state, how many ids a state has read at most.
+        averaged: whether the run keeps an average of the weights.
+        half: whether autocast multiplies in bfloat16 or float16.
     """
 
     def measured(rows: int) -> tuple[int, int]:
         return measure_step(model, optimizer, rows=rows, length=length, accum=accum, position=position, half=half)
 
-    # of many more sequences, each adds as much as the last
+    # beyond that, each sequence adds as much as the last
     few = max(FEW_TOKENS // length, 1)
-    # the first step makes the optimizer's tensors
+    # the first step creates the optimizer's tensors
     for p in model.parameters():
         p.grad = torch.empty_like(p)
     optimizer.step()
@@ -335,13 +272,13 @@ def measure_step(
     position: int | None,
     half: bool,
 ) -> tuple[int, int]:
-    """What a step adds at its peak to weights and the optimizer's tensors, and how much of that are gradients."""
+    """Bytes at the peak of a step besides weights and optimizer tensors, and how many of them are gradients."""
     moments = (tensor for state in optimizer.state.values() for tensor in state.values())
     ids = torch.zeros(rows, length + (position is None), dtype=torch.long, device='meta')
     alive = Alive((*model.parameters(), *model.buffers(), *moments, ids))
     hooks = [hook for p in model.parameters() if p.requires_grad for hook in alive.watch(p)]
     run, run_backward = min(accum, 2), torch.autograd.Variable._execution_engine.run_backward
-    # gradients of batches that are not run, as many as their rows
+    # the rows of sparse gradients, also of the batches that are not run
     sparse: dict[nn.Parameter, list[Tensor]] = {}
     with alive:
         states: list[Any] = [None] * run
@@ -352,11 +289,11 @@ def measure_step(
             with FusedKernels(half):
                 loss, _, *after = model(ids, return_loss=True, **extra)
                 states += after
-                # loss.backward() would leave the mode, and what is computed again would be without it
+                # loss.backward() would leave the mode, and checkpointing would compute again without it
                 run_backward((loss,), (torch.ones_like(loss),), False, False, (), accumulate_grad=True)
             del loss, _
             for p, read in alive.rows.items():
-                # 'meta' neither adds sparse gradients nor joins their rows
+                # 'meta' neither adds sparse gradients nor merges their rows
                 count, p.grad = read * (accum if i == run - 1 else accum - 1), None
                 sparse[p] = [ids.new_empty(1, count), p.new_empty(count, p.shape[1])]
                 alive.note(p, sum(each.nbytes for each in sparse[p]))
@@ -368,14 +305,14 @@ def measure_step(
         optimizer.zero_grad()
     for hook in hooks:
         hook.remove()
-    # each batch that was not run has a state before and one after it
+    # each batch that was not run has a state before it and one after it
     unrun = 0 if position is None else 2 * (accum - run) * states[0].nbytes
     return alive.peak + unrun, alive.gradients_at_peak
 
 
 @torch.no_grad()
 def state_at(model: HierarchicalTransformer, ids: Tensor, position: int) -> State:
-    """A state with room for `position` ids, which all but the last of were not read."""
+    """A state at `position`, with memory for as many ids; only the last of them was read."""
     state = model.initial_state(len(ids))
     if position == 0:
         return state
@@ -383,7 +320,7 @@ def state_at(model: HierarchicalTransformer, ids: Tensor, position: int) -> Stat
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Bytes that one process may take on a device, where that can be known."""
+    """Bytes that one process may allocate on a device, or None where that is unknown."""
     if device.type == 'cuda':
         return torch.cuda.mem_get_info(device)[1]
     if device.type != 'cpu' or not hasattr(os, 'sysconf'):
@@ -393,10 +330,12 @@ def device_memory(device: torch.device) -> int | None:
     return min(total, *control_group_limits()) // int(os.environ.get('LOCAL_WORLD_SIZE', '1'))
 
 
-def control_group_limits(root: Path = Path('/sys/fs/cgroup'), own: Path = Path('/proc/self/cgroup')) -> list[int]:
-    """What the kernel lets this process and its groups take, in bytes, none where it sets no limit."""
+def control_group_limits(
+    root: Path = Path('/sys/fs/cgroup'), groups_file: Path = Path('/proc/self/cgroup')
+) -> list[int]:
+    """The memory limits of this process and of its control groups in bytes, `MOST_BYTES` among them."""
     try:
-        groups = [line.rsplit(':', 1)[1].lstrip('/') for line in own.read_text().splitlines()]
+        groups = [line.rsplit(':', 1)[1].lstrip('/') for line in groups_file.read_text().splitlines()]
     except OSError:
         groups = []
     found = [MOST_BYTES]

@@ -1,4 +1,4 @@
-"""Optimizers, the course of the learning rate, and averaged weights."""
+"""Optimizers, learning rate schedules and averaged weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..checks import check_choice
-from ..embeddings import NGramEmbedding
+from .roles import HEAD, KERNEL, LOOKUP, MATRIX, ROWS, VECTOR, walk
 from .sharded import full, reshard, shard_like
 
 OPTIMIZERS = ('adamw', 'muon')
@@ -20,41 +20,36 @@ SCHEDULES = ('cosine', 'linear', 'constant', 'wsd')
 FUSED = ('cpu', 'cuda', 'xpu')
 RULES = ('adamw', 'muon', 'rows')
 
-# what makes kernels and time scales is no matrix that a token is multiplied with
-KERNELS = ('ssm', 'shift_ssm', 'short_conv', 'filters')
-# of which a step reads few rows
-NGRAMS = ('ngram_emb',)
-# rows that are looked up
-LOOKUPS = ('token_emb', 'recall_emb', 'step_embeds')
-# these, and what maps to ids, have a row for each id: nothing that a rotation means anything to
-TABLES = (*LOOKUPS, 'halting', 'to_logits', 'to_recon', 'to_prophet', 'to_quantized', 'to_ids')
-
 
 class MixedOptimizer(torch.optim.AdamW):
-    """AdamW, and for groups that name another `rule` that one: one optimizer, one course of the learning rate.
+    """AdamW, and other rules for the groups that name one: one optimizer for the whole model.
 
-    'muon': a matrix moves by its momentum, orthogonalised by a Newton-Schulz iteration, times `0.2 * sqrt(max(rows,
-    columns))`, which is as far as AdamW would move it. A convolution's kernel counts as a matrix of its output
-    channels. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; the scale: Liu et al. 2025, arXiv
-    2502.16982, eq. 4.
+    'muon' updates matrices. It orthogonalises the momentum by a Newton-Schulz iteration and scales it by
+    `0.2 * sqrt(max(rows, columns))`, so that updates have the size of AdamW's. A convolution kernel counts as a matrix
+    with one row for each output channel. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; the scale: Liu
+    et al. 2025, arXiv 2502.16982, eq. 4.
 
-    'rows': of a table those rows move that have a gradient, sparse or dense, each by it over the root of the mean
-    square that its gradients had, without a momentum: what was not read stays as it is, at no cost. With a sum
-    in the mean's place that is Adagrad with one number a row, as in Lerer et al. 2019, arXiv 1903.12287.
+    'rows' updates the rows of a table that have a gradient, sparse or dense. It divides each row's gradient by the root
+    of the running mean of its mean square, and has no momentum. Rows that were not read stay as they are and cost
+    nothing. With a sum instead of the mean this is Adagrad with one number a row, as in Lerer et al. 2019, arXiv
+    1903.12287.
 
     Args:
-        params: groups of parameters; those with `rule='muon'` must have two dimensions or more, those with
+        params: groups of parameters. Those with `rule='muon'` must have two dimensions or more, those with
             `rule='rows'` exactly two.
-        momentum: of the groups with `rule='muon'`.
-        iterations: of Newton-Schulz.
-        settings: what torch.optim.AdamW takes.
+        momentum: for groups with `rule='muon'`.
+        iterations: of the Newton-Schulz iteration.
+        settings: arguments of `torch.optim.AdamW`.
+
+    Raises:
+        ValueError: a group names an unknown rule, or has a parameter of the wrong number of dimensions.
     """
 
     def __init__(
         self, params: Iterable[dict[str, Any]], *, momentum: float = 0.95, iterations: int = 5, **settings: Any
     ) -> None:
         super().__init__([{'rule': 'adamw', **group} for group in params], **settings)
-        # fused AdamW would scale and skip by itself, and the other rules do neither: a scaler does both for all groups
+        # fused AdamW would unscale gradients and skip steps itself, but the other rules do not: the scaler does both
         self._step_supports_amp_scaling = False
         for group in self.param_groups:
             group.update(momentum=momentum, iterations=iterations)
@@ -80,7 +75,7 @@ class MixedOptimizer(torch.optim.AdamW):
         return loss
 
     def step_matrices(self, group: dict[str, Any]) -> None:
-        """Moves the matrices of a group, those of one shape together."""
+        """Updates the matrices of a group. Matrices of one shape are orthogonalised together."""
         params = [p for p in group['params'] if p.grad is not None]
         if not params:
             return
@@ -89,7 +84,7 @@ class MixedOptimizer(torch.optim.AdamW):
                 self.state[p]['momentum'] = torch.zeros_like(p)
         grads, momenta = [p.grad for p in params], [self.state[p]['momentum'] for p in params]
         torch._foreach_lerp_(momenta, grads, 1 - group['momentum'])
-        # Nesterov's: where the momentum will be after another such gradient
+        # Nesterov momentum: the momentum after another such gradient
         ahead = [grad.lerp(momentum, group['momentum']) for grad, momentum in zip(grads, momenta, strict=True)]
 
         by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
@@ -104,14 +99,14 @@ class MixedOptimizer(torch.optim.AdamW):
             torch._foreach_add_(moved, moves, alpha=-0.2 * math.sqrt(max(shape)) * group['lr'])
 
     def step_rows(self, group: dict[str, Any]) -> None:
-        """Moves the rows of a group's tables that have a gradient."""
+        """Updates those rows of a group's tables that have a gradient."""
         decay, lr, eps = group['betas'][1], group['lr'], group['eps']
         for p in group['params']:
             if p.grad is None:
                 continue
             state = self.state[p]
             if not state:
-                # one number a row, sharded as the table is
+                # one number for each row, sharded as the table is
                 state['mean_square'] = torch.zeros_like(p.detach()[:, :1])
             held = state['mean_square']
             if p.grad.is_sparse:
@@ -126,7 +121,7 @@ class MixedOptimizer(torch.optim.AdamW):
 
 
 def state_shapes(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, dict[str, tuple[int, ...]]]:
-    """Of each parameter of a `MixedOptimizer` the tensors that a step keeps for it, by name, and their shapes."""
+    """The names and shapes of the tensors that a `MixedOptimizer` keeps for each parameter after a step."""
 
     def of(p: nn.Parameter, rule: str) -> dict[str, tuple[int, ...]]:
         if rule == 'muon':
@@ -139,17 +134,17 @@ def state_shapes(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, dict[st
 
 
 def mean_squares(before: Tensor, grad: Tensor, decay: float) -> Tensor:
-    """The running mean of each row's mean square, `(rows, 1)`; where the gradient is zero it stays."""
-    # the norm reads a table once, where squares would be written and read
+    """Updates the running mean of each row's mean square, `(rows, 1)`. Rows with a gradient of zero keep theirs."""
+    # a norm reads the table once; squares would be written and read again
     squares = torch.linalg.vector_norm(grad, dim=-1, keepdim=True).square() / grad.shape[-1]
     return torch.where(squares > 0, before.lerp(squares, 1 - decay), before)
 
 
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """Brings the singular values of each of `(count, rows, columns)` close to 1 (to between 0.7 and 1.2, mostly).
+    """Brings the singular values of matrices `(count, rows, columns)` close to 1: most end between 0.7 and 1.2.
 
-    A quintic Newton-Schulz iteration with Jordan's coefficients, in bfloat16 where the device multiplies that natively,
-    else in float32.
+    Runs a quintic Newton-Schulz iteration with Jordan's coefficients, in bfloat16 where the device multiplies it
+    natively, else in float32.
     """
     native = matrices.device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
     x = matrices.to(torch.bfloat16 if native else torch.float32)
@@ -173,59 +168,59 @@ def build_optimizer(
     device: torch.device | None = None,
     sparse: bool = True,
 ) -> torch.optim.Optimizer:
-    """AdamW, fused where there is such a kernel, or Muon. Weights of two dimensions and more decay, others, and biases
-    and kernels of whatever shape, do not.
+    """Builds AdamW (fused where PyTorch has such a kernel) or Muon for a model, with one group for each kind of weight.
 
-    Tables of ids, and what maps to ids, have a learning rate of their own, `table_lr`, where it is given. Each group
-    has its share of `lr` as `scale`, for whoever sets it anew. Tables of n-grams always move by rows, and do not decay.
+    `roles.walk` tells the kinds apart. Matrices and tables decay. Vectors, biases and kernels do not. Tables of n-grams
+    are always updated by rows and do not decay.
+
+    Tables of ids and the maps to ids have a learning rate of their own where `table_lr` is given. Each group keeps the
+    ratio of its rate to `lr` as `scale`, so that a schedule can set all rates from one.
 
     Args:
-        model: whose parameters.
+        model: whose parameters to train.
         name: 'adamw' or 'muon'.
-        lr: of what has no learning rate of its own.
+        lr: learning rate of every group without one of its own.
         weight_decay: of matrices and tables.
-        table_lr: that of tables.
-        betas: of AdamW; the second of rows, too.
-        device: where the model will be, where that is not where it is.
-        sparse: whether tables of n-grams get sparse gradients on a CPU. Not where weights will be
-            sharded, or the step compiled.
+        table_lr: learning rate of tables and of the maps to ids.
+        betas: of AdamW. The row-wise rule uses the second, too.
+        device: the device that the model will move to, if it is not there yet.
+        sparse: give tables of n-grams sparse gradients on a CPU. Turn it off for weights that will be sharded and for
+            steps that are compiled.
     """
-    named = list(model.named_parameters())
-    tables: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
+    tables: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
-    ngrams: list[nn.Parameter] = []
-    for key, p in named:
-        parts = set(key.split('.'))
-        if parts & set(NGRAMS):
-            ngrams.append(p)
-        elif p.ndim < 2 or key.endswith('bias') or parts & set(KERNELS):
-            others.append(p)
-        else:
-            (tables if parts & set(TABLES) else matrices).append(p)
+    rows: list[nn.Parameter] = []
+    group_of = {MATRIX: matrices, LOOKUP: tables, HEAD: tables, VECTOR: others, KERNEL: others, ROWS: rows}
+    grouped: set[nn.Parameter] = set()
+    for visit in walk(model):
+        for weight in visit.weights:
+            if weight.parameter not in grouped:
+                grouped.add(weight.parameter)
+                group_of[weight.role].append(weight.parameter)
+            module: Any = visit.module
+            if weight.role == ROWS and hasattr(module, 'sparse'):
+                # on a GPU a dense gradient costs little
+                module.sparse = sparse and (device or weight.parameter.device).type == 'cpu'
     scale = 1.0 if table_lr is None else table_lr / lr
     groups: list[dict[str, Any]] = [
         dict(params=matrices, weight_decay=weight_decay, rule=name),
         dict(params=tables, weight_decay=weight_decay, scale=scale),
         dict(params=others, weight_decay=0.0),
-        dict(params=ngrams, weight_decay=0.0, rule='rows', scale=scale),
+        dict(params=rows, weight_decay=0.0, rule='rows', scale=scale),
     ]
     groups = [{'scale': 1.0, 'lr': lr * group.get('scale', 1.0), **group} for group in groups if group['params']]
-    for module in model.modules():
-        if isinstance(module, NGramEmbedding):
-            # on a GPU a dense gradient costs little
-            module.sparse = sparse and (device or module.weight.device).type == 'cpu'
-    # on 'meta' there is no such kernel, whatever it stands for
-    fused = all((device or p.device).type in FUSED and not p.is_meta for _, p in named)
+    # a model on 'meta' has no fused kernel, whatever device it stands for
+    fused = all((device or p.device).type in FUSED and not p.is_meta for p in grouped)
     return MixedOptimizer(groups, lr=lr, betas=betas, fused=fused)
 
 
 def learning_rate(progress: float, *, highest: float, schedule: str, warmup: float) -> float:
-    """The learning rate at `progress`, from 0 to 1 over the run: up over the share `warmup` of it, then on by schedule.
+    """The learning rate at `progress`, which goes from 0 to 1 over the run.
 
-    'cosine' falls to a tenth, 'linear' to 0; 'constant' stays; 'wsd' (warm-up, stable, decay) stays until the last
-    fifth, over which it falls to 0. A warm-up that reaches into that fifth shortens the decay. After the end, the rate
-    stays what it was there.
+    The rate rises to `highest` over the first share `warmup` of the run and then follows the schedule. 'cosine' falls
+    to a tenth and 'linear' to 0. 'constant' stays. 'wsd' (warm-up, stable, decay) stays until the last fifth, in which
+    it falls to 0; a warm-up that reaches into that fifth shortens the decay. After the end the rate no longer changes.
     """
     progress = min(progress, 1.0)
     if progress < warmup:
@@ -240,9 +235,9 @@ def learning_rate(progress: float, *, highest: float, schedule: str, warmup: flo
 
 
 class WeightAverage:
-    """An exponential moving average of a model's weights, which takes their place where it is scored or saved.
+    """An exponential moving average of a model's weights, used to score and to save it.
 
-    The decay is warmed up, so that the first steps are soon forgotten.
+    The decay warms up, so that the average soon forgets the first steps.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -254,13 +249,15 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Adds the current weights to the average, after each step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         get_ema_multi_avg_fn(decay)(self.averages, [p.detach() for p in self.parameters], self.updates)
         self.updates += 1
 
     @torch.no_grad()
     def swap(self) -> None:
-        # full weights that were gathered for a forward pass would outlive the swap
+        """Exchanges the weights and their averages."""
+        # full weights that a forward pass gathered would outlive the swap
         reshard(self.model)
         for p, average in zip(self.parameters, self.averages, strict=True):
             weight = p.detach().clone()
@@ -269,7 +266,7 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The weights are the averages inside, and themselves again after."""
+        """Inside this context the model has the averaged weights."""
         self.swap()
         try:
             yield

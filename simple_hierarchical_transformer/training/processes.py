@@ -42,8 +42,8 @@ def say(text: str) -> None:
         Stop.at_work.number = Stop.at_work.number or UNREAD - 128
 
 
-def meet() -> None:
-    """Has processes find each other, before any is told what to do."""
+def init_distributed() -> None:
+    """Initialises torch.distributed, before any process needs the others."""
     PartialState(cpu=parse_flag_from_env('ACCELERATE_USE_CPU'))
 
 

@@ -1,4 +1,4 @@
-"""What a run is asked to do: the command line, the presets, and the settings that a run keeps."""
+"""The settings of a run: command line, presets and stored settings."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import argparse
 import ast
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -17,13 +18,13 @@ from .optim import OPTIMIZERS, SCHEDULES
 from .sources import NAMED
 from .trackers import TRACKERS
 
-# every byte counts, so the ignored id is none; where texts end, one beyond the bytes says so, and one fills up
+# with bytes no id is ignored; with separate texts one more id ends a text, and one more pads
 BYTES: dict[str, Any] = dict(num_tokens=256, ignore_index=IGNORED, recon_ignore_index=IGNORED)
 TEXTS: dict[str, Any] = dict(num_tokens=PAD + 1, ignore_index=PAD, recon_ignore_index=PAD)
 
-# beyond these no number is meant, and products of several would overflow
+# numbers outside are mistakes, and products of several would overflow
 LEAST, MOST = 1e-12, 10**12
-# what generators of random numbers take
+# the range of NumPy's seeds
 MOST_SEED = 2**32 - 1
 MOST_WORKERS = 1024
 
@@ -34,15 +35,15 @@ DEFAULTS: dict[str, Any] = dict(
     optimizer='adamw', table_lr=None, weight_decay=0.1, clip=1.0, warmup=0.03, schedule='cosine', ema=None,
     mixed_precision=None, compile=False, gradient_checkpointing=False, seed=42,
     every=None, checkpoint_every=1000, keep=3, log_every=10, log_with=None, workers=0,
-    valid_bytes=1 << 16,  # how much of the validation split is scored on the way
+    valid_bytes=1 << 16,  # how much of the validation split each validation scores
 )  # fmt: skip
-# what may be otherwise when a run goes on
+# settings that may change when a run resumes
 FREE = ('every', 'checkpoint_every', 'keep', 'log_every', 'log_with', 'workers', 'batch_size', 'grad_accum')
 
-# what a finished run may be given more of
+# settings that a finished run may get more of
 LENGTH = ('steps', 'minutes')
 
-# arguments of the model that --model does not take
+# arguments of the model that --model refuses
 ELSEWHERE = {
     'seq_len': 'give --seq-len',
     'gradient_checkpointing': 'give --gradient-checkpointing',
@@ -51,7 +52,7 @@ ELSEWHERE = {
     'recon_ignore_index': 'no byte is ignored; --documents fills up with an id of its own',
 }
 
-# what both presets have of the model, found at the size of 'cpu' (benchmarks/notes.md)
+# the model settings of both presets, found at the size of 'cpu' (benchmarks/notes.md)
 RECIPE: dict[str, Any] = dict(
     arrangement='hourglass',
     compressor='linear',
@@ -92,12 +93,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         minutes=10.0,
         valid_bytes=1 << 14,
     ),
-    # the smallest of benchmarks/plan.py. Operations go to the fine level and its small window, which
-    # benchmarks/scaling.py found to give most for them; the coarse level hears the whole context for 3 % more of
-    # them. Muon's rate is that of 'cpu' over the root of how much wider levels are: so the spectral norm of its steps,
-    # 0.2 * lr * sqrt(width), stays what it was (Yang et al. 2023, arXiv 2310.17813). That of tables, among which is the
-    # map to logits, is the one of 'cpu' over the width itself; weights decay, since a run is long (Liu et al. 2025,
-    # arXiv 2502.16982). The steps are twelve passes of enwik8
+    # the smallest model of benchmarks/plan.py. Most operations go to the fine level and its small window, which
+    # benchmarks/scaling.py found to gain most from them; the coarse level reads the whole context for 3 % more
+    # operations. Muon's rate is that of 'cpu' over the square root of how much wider the levels are: this keeps the
+    # spectral norm of its steps, 0.2 * lr * sqrt(width), at what it was (Yang et al. 2023, arXiv 2310.17813). The rate
+    # of tables and of the map to logits is that of 'cpu' over the ratio of widths. Weights decay, since a run is long
+    # (Liu et al. 2025, arXiv 2502.16982). The steps are twelve passes over enwik8
     'gpu': dict(
         model=dict(
             RECIPE,
@@ -122,8 +123,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def build_parser(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser(
+    description: str | None, prog: str | None = None, *, task: Literal['train', 'eval'] = 'train'
+) -> argparse.ArgumentParser:
+    """The command line of a task: 'train' takes all options, 'eval' a model and the options that score it."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
     def option(group: Any, name: str, **settings: Any) -> None:
         if settings.get('type') is int:
@@ -135,63 +141,81 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     def switch(group: Any, name: str, text: str) -> None:
         group.add_argument(f'--{name}', action=argparse.BooleanOptionalAction, default=None, help=text)
 
+    def add_source(group: Any) -> None:
+        group.add_argument(
+            '--data', nargs='+', metavar='SOURCE[=WEIGHT]',
+            help='files, folders or globs: text, .gz .bz2 .xz .zst, .zip .tar, .jsonl .parquet; or '
+            + ', '.join(NAMED),
+        )  # fmt: skip
+
+    def add_text_key(group: Any) -> None:
+        group.add_argument('--text-key', help='column of .jsonl and .parquet files that holds the text')
+
+    split: dict[str, Any] = dict(choices=('valid', 'test'), help='the split to score (default: valid)')
+    if task == 'eval':
+        parser.add_argument('eval', type=folder, metavar='CHECKPOINT', help='folder of the saved model to score')
+        parser.add_argument('--split', **split)
+        add_source(parser)
+        add_text_key(parser)
+        option(parser, 'seq-len', type=int, help="bytes in a window (default: the model's context)")
+        option(parser, 'batch-size', type=int, help='windows in a batch (default: 8)')
+        return parser
+
     run = parser.add_argument_group('the run')
     run.add_argument('--preset', choices=('auto', *PRESETS), help='settings to start from')
-    option(run, 'steps', type=int, help='train for that many optimizer steps, in all')
-    option(run, 'minutes', type=float, help='train for that long, in all')
+    option(run, 'steps', type=int, help='optimizer steps, in all')
+    option(run, 'minutes', type=float, help='minutes of training, in all')
     run.add_argument('--seed', type=Number(int, 0, MOST_SEED))
     run.add_argument('--out', type=folder, help='folder of the run (default: runs/<date>-<time>)')
     run.add_argument(
         '--resume', nargs='?', const='latest', metavar='FOLDER', type=named,
-        help='go on from a run or one of its checkpoints; without a name from the run in --out, if there is one yet, '
-        'or from the one that was at work last. A finished run is trained longer with more --steps or --minutes, in '
-        'all: each schedule goes on with the rate that a run of that length has there',
+        help='continue a run or one of its checkpoints. Without a name, continue the run in --out, or start it if '
+        'there is none yet; without --out, the run that was active last. More --steps or --minutes, in all, train a '
+        'finished run longer: each schedule continues at the rate that a run of that length has there',
     )  # fmt: skip
-    run.add_argument('--dry-run', action='store_true', default=None, help='say what the run costs, and do not begin it')
+    run.add_argument('--dry-run', action='store_true', default=None, help='print what the run would cost, and exit')
 
     data = parser.add_argument_group('data')
-    data.add_argument(
-        '--data', nargs='+', metavar='SOURCE[=WEIGHT]',
-        help=f'files, folders or globs: text, .gz .bz2 .xz .zst, .zip .tar, .jsonl .parquet; or {", ".join(NAMED)}',
-    )  # fmt: skip
-    switch(data, 'documents', 'no sequence crosses from one file, or row, into the next')
-    data.add_argument('--text-key', help='the column of .jsonl and .parquet that holds the text')
+    add_source(data)
+    switch(data, 'documents', 'keep sequences within one file or row')
+    add_text_key(data)
     option(data, 'seq-len', type=int, help='bytes in a sequence: the context of the model')
-    option(data, 'segment-length', type=int, help='that many bytes a step, with the state of those before')
+    option(data, 'segment-length', type=int, help='bytes in a segment, which is read with the state of earlier ones')
     option(data, 'batch-size', type=int, help='sequences in a batch, on each device')
     option(data, 'grad-accum', type=int, help='batches in an optimizer step')
-    data.add_argument('--workers', type=Number(int, 0, MOST_WORKERS), help='processes that read ahead')
+    data.add_argument('--workers', type=Number(int, 0, MOST_WORKERS), help='processes that load data')
 
     learning = parser.add_argument_group('learning')
     learning.add_argument('--model', nargs='+', metavar='NAME=VALUE', help='arguments of the model: dim=256 depth=2')
     learning.add_argument('--optimizer', choices=OPTIMIZERS)
     option(learning, 'lr', type=float, help='highest learning rate')
-    option(learning, 'table-lr', type=float, help='that of tables of ids and what maps to ids (default: --lr)')
+    option(learning, 'table-lr', type=float, help='learning rate of tables of ids and of maps to ids (default: --lr)')
     learning.add_argument('--schedule', choices=SCHEDULES, help='how the learning rate falls after its warm-up')
-    learning.add_argument('--warmup', type=share, help='share of the run over which it rises')
-    learning.add_argument('--weight-decay', type=share, help='of matrices')
+    learning.add_argument('--warmup', type=share, help='share of the run over which the learning rate rises')
+    learning.add_argument('--weight-decay', type=share, help='weight decay of matrices')
     option(learning, 'clip', type=float, help='largest norm of the gradient')
     learning.add_argument('--ema', type=share, help='decay of averaged weights, which are scored and saved')
     learning.add_argument('--mixed-precision', choices=PRECISIONS)
     switch(learning, 'compile', 'torch.compile the blocks')
-    switch(learning, 'gradient-checkpointing', 'less memory, a third more time')
+    switch(learning, 'gradient-checkpointing', 'save memory at the cost of a third more time')
 
     watching = parser.add_argument_group('watching')
     option(watching, 'every', type=int, help='steps between validations, each with a sample (default: ten in a run)')
     option(watching, 'checkpoint-every', type=int, help='steps between checkpoints')
-    option(watching, 'keep', type=int, help='how many checkpoints stay, besides the best')
+    option(watching, 'keep', type=int, help='how many checkpoints to keep, besides the best')
     watching.add_argument('--log-with', nargs='+', choices=TRACKERS)
     option(watching, 'log-every', type=int, help='steps between rows of metrics and entries of a tracker')
-    option(watching, 'valid-bytes', type=int, help='bytes of the validation split to score on the way')
+    option(watching, 'valid-bytes', type=int, help='bytes of the validation split that a validation scores')
 
     scoring = parser.add_argument_group('scoring')
     scoring.add_argument('--eval', type=folder, metavar='CHECKPOINT', help='score a saved model instead of training')
-    scoring.add_argument('--split', choices=('valid', 'test'), help='what --eval scores (default: valid)')
+    scoring.add_argument('--split', **split)
     return parser
 
 
-def parse_args(argv: list[str] | None, description: str | None) -> argparse.Namespace:
-    parser = build_parser(description)
+def parse_args(argv: Sequence[str] | None, description: str | None, prog: str | None = None) -> argparse.Namespace:
+    """The command line of train.py. Wrong arguments end the process with a message."""
+    parser = build_parser(description, prog)
     args = parser.parse_args(argv)
 
     if args.steps and args.minutes:
@@ -206,6 +230,11 @@ def parse_args(argv: list[str] | None, description: str | None) -> argparse.Name
     if args.model:
         args.model = dict(parse_setting(parser, text) for text in args.model)
     return args
+
+
+def parse_eval_args(argv: Sequence[str], description: str, prog: str) -> argparse.Namespace:
+    """The command line that scores a model, as `parse_args` returns it for --eval."""
+    return build_parser(description, prog, task='eval').parse_args(argv)
 
 
 def named(text: str) -> str:
@@ -234,7 +263,7 @@ def parse_setting(parser: argparse.ArgumentParser, text: str) -> tuple[str, Any]
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = written
     try:
-        # a run keeps its settings as JSON
+        # a run stores its settings as JSON
         as_json(value)
     except (ValueError, TypeError, RecursionError):
         parser.error(f'--model {name}: must be a number, a string, None, True, False, a tuple or a dict, got {written}')
@@ -250,6 +279,7 @@ def as_json(value: Any) -> Any:
 
 
 def new_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of a new run. Raises ValueError where an argument is not allowed."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     name = given.get('preset', 'auto')
     if name == 'auto':
@@ -272,7 +302,7 @@ def new_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def old_settings(args: argparse.Namespace, record: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Those of the run that goes on. Raises ValueError where something else was asked for."""
+    """The settings of a resumed run. Raises ValueError where an argument differs from them."""
     settings, changed, unlike = {**DEFAULTS, **record['settings']}, [], []
     length = {name: value for name in LENGTH if (value := getattr(args, name)) is not None}
     if length and any(settings[name] != value for name, value in length.items()) and is_finished(record):
@@ -301,7 +331,7 @@ def old_settings(args: argparse.Namespace, record: dict[str, Any], folder: Path)
 
 
 def is_finished(record: dict[str, Any]) -> bool:
-    """Whether the run that a checkpoint is of has no step left."""
+    """Whether the run of a checkpoint has no step left."""
     settings, progress = record['settings'], record.get('progress', dict(step=0, elapsed=0.0))
     if settings['steps']:
         return progress['step'] >= settings['steps']
@@ -314,9 +344,9 @@ def reached(record: dict[str, Any]) -> str:
 
 
 def share_rows(settings: dict[str, Any], rows: int, args: argparse.Namespace, processes: int) -> None:
-    """Sets batch_size so that the processes there are learn from as many sequences a step as the run did before.
+    """Sets batch_size so that a step has `rows` sequences over all processes, as before the run stopped.
 
-    Raises ValueError where they cannot.
+    Raises ValueError where that is impossible.
     """
     accum = settings['grad_accum']
     if args.batch_size is None:

@@ -1,0 +1,216 @@
+"""The model of a run, its optimizer, and a training step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+
+from ..data.batches import Batches, seed_of
+from ..memory import State
+from ..model import HierarchicalTransformer
+from ..pretrained import shared_names
+from . import checkpoints
+from .compiled import compile_blocks
+from .optim import WeightAverage, build_optimizer, learning_rate
+from .progress import Progress
+from .settings import BYTES, TEXTS
+from .sharded import full
+
+
+def make_model(s: SimpleNamespace, device: str, runs_on: torch.device) -> HierarchicalTransformer:
+    """Builds the model of the settings `s` on `device`.
+
+    On 'meta' it stands for the model that the device `runs_on` will run.
+
+    Raises ValueError where --model has a wrong name or value.
+    """
+    given: dict[str, Any] = dict(seq_len=s.seq_len, gradient_checkpointing=s.gradient_checkpointing)
+    if device == 'meta' and runs_on.type == 'cuda' and s.model.get('attn_backend', 'auto') == 'auto':
+        # 'auto' chooses 'flex' there
+        given['attn_backend'] = 'flex'
+    try:
+        with torch.device(device):
+            return HierarchicalTransformer(**(TEXTS if s.documents else BYTES), **{**s.model, **given})
+    except (TypeError, RuntimeError) as error:
+        # an unknown argument, or a size that overflows
+        raise ValueError(f'--model: {error}') from error
+
+
+def make_optimizer(
+    s: SimpleNamespace, model: HierarchicalTransformer, accelerator: Accelerator
+) -> torch.optim.Optimizer:
+    return build_optimizer(
+        model, s.optimizer, lr=s.lr, table_lr=s.table_lr, weight_decay=s.weight_decay, device=accelerator.device,
+        sparse=not (accelerator.is_fsdp2 or s.compile),
+    )  # fmt: skip
+
+
+class Learner:
+    """The model, its optimizer and the states of segments: everything that a training step changes.
+
+    Args:
+        s: the settings of the run.
+        accelerator: of the process.
+        batches: the training data.
+        progress: updated by each step.
+
+    Raises:
+        ValueError: the settings cannot build a model, or FSDP2 cannot shard it.
+    """
+
+    def __init__(self, s: SimpleNamespace, accelerator: Accelerator, batches: Batches, progress: Progress) -> None:
+        self.s, self.accelerator, self.batches, self.progress = s, accelerator, batches, progress
+        self.device, self.main, self.world = accelerator.device, accelerator.is_main_process, accelerator.num_processes
+        self.states: list[State] = []
+        set_seed(s.seed)
+        model = make_model(s, 'cpu', self.device)
+        if accelerator.is_fsdp2 and model.reversible:
+            raise ValueError('reversible layers run parts of a block on their own, which cannot be sharded with it')
+        if accelerator.is_fsdp2 and (shared := shared_names(model)):
+            name, first = next(iter(shared.items()))
+            raise ValueError(f'weights that blocks share, as {name} and {first}, cannot be sharded with their blocks')
+        self.wrapped, self.optimizer = accelerator.prepare(model, make_optimizer(s, model, accelerator))
+        self.model: Any = accelerator.unwrap_model(self.wrapped)
+        # gradient clipping skips row-wise tables
+        self.clipped = [p for group in self.optimizer.param_groups if group['rule'] != 'rows' for p in group['params']]
+        if s.compile:
+            compile_blocks(self.model)
+        self.average = WeightAverage(self.model, s.ema) if s.ema else None
+        # curves that runs of other settings have, too, then every loss that is on
+        always = [
+            'loss',
+            'ce',
+            'next_latent',
+            'recon',
+            *(f'next_latent/{level.compression}x' for level in model.levels),
+        ]
+        self.losses = list(dict.fromkeys((*always, *model.loss_weights)))
+
+    def restore(self, folder: Path) -> None:
+        """Loads the tensors of a checkpoint; `progress` is that of its record already."""
+        weights, tensors = checkpoints.read_tensors(folder)
+        checkpoints.restore_all(self.model, self.optimizer, self.average, weights, tensors)
+        if self.average:
+            self.average.updates = self.progress.updates
+        if self.accelerator.scaler is not None and self.progress.scaler:
+            self.accelerator.scaler.load_state_dict(self.progress.scaler)
+        if self.progress.position:
+            part = (self.accelerator.process_index, self.world)
+            self.states = checkpoints.restore_segments(
+                self.model, tensors, self.progress.position, count=self.s.grad_accum, part=part
+            )
+
+    def gather(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The weights to use and the other tensors of a checkpoint, in the main process. Updates `progress`."""
+        progress, scaler = self.progress, self.accelerator.scaler
+        progress.position = self.states[0].position if self.states else 0
+        progress.updates = self.average.updates if self.average else 0
+        progress.scaler = scaler.state_dict() if scaler is not None else {}
+        return checkpoints.gather_all(
+            self.model, self.optimizer, self.average, self.states, self.accelerator.gather, keep=self.main
+        )
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """For scoring and sampling: the model has its averaged weights and runs without torch.compile."""
+        with ExitStack() as stack:
+            if self.average:
+                stack.enter_context(self.average.applied())
+            if self.s.compile:
+                stack.enter_context(torch.compiler.set_stance('force_eager'))
+            yield
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return self.accelerator.reduce(tensor, 'sum')
+
+    def done(self) -> float:
+        """The share of the run that is done, from 0 to 1."""
+        return self.progress.step / self.s.steps if self.s.steps else self.progress.elapsed / (60 * self.s.minutes)
+
+    def gradients(self, ids: Tensor) -> Tensor:
+        """Computes the gradients of a step, over all processes.
+
+        Args:
+            ids: this process's sequences, `(grad_accum * batch_size, length)`.
+
+        Returns:
+            This process's share of the losses, in the order of `losses`, then that of the gradient norm.
+        """
+        # randomness is a function of the step, too
+        torch.manual_seed(seed_of(self.s.seed, self.progress.step, self.accelerator.process_index))
+        before: list[Any] = self.states or [None] * self.s.grad_accum
+        position = before[0].position if before[0] else 0
+        counts = self.all_reduce(self.model.count_targets(ids, position=position).to(self.device))
+
+        readings: list[Any] = [None] * self.s.grad_accum
+        if self.model.ngram_emb is not None:
+            readings = list(self.batches.readings(self.progress.step).to(self.device).chunk(self.s.grad_accum))
+        self.states, losses = [], torch.zeros(len(self.losses), device=self.device)
+        for i, batch in enumerate(ids.chunk(self.s.grad_accum)):
+            with nullcontext() if i == self.s.grad_accum - 1 else self.accelerator.no_sync(self.wrapped):
+                extra: dict[str, Any] = dict(readings=readings[i])
+                if self.s.segment_length:
+                    # the context of earlier segments, without their gradients
+                    extra |= dict(state=before[i] and before[i].detach(), return_state=True)
+                loss, parts, *after = self.wrapped(batch.to(self.device), return_loss=True, counts=counts, **extra)
+                self.states += after
+                # gradients are averaged over processes, and each loss is a share of the sum
+                self.accelerator.backward(loss * self.world)
+            values = dict(loss=loss, ce=parts.ce, next_latent=parts.next_latent, recon=parts.recon)
+            values |= parts.named
+            # the curve of a loss that is off is zero
+            losses += torch.stack([values.get(name, torch.zeros_like(loss)) for name in self.losses]).detach()
+        norm = full(self.accelerator.clip_grad_norm_(self.clipped, self.s.clip))
+        # all processes have the same norm
+        return torch.cat((losses, norm.detach()[None].to(losses) / self.world))
+
+    def step(self, ids: Tensor, clock: float = 0.0, stop: bool = False) -> tuple[bool, bool, dict[str, float]]:
+        """Trains on the sequences of a step, unless its loss or gradient is not finite.
+
+        Args:
+            ids: this process's sequences, `(grad_accum * batch_size, length)`.
+            clock: seconds of the run so far. That of the main process counts.
+            stop: whether this process was asked to stop.
+
+        Returns:
+            Whether the weights were updated, whether any process was asked to stop, and values to log.
+        """
+        progress = self.progress
+        rate = learning_rate(self.done(), highest=self.s.lr, schedule=self.s.schedule, warmup=self.s.warmup)
+        for group in self.optimizer.param_groups:
+            group['lr'] = rate * group['scale']
+        if self.batches.begins(progress.step):
+            self.states = []
+
+        # one clock and one end for all: processes that disagree would wait for each other forever
+        shared = torch.tensor([clock if self.main else 0.0, stop], device=self.device)
+        *values, norm, progress.elapsed, stops = self.all_reduce(torch.cat((self.gradients(ids), shared))).tolist()
+        learned = math.isfinite(values[0]) and math.isfinite(norm)
+        if learned or self.accelerator.scaler is not None:
+            self.optimizer.step()
+        if self.accelerator.scaler is not None:
+            # a scaler skips steps that are not finite, and tries a smaller scale
+            learned = not self.accelerator.optimizer_step_was_skipped
+        self.optimizer.zero_grad()
+
+        progress.step += 1
+        progress.in_a_row = 0 if learned else progress.in_a_row + 1
+        if learned:
+            progress.nats, progress.scored = progress.nats + values[1], progress.scored + 1
+            if self.average:
+                self.average.update()
+        else:
+            self.states = []
+            progress.skipped += 1
+        logged = dict(zip(self.losses, values, strict=True), bits_per_byte=values[1] / math.log(2))
+        return learned, stops > 0, logged | dict(learning_rate=rate, gradient_norm=norm, skipped=progress.skipped)
