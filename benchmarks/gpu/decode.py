@@ -1,14 +1,14 @@
-"""Speed of writing on one GPU: milliseconds of a step and bytes a second, for one row and for many.
+"""Generation speed on one GPU: milliseconds per step and bytes per second, for one row and for many.
 
     python benchmarks/gpu/decode.py
     python benchmarks/gpu/decode.py --models preset --batches 1 16 64 256 --context 4096
 
-Weights are bfloat16. After a context that was read beforehand, each mode writes so many bytes:
+Weights are bfloat16. The context is read beforehand. Each way then generates bytes:
 
-generate    `model.generate` as a user calls it, with its sampling: steps are replays of CUDA graphs
+generate    `model.generate` with sampling; steps are replays of CUDA graphs
 eager       the same without graphs
-step        the model alone in a loop that takes the likeliest id
-compiled    the same with `torch.compile`, which runs eagerly once it has made 8 graphs: see `graphs` in decode.json
+step        only the model, in a loop that takes the most likely id
+compiled    the same with `torch.compile`, which runs eagerly after 8 graphs (see `graphs` in decode.json)
 
 Writes decode.json to the folder $OUT.
 """
@@ -23,32 +23,33 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-# the checkout and benchmarks/ in the place of this folder, whose profile.py would hide the standard library's
-sys.path.pop(0)
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+if __name__ == '__main__':
+    # this checkout in the place of the folder of the script, whose profile.py would hide that of the standard library
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import common
-from benchmarks.gpu.common import MODELS, WIDTH, Bench
+from benchmarks.common.tables import aligned
+from benchmarks.gpu.bench import Bench, new_gpu_parser, parse_args
+from benchmarks.gpu.models import CONTEXT, HEAD, MODELS, PLAIN, WIDTH, build, parameter_counts
+from benchmarks.gpu.trainer import batches
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.training import cost
 
-OURS = [name for name in MODELS if name != 'plain transformer']
+OURS = [name for name in MODELS if name != PLAIN]
 WAYS = ('generate', 'eager', 'step', 'compiled')
 DEFAULT = ['preset', 'flat, window 64', 'flat, full']
-# seconds to allow, until the first of its kind was timed
+# seconds to allow for the first part of a kind
 EXPECTED = {'generate': 25.0, 'eager': 15.0, 'step': 15.0, 'compiled': 150.0}
 
-# writes so many ids after the ids `(batch, 1)` and the state before them
+# generates a number of ids after ids `(batch, 1)` and the state before them
 Writer = Callable[[Tensor, Any, int], object]
 
 
 @torch.no_grad()
 def write(step: Any, ids: Tensor, state: Any, count: int) -> None:
-    """Greedy writing by the state call alone."""
+    """Greedy generation that only calls the model."""
     for _ in range(count):
         logits, state = step(ids, state=state, return_state=True)
         ids = logits[:, -1:].argmax(dim=-1)
@@ -66,21 +67,22 @@ def writer_for(model: HierarchicalTransformer, way: str, toy: bool) -> Writer:
 
 @torch.no_grad()
 def measure(bench: Bench, model: HierarchicalTransformer, way: str, batch: int, args: Any) -> dict[str, Any]:
-    """Seconds of a step: the median of repeats, each of as many steps, from the same state.
+    """Seconds per step, as a median over repeats that start from the same state.
 
-    Of `generate` it is how much longer four times as many steps take, since each call captures graphs of its own.
-    `first_seconds` are those of a first call of four steps, `start_seconds` what a call takes besides its steps.
+    Each call of `generate` captures its graphs, so its time per step comes from the difference of two calls, one with
+    four times as many steps. `first_seconds` is the time of a first call of four steps. `start_seconds` is the time of
+    a call besides its steps.
     """
     context, seconds, repeats = (32, 0.0, 1) if bench.toy else (args.context, 1.0, 5)
-    prompt = next(common.batches(batch, context, bench.device, count=1))
+    prompt = next(batches(batch, context, bench.device, count=1))
     _, state = model(prompt[:, :-1], return_state=True)
     ids, writer = prompt[:, -1:], writer_for(model, way, bench.toy)
 
     def timed(count: int) -> float:
-        own = state.clone()
+        start_state = state.clone()
         cost.wait(bench.device)
         start = time.perf_counter()
-        writer(ids, own, count)
+        writer(ids, start_state, count)
         cost.wait(bench.device)
         return (time.perf_counter() - start) / count
 
@@ -103,13 +105,13 @@ def measure(bench: Bench, model: HierarchicalTransformer, way: str, batch: int, 
 
 
 def ratios_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Bytes a second of the largest batch to those of the smallest, and of each way to those of `generate`."""
+    """Bytes per second of the largest batch against the smallest, and of each way against `generate`."""
     speed = {(row['model'], row['way'], row['batch']): row['bytes_a_second'] for row in rows}
     found = {}
     for model, way, batch in speed:
-        batches = [each for name, other, each in speed if (name, other) == (model, way)]
-        if batch == max(batches) > min(batches):
-            least = min(batches)
+        sizes = [each for name, other, each in speed if (name, other) == (model, way)]
+        if batch == max(sizes) > min(sizes):
+            least = min(sizes)
             found[f'{model}, {way}: batch {batch} / {least}'] = speed[model, way, batch] / speed[model, way, least]
         if way != 'generate' and (model, 'generate', batch) in speed:
             other = speed[model, 'generate', batch]
@@ -118,13 +120,13 @@ def ratios_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = common.parser_for(__doc__)
+    parser = new_gpu_parser(__doc__)
     parser.add_argument('--models', nargs='+', choices=OURS, default=DEFAULT)
     parser.add_argument('--ways', nargs='+', choices=WAYS, default=WAYS)
     parser.add_argument('--batches', nargs='+', type=int, default=[1, 64])
-    parser.add_argument('--context', type=int, default=1024, help='bytes read beforehand')
-    parser.add_argument('--width', type=int, default=WIDTH, help=f'a multiple of {common.HEAD}')
-    args, given = common.parse(parser, argv)
+    parser.add_argument('--context', type=int, default=1024, help='bytes that are read beforehand')
+    parser.add_argument('--width', type=int, default=WIDTH, help=f'a multiple of {HEAD}')
+    args, given = parse_args(parser, argv)
     if min(args.batches) < 1:
         parser.error(f'--batches: must be at least 1, got {min(args.batches)}')
     bench = Bench('decode', args, given)
@@ -133,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for way in args.ways:
         for name in args.models:
             dtype = torch.float32 if bench.toy else torch.bfloat16
-            model = common.build(name, common.CONTEXT, args.width, bench.toy).eval().to(bench.device, dtype)
+            model = build(name, CONTEXT, args.width, bench.toy).eval().to(bench.device, dtype)
             for batch in args.batches:
                 found = bench.part(
                     f'{name}, {way}, batch {batch}',
@@ -141,12 +143,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                     kind=way, expected=EXPECTED[way],
                 )  # fmt: skip
                 if found:
-                    rows.append(dict(model=name, **common.parameter_counts(model), **found))
+                    rows.append(dict(model=name, **parameter_counts(model), **found))
             torch._dynamo.reset()
     bench.found['ratios'] = ratios = ratios_of(rows)
     bench.close(
-        common.table(
-            ('writing', 'parameters', 'batch', 'ms a step', 'bytes a second', 'start, s', 'state, MB'),
+        aligned(
+            ('generation', 'parameters', 'batch', 'ms a step', 'bytes a second', 'start, s', 'state, MB'),
             [
                 (
                     f'{row["model"]}, {row["way"]}',
@@ -160,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for row in rows
             ],
         ),
-        common.table(('bytes a second', 'ratio'), [(label, f'{value:.2f}') for label, value in ratios.items()]),
+        aligned(('bytes a second', 'ratio'), [(label, f'{value:.2f}') for label, value in ratios.items()]),
     )
 
 

@@ -1,4 +1,4 @@
-"""A plain transformer to compare with: what a few lines of PyTorch give, without anything of this library."""
+"""A plain transformer in a few lines of PyTorch, for comparison. It uses nothing of this library."""
 
 from __future__ import annotations
 
@@ -33,13 +33,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class PlainTransformer(nn.Module):
-    """Causal, with full attention by SDPA: ids `(batch, seq)` to logits, or with `return_loss` to `(loss, None)`."""
+    """Causal transformer with full attention by SDPA.
+
+    Maps ids `(batch, seq)` to logits `(batch, seq, num_tokens)`, or to `(loss, None)` with `return_loss`.
+    """
 
     def __init__(
         self, *, num_tokens: int, dim: int, depth: int, heads: int, seq_len: int, dim_head: int = 64, ff_mult: int = 4
     ) -> None:
         super().__init__()
-        # the names of the library's, by which the optimizer groups weights
+        # these names match the library's, because the optimizer groups weights by name
         self.token_emb = nn.Embedding(num_tokens, dim)
         self.layers = nn.ModuleList(Block(dim, heads, dim_head, ff_mult) for _ in range(depth))
         self.norm = nn.RMSNorm(dim)
@@ -60,8 +63,8 @@ class PlainTransformer(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten()), None
 
     def step_flops(self, length: int) -> float:
-        """Operations of a step on one sequence, counted as `training.cost.step_flops` does."""
+        """Operations of a forward and backward pass on one sequence, counted as in `training.cost.step_flops`."""
         weights = sum(p.numel() for name, p in self.named_parameters() if p.ndim == 2 and 'token_emb' not in name)
-        # scores and sums of values, each over half of the pairs
+        # attention scores and weighted sums, each over half of the pairs
         attention = sum(4 * length * length / 2 * layer.to_out.in_features for layer in self.layers)
         return 3 * (2 * weights * length + attention)

@@ -1,9 +1,9 @@
-"""Where the time of a training step goes: kernels, launch gaps, and where the host waits for the device.
+"""Where a training step spends its time: kernels, gaps between them, and places where the host waits for the device.
 
     python benchmarks/gpu/profile.py                                     the preset and the flat model, eager
     python benchmarks/gpu/profile.py --models 'flat, window 64' --modes eager compiled
 
-Writes to the folder $OUT: profile.json, profile.txt with all tables, and a Chrome trace of each model, packed, where it
+Writes to the folder $OUT: profile.json, profile.txt with all tables, and a compressed Chrome trace of each model, if it
 has less than 15 MB (open it in https://ui.perfetto.dev).
 """
 
@@ -19,157 +19,32 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-# the checkout and benchmarks/ in the place of this folder, whose profile.py would hide the standard library's
-sys.path.pop(0)
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+if __name__ == '__main__':
+    # this checkout in the place of the folder of the script, whose profile.py would hide that of the standard library
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
-from side_by_side import ROOT
 from torch.profiler import ProfilerActivity
 
-from benchmarks.gpu import common
-from benchmarks.gpu.common import CONTEXT, MODELS, MODES, PHASES, ROWS, WIDTH, Bench, Trainer
+from benchmarks.common.machine import ROOT
+from benchmarks.common.results import write_text
+from benchmarks.common.tables import aligned
+from benchmarks.gpu.bench import GIGABYTE, Bench, new_gpu_parser, parse_args
+from benchmarks.gpu.models import CONTEXT, HEAD, MODELS, MODES, ROWS, WIDTH
+from benchmarks.gpu.trace import KINDS, Trace
+from benchmarks.gpu.trainer import PHASES, Trainer, steps_within, trainer_of
 from simple_hierarchical_transformer.training import cost
-from simple_hierarchical_transformer.training.report import write_text
 
-# what the name of a kernel contains, in lower case; the first that fits counts
-KINDS = {
-    'attention': ('attention', 'flash', 'fmha', 'sdpa'),
-    'matmul': ('nvjet', 'gemm', 'cutlass', 'cublas', 'splitk', 'gemv', 'triton_tem', '::mm', '::bmm', '::addmm'),
-    'norm': ('layer_norm', 'rms_norm', 'gammabeta'),
-    'sort, gather, scatter': ('sort', 'embedding', 'gather', 'scatter', 'index_', 'indexs', 'grad_weight', 'scan'),
-    'fused elementwise': ('triton_poi',),
-    'fused reduction': ('triton_red', 'triton_per'),
-    'copy, cast': ('copy', 'memcpy', 'memset', 'catarray', 'fillfunctor', '::cat', '::fill', '::clone', '::zero'),
-    'reduction': ('reduce_kernel', '::sum', '::mean', 'norm'),
-    'elementwise': ('elementwise', 'multi_tensor_apply', '::mul', '::add', '::sub', '::div', '::pow', '::lerp'),
-}
-ON_DEVICE = ('kernel', 'gpu_memcpy', 'gpu_memset')
-ON_HOST = ('cuda_runtime', 'cuda_driver')
-LAUNCHES = ('cudaLaunch', 'cuLaunch', 'cudaGraphLaunch')
-# idle times that are longer than what the device needs between two kernels
-GAP = 5e-6
 TRACE_BYTES = 15_000_000
 DEFAULT = ['preset', 'flat, window 64']
 
 
-@dataclass(frozen=True)
-class Work:
-    """A kernel, copy or fill on the device, in seconds. On a CPU, an operation that no other one called."""
-
-    name: str
-    phase: str
-    start: float
-    seconds: float
-    bytes: int = 0
-
-    @property
-    def kind(self) -> str:
-        name = self.name.lower()
-        return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), 'other')
-
-
-def short(name: str) -> str:
-    """The name of a kernel without what most have in common."""
-    return re.sub(r'^void |at::native::|\(anonymous namespace\)::|std::|c10::', '', name)
-
-
-class Trace:
-    """What a Chrome trace of the profiler says about so many steps."""
-
-    def __init__(self, events: Sequence[dict[str, Any]], steps: int) -> None:
-        self.steps = steps
-        self.events = [event for event in events if event.get('ph') == 'X']
-        self.phases = [
-            (event['ts'], event['ts'] + event['dur'], event['name'])
-            for event in self.events
-            if event.get('cat') == 'user_annotation' and event['name'] in PHASES
-        ]
-        self.host = [event for event in self.events if event.get('cat') in ON_HOST and self.phase_at(event['ts'])]
-        self.work = sorted(self.find_work(), key=lambda work: work.start)
-
-    def phase_at(self, moment: float) -> str:
-        """In which phase the host was. A backward pass is issued by other threads, so times alone count."""
-        return next((name for start, end, name in self.phases if start <= moment < end), '')
-
-    def find_work(self) -> Iterator[Work]:
-        issued = {event['args'].get('correlation'): event['ts'] for event in self.host}
-        for event in self.events:
-            if event.get('cat') in ON_DEVICE and (at := issued.get(event['args'].get('correlation'))) is not None:
-                size = event['args'].get('bytes', 0)
-                yield Work(event['name'], self.phase_at(at), event['ts'] / 1e6, event['dur'] / 1e6, size)
-        if not issued:
-            yield from self.find_operations()
-
-    def find_operations(self) -> Iterator[Work]:
-        ends: dict[Any, float] = {}
-        operations = (event for event in self.events if event.get('cat') == 'cpu_op')
-        for event in sorted(operations, key=lambda event: (event['ts'], -event['dur'])):
-            if event['ts'] >= ends.get(event['tid'], 0.0) and (phase := self.phase_at(event['ts'])):
-                ends[event['tid']] = event['ts'] + event['dur']
-                yield Work(event['name'], phase, event['ts'] / 1e6, event['dur'] / 1e6)
-
-    def total(self, **match: str) -> float:
-        """Seconds of a step that the device works, of one `kind` or `phase` where it is given."""
-        found = (work for work in self.work if all(getattr(work, name) == value for name, value in match.items()))
-        return sum(work.seconds for work in found) / self.steps
-
-    def kernels(self) -> list[dict[str, Any]]:
-        """Of each kernel its seconds and calls in a step, the most expensive first."""
-        seconds: Counter[tuple[str, str]] = Counter()
-        calls: Counter[tuple[str, str]] = Counter()
-        for work in self.work:
-            seconds[work.name, work.kind] += work.seconds
-            calls[work.name, work.kind] += 1
-        return [
-            dict(name=short(name), kind=kind, seconds=total / self.steps, calls=calls[name, kind] / self.steps)
-            for (name, kind), total in seconds.most_common()
-        ]  # fmt: skip
-
-    def gaps(self) -> dict[str, Any]:
-        """Seconds of a step in which the device had nothing to do, and how often, by the phase of what came next."""
-        idle: Counter[str] = Counter()
-        count: Counter[str] = Counter()
-        end = self.work[0].start if self.work else 0.0
-        for before, work in pairwise(self.work):
-            end = max(end, before.start + before.seconds)
-            if work.start - end > GAP:
-                idle[work.phase] += work.start - end
-                count[work.phase] += 1
-        return {
-            phase: dict(seconds=idle[phase] / self.steps, count=count[phase] / self.steps) for phase in PHASES
-        }  # fmt: skip
-
-    def launches(self) -> dict[str, float]:
-        """How many kernels the host launches in a step, by phase."""
-        found = Counter(self.phase_at(each['ts']) for each in self.host if each['name'].startswith(LAUNCHES))
-        return {phase: found[phase] / self.steps for phase in PHASES}
-
-    def waits(self) -> dict[str, dict[str, float]]:
-        """Of each call by which the host waits for the device, how often it is made in a step, and its seconds."""
-        found = [event for event in self.host if 'Synchronize' in event['name']]
-        return {
-            name: dict(
-                calls=sum(event['name'] == name for event in found) / self.steps,
-                seconds=sum(event['dur'] for event in found if event['name'] == name) / 1e6 / self.steps,
-            )
-            for name in sorted({event['name'] for event in found})
-        }
-
-    def copied_bytes(self) -> float:
-        """Bytes that copies and fills of memory move in a step; kernels do not say how many they do."""
-        return sum(work.bytes for work in self.work) / self.steps
-
-
 @contextmanager
 def noting_waits(found: Counter[str], device: torch.device) -> Iterator[None]:
-    """Counts the places in the code at which the host waits for the device, as PyTorch's debug mode warns of them."""
+    """Counts the places where the host waits for the device. PyTorch's debug mode warns of them."""
 
     def note(message: Warning | str, *_: Any, **__: Any) -> None:
         if 'called a synchronizing' in str(message):
@@ -188,30 +63,30 @@ def noting_waits(found: Counter[str], device: torch.device) -> Iterator[None]:
 
 
 def place() -> str:
-    """The innermost lines of this checkout on the stack, the last first, and the line of any other code within."""
+    """The innermost lines of this checkout on the stack, the last first, and the innermost line of other code."""
     here = Path(__file__).resolve().parent
     stack = [
         frame for frame in traceback.extract_stack()
         if Path(frame.filename).parent != here and Path(frame.filename).name != 'warnings.py'
     ]  # fmt: skip
-    own = [frame for frame in stack if is_own(Path(frame.filename))]
-    frames = [*own[-3:][::-1], *([stack[-1]] if stack and stack[-1] not in own else [])]
+    inside = [frame for frame in stack if in_checkout(Path(frame.filename))]
+    frames = [*inside[-3:][::-1], *([stack[-1]] if stack and stack[-1] not in inside else [])]
     return ' < '.join(f'{Path(frame.filename).name}:{frame.lineno} {frame.name}' for frame in frames)
 
 
-def is_own(path: Path) -> bool:
-    """Whether it is a file of this checkout, and not of what is installed in a hidden folder there."""
+def in_checkout(path: Path) -> bool:
+    """Whether a file belongs to this checkout. Hidden folders, such as .venv, do not."""
     return path.is_relative_to(ROOT) and not path.relative_to(ROOT).parts[0].startswith('.')
 
 
 def profile_step(bench: Bench, name: str, mode: str, options: Any) -> dict[str, Any]:
-    """A model's step: timed as it is, with its waits noted, and under the profiler. Writes the trace."""
+    """Times a step of a model, counts its waits, and profiles it. Writes the trace."""
     context, rows = (256, 2) if bench.toy else (options.context, options.rows)
-    trainer = common.trainer_of(
+    trainer = trainer_of(
         bench, name, how=mode, compile_mode=options.compile_mode, context=context, rows=rows, width=options.width
     )
     found: dict[str, Any] = dict(model=name, mode=mode, context=context, rows=rows, **trainer.warm_up())
-    found |= trainer.timed(common.steps_within(trainer, 0.0 if bench.toy else 2.0))
+    found |= trainer.timed(steps_within(trainer, 0.0 if bench.toy else 2.0))
     found['host_seconds'] = host_seconds(trainer)
     places: Counter[str] = Counter()
     with noting_waits(places, bench.device):
@@ -246,7 +121,7 @@ def profile_step(bench: Bench, name: str, mode: str, options: Any) -> dict[str, 
 
 
 def host_seconds(trainer: Trainer) -> float:
-    """How long the host takes to issue a step to a device that has nothing to do."""
+    """Seconds that the host takes to issue a step to an idle device."""
     cost.wait(trainer.device)
     start = time.perf_counter()
     trainer.step()
@@ -257,7 +132,7 @@ def host_seconds(trainer: Trainer) -> float:
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
     head = ('a step', 'wall, ms', 'device, ms', 'idle', 'host issues, ms', 'launches', 'waits', 'copied, GB')
-    return common.table(
+    return aligned(
         head,
         [
             (
@@ -268,7 +143,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
                 f'{1000 * row["host_seconds"]:.1f}',
                 f'{sum(row["launches"].values()):.0f}',
                 f'{sum(each["calls"] for each in row["waits"].values()):.0f}',
-                f'{row["copied_bytes"] / common.GIGABYTE:.2f}',
+                f'{row["copied_bytes"] / GIGABYTE:.2f}',
             )
             for row in rows
         ],
@@ -276,7 +151,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def kind_table(row: dict[str, Any]) -> str:
-    """Milliseconds of a step by kind and phase."""
+    """Milliseconds of a step by kind of kernel and phase."""
     kinds = sorted(row['kinds'].items(), key=lambda item: -sum(item[1].values()))
     lines = [
         (kind, *(f'{1000 * each[phase]:.2f}' for phase in PHASES), f'{1000 * sum(each.values()):.2f}',
@@ -288,12 +163,12 @@ def kind_table(row: dict[str, Any]) -> str:
         ('idle, while profiled', *(f'{1000 * gaps[phase]["seconds"]:.2f}' for phase in PHASES),
          f'{1000 * sum(each["seconds"] for each in gaps.values()):.2f}', '')
     )  # fmt: skip
-    return common.table((f'{row["model"]}, {row["mode"]}, ms', *PHASES, 'all', 'of the device'), lines)
+    return aligned((f'{row["model"]}, {row["mode"]}, ms', *PHASES, 'all', 'of the device'), lines)
 
 
 def details(row: dict[str, Any]) -> str:
     """All tables of one model."""
-    kernels = common.table(
+    kernels = aligned(
         ('ms', 'of the device', 'calls', 'us a call', 'kind', 'kernel'),
         [
             (
@@ -307,8 +182,8 @@ def details(row: dict[str, Any]) -> str:
             for each in row['kernels']
         ],
     )
-    places = common.table(('waits', 'where'), [(count, where) for where, count in row['waits_at'].items()])
-    calls = common.table(
+    places = aligned(('waits', 'where'), [(count, where) for where, count in row['waits_at'].items()])
+    calls = aligned(
         ('calls', 'ms', 'what waits'),
         [(f'{each["calls"]:.1f}', f'{1000 * each["seconds"]:.2f}', name) for name, each in row['waits'].items()],
     )
@@ -318,16 +193,16 @@ def details(row: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = common.parser_for(__doc__)
+    parser = new_gpu_parser(__doc__)
     parser.add_argument('--models', nargs='+', choices=MODELS, default=DEFAULT)
     parser.add_argument('--modes', nargs='+', choices=MODES, default=['eager'])
     parser.add_argument('--compile-mode', default='default', choices=('default', 'max-autotune-no-cudagraphs'))
-    parser.add_argument('--width', type=int, default=WIDTH, help=f'a multiple of {common.HEAD}')
+    parser.add_argument('--width', type=int, default=WIDTH, help=f'a multiple of {HEAD}')
     parser.add_argument('--context', type=int, default=CONTEXT)
     parser.add_argument('--rows', type=int, default=ROWS, help='sequences in a batch')
-    parser.add_argument('--steps', type=int, default=2, help='to profile')
-    parser.add_argument('--top', type=int, default=60, help='kernels to name')
-    args, given = common.parse(parser, argv)
+    parser.add_argument('--steps', type=int, default=2, help='steps to profile')
+    parser.add_argument('--top', type=int, default=60, help='kernels to list')
+    args, given = parse_args(parser, argv)
     bench = Bench('profile', args, given)
     bench.measure_card()
     rows: list[dict[str, Any]] = []

@@ -1,36 +1,28 @@
-"""Steps of one package's models, timed in a process of its own: `speed.py --published` asks two of these in turns.
-
-Its argument is the folder that has the package, since the published one and this checkout have the same name.
-"""
+"""Times steps of one version of the package. `speed.py --published` starts two of these processes."""
 
 from __future__ import annotations
 
 import statistics
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
-sys.path.pop(0)
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-# before any other place that has a package of that name
-sys.path.insert(0, sys.argv[1])
-
 import torch
-from side_by_side import serve
-from train_step import CONFIGS
 
+from benchmarks.common.models import PUBLISHED
+from benchmarks.common.workers import serve
 from simple_hierarchical_transformer import HierarchicalTransformer
 
 
-class Worker:
+class Model:
+    """A model of the published package, and a batch of random ids."""
+
     def __init__(self) -> None:
         self.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
         self.held: tuple[Any, ...] | None = None
 
     def build(self, name: str, rows: int, changes: dict[str, Any]) -> None:
         self.held = self.model = self.ids = None
-        config = {**CONFIGS[name], **changes}
+        config = {**PUBLISHED[name], **changes}
         torch.manual_seed(0)
         self.model = HierarchicalTransformer(**config).to(self.device)
         self.ids = torch.randint(1, config['num_tokens'], (rows, config['seq_len']), device=self.device)
@@ -49,7 +41,7 @@ class Worker:
         loss.backward()
 
     def answer(self, **asked: Any) -> dict[str, Any]:
-        """What `measure` finds, or the error that it met: the process goes on."""
+        """The result of `measure`, or its error. The process continues after an error."""
         try:
             return self.measure(**asked)
         except Exception as error:
@@ -57,7 +49,7 @@ class Worker:
             return dict(error=f'{type(error).__name__}: {error}')
 
     def measure(self, name: str, half: bool, rows: int, steps: int, changes: dict[str, Any]) -> dict[str, Any]:
-        """Seconds of a forward and backward pass, the median over so many, and the most memory that was taken."""
+        """Median seconds of a forward and backward pass, and the peak memory in bytes."""
         if self.held != (name, rows, half):
             self.build(name, rows, changes)
             for _ in range(3):
@@ -74,5 +66,5 @@ class Worker:
         return dict(seconds=statistics.median(seconds), memory=memory)
 
 
-if __name__ == '__main__':
-    serve(Worker().answer)
+def main() -> None:
+    serve(Model().answer)

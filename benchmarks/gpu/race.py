@@ -1,18 +1,16 @@
-"""A race on one GPU: bits per byte over time of several models, on the same text, for the same minutes each.
+"""A race on one GPU: bits per byte over time of several models that train on the same text for the same minutes.
 
     python benchmarks/gpu/race.py --data FILE                    three models share nine minutes
     python benchmarks/gpu/race.py --data FILE --compile
     python benchmarks/gpu/race.py --data FILE --models preset --each 8
 
-Each is a run of train.py by the settings of the `gpu` preset, with its schedule over those minutes. The flat models
-have as many layers as make a byte cost about what it costs the preset. Bits per byte on the way are of the next 5 %
-after the 90 % that are learnt from; the last score is of the last 5 %. Writes race.json to the folder $OUT.
+Each model is a run of train.py with the settings of the `gpu` preset, and with its schedule over those minutes. The
+flat models have as many layers as cost about as much per byte as the preset. Runs train on the first 90 % of the text.
+The scores on the way come from the next 5 %, and the final one from the last 5 %. Writes race.json to the folder $OUT.
 """
 
 from __future__ import annotations
 
-import csv
-import math
 import os
 import subprocess
 import sys
@@ -21,67 +19,60 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# the checkout and benchmarks/ in the place of this folder, whose profile.py would hide the standard library's
-sys.path.pop(0)
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+if __name__ == '__main__':
+    # this checkout in the place of the folder of the script, whose profile.py would hide that of the standard library
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from side_by_side import ROOT
-
-from benchmarks.gpu import common
-from benchmarks.gpu.common import PRESET, WINDOW, Bench
-from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.data.batches import evaluation_batches, split_bytes
+from benchmarks.common.machine import CPU, ROOT
+from benchmarks.common.models import Settings, flat_depth
+from benchmarks.common.tables import aligned
+from benchmarks.common.training import load_corpus, load_final, model_options, read_metrics, train_command
+from benchmarks.gpu.bench import Bench, new_gpu_parser, parse_args
+from benchmarks.gpu.models import PRESET, WINDOW, flat, parameter_counts, preset, small, step_flops
+from simple_hierarchical_transformer.data.batches import evaluation_batches
 from simple_hierarchical_transformer.training.scores import bits_per_byte
-from simple_hierarchical_transformer.training.sources import load_sources
 
-# layers for as many tokens as those of the preset read, as in benchmarks/resolutions.py
-DEPTH = math.ceil(
-    sum(n / s for n, s in zip(PRESET['model']['depth'], PRESET['model']['hierarchical_stride'], strict=True))
-)
-MODELS: dict[str, common.Settings] = {
-    'preset': common.preset(),
-    'flat, window 64': common.flat(WINDOW, depth=DEPTH),
-    'flat, full': common.flat(None, depth=DEPTH),
+DEPTH = flat_depth(PRESET['model']['depth'], PRESET['model']['hierarchical_stride'])
+MODELS: dict[str, Settings] = {
+    'preset': preset(),
+    'flat, window 64': flat(WINDOW, depth=DEPTH),
+    'flat, full': flat(None, depth=DEPTH),
 }
-# minutes of a run besides training: starting, saving, and scoring
+# minutes of a run for starting, saving and scoring
 AROUND = 0.75
 VALID_BYTES, TEST_BYTES = 1 << 18, 1 << 21
 COLUMNS = ('step', 'bytes', 'minutes', 'train_bits_per_byte', 'valid_bits_per_byte', 'valid_streaming_bits_per_byte')
 
 
 def train(bench: Bench, name: str, args: Any, out: Path) -> dict[str, Any]:
-    """A run of train.py: its curve, and the score of its model on text that no run has seen."""
-    settings = common.small(MODELS[name]) if bench.toy else MODELS[name]
+    """The curve of a run of train.py, and the score of its model on text that no run has seen."""
+    settings = small(MODELS[name]) if bench.toy else MODELS[name]
     sizes = ['--seq-len', '64', '--batch-size', '2', '--grad-accum', '1'] if bench.toy else []
     flags = ['--compile'] if args.compile else []
     valid = 2048 if bench.toy else VALID_BYTES
-    command = [
-        sys.executable, str(ROOT / 'train.py'), '--preset', 'gpu', '--data', args.data, '--minutes', str(args.each),
-        '--seed', str(args.seed), '--checkpoint-every', str(10**9), '--valid-bytes', str(valid), '--out', str(out),
-        *sizes, *flags, '--model', *(f'{key}={value!r}' for key, value in settings.items()),
-    ]  # fmt: skip
+    command = train_command(
+        'gpu', args.data, out, '--minutes', str(args.each), '--seed', str(args.seed), '--valid-bytes', str(valid),
+        *sizes, *flags, *model_options(settings),
+    )  # fmt: skip
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH'))))
-    hidden = dict(CUDA_VISIBLE_DEVICES='', ACCELERATE_USE_CPU='true') if bench.toy else {}
+    hidden = CPU if bench.toy else {}
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': path, **hidden})
     if done.returncode:
         raise RuntimeError(f'train.py ended with {done.returncode}: {done.stderr[-2000:]}')
-    with open(out / 'metrics.csv', encoding='utf-8') as file:
-        curve = [{key: float(row[key]) for key in COLUMNS if row.get(key)} for row in csv.DictReader(file)]
-    model = HierarchicalTransformer.from_pretrained(out / 'final').to(bench.device)
-    [corpus], _ = load_sources([args.data], ROOT / 'data', text_key='text', say=print)
-    test = split_bytes(len(corpus), seq_len=model.seq_len)['test']
-    windows = evaluation_batches(corpus, test, seq_len=model.seq_len, batch_size=8, max_bytes=args.test_bytes)
+    curve = [{key: float(row[key]) for key in COLUMNS if row.get(key)} for row in read_metrics(out)]
+    model = load_final(out).to(bench.device)
+    corpus, spans = load_corpus(args.data, model.seq_len)
+    windows = evaluation_batches(corpus, spans['test'], seq_len=model.seq_len, batch_size=8, max_bytes=args.test_bytes)
     return dict(
-        model=name, minutes=args.each, compiled=args.compile, **common.parameter_counts(model),
-        flops_a_byte=common.step_flops(model, model.seq_len) / model.seq_len, steps=curve[-1]['step'],
+        model=name, minutes=args.each, compiled=args.compile, **parameter_counts(model),
+        flops_a_byte=step_flops(model, model.seq_len) / model.seq_len, steps=curve[-1]['step'],
         bytes=curve[-1]['bytes'], bytes_a_second=curve[-1]['bytes'] / (60 * curve[-1]['minutes']), curve=curve,
         test_bits_per_byte=bits_per_byte(model.eval(), windows, bench.device),
     )  # fmt: skip
 
 
 def curve_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Bits per byte of the validation split, at the moments of the first model's scores: the last up to then."""
+    """Validation bits per byte at the times of the scores of the first model. Other models show their last score."""
     if not rows:
         return ''
 
@@ -94,12 +85,12 @@ def curve_table(rows: Sequence[dict[str, Any]]) -> str:
 
     moments = [each['minutes'] for each in rows[0]['curve'] if 'valid_bits_per_byte' in each]
     head = ('bits per byte after', *(row['model'] for row in rows))
-    return common.table(head, [(f'{each:.2f} minutes', *(at(row, each) for row in rows)) for each in moments])
+    return aligned(head, [(f'{each:.2f} minutes', *(at(row, each) for row in rows)) for each in moments])
 
 
 def final_table(rows: Sequence[dict[str, Any]]) -> str:
     head = ('', 'parameters', 'GFLOP a byte', 'kB/s, scoring included', 'MB read', 'bits per byte, test')
-    return common.table(
+    return aligned(
         head,
         [
             (
@@ -116,14 +107,16 @@ def final_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = common.parser_for(__doc__)
-    parser.add_argument('--data', required=True, help='what train.py --data takes')
+    parser = new_gpu_parser(__doc__)
+    parser.add_argument('--data', required=True, help='a value of train.py --data')
     parser.add_argument('--models', nargs='+', choices=MODELS, default=list(MODELS))
-    parser.add_argument('--each', type=float, help='minutes of training of each (default: an equal share of --minutes)')
+    parser.add_argument(
+        '--each', type=float, help='training minutes of each model (default: an equal share of --minutes)'
+    )
     parser.add_argument('--compile', action='store_true', help='train with torch.compile')
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--test-bytes', type=int, default=TEST_BYTES, help='of the test split to score')
-    args, given = common.parse(parser, argv)
+    parser.add_argument('--test-bytes', type=int, default=TEST_BYTES, help='bytes of the test split to score')
+    args, given = parse_args(parser, argv)
     args.each = args.each or args.minutes / len(args.models) - AROUND
     if args.each <= 0:
         parser.error(f'--minutes: {args.minutes:g} leave no time for {len(args.models)} models')

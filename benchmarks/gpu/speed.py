@@ -1,62 +1,76 @@
-"""Speed of training on one GPU: bytes a second, share of the measured bf16 peak, memory, and where a step's time goes.
+"""Training speed on one GPU: bytes per second, share of the measured bf16 peak, memory, and the phases of a step.
 
-    python benchmarks/gpu/speed.py --short                                    four minutes: the models that targets name
-    python benchmarks/gpu/speed.py --sections main                            and those without tables
+    python benchmarks/gpu/speed.py --short                                    four minutes: the most important models
+    python benchmarks/gpu/speed.py --sections main                            also without tables
     python benchmarks/gpu/speed.py --sections contexts --modes compiled --models 'flat, window 64' 'flat, full'
     python benchmarks/gpu/speed.py --sections widths
     python benchmarks/gpu/speed.py --sections published --published FOLDER    FOLDER has the published package 0.4.0
 
-A section's models are all set up, and then timed in turns, round by round. A ratio is the median of the rounds' own.
+All models of a section are set up first, and then timed in turns. A ratio is the median of the ratios of the rounds.
 Writes speed.json to the folder $OUT.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# the checkout and benchmarks/ in the place of this folder, whose profile.py would hide the standard library's
-sys.path.pop(0)
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+if __name__ == '__main__':
+    # this checkout in the place of the folder of the script, whose profile.py would hide that of the standard library
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 import torch._dynamo
-from side_by_side import ROOT, Worker
-from train_step import CONFIGS
 
-from benchmarks.gpu import common
-from benchmarks.gpu.common import CONTEXT, MODELS, MODES, PHASES, ROWS, WIDTH, Bench, Trainer
+from benchmarks.common.machine import ROOT
+from benchmarks.common.models import PUBLISHED, PUBLISHED_TRAIN, TOY
+from benchmarks.common.tables import aligned
+from benchmarks.common.workers import Worker
+from benchmarks.gpu.bench import GIGABYTE, Bench, new_gpu_parser, parse_args
+from benchmarks.gpu.device import allocated, free, peak_allocated, reset_peak
+from benchmarks.gpu.models import (
+    CONTEXT,
+    HEAD,
+    MODELS,
+    MODES,
+    PLAIN,
+    PRESET,
+    ROWS,
+    WIDTH,
+    build,
+    parameter_counts,
+    step_flops,
+)
+from benchmarks.gpu.trainer import PHASES, Trainer, alternate, medians, trainer_of
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.training import cost
 from simple_hierarchical_transformer.training.optim import build_optimizer
 
 SECTIONS = ('main', 'published', 'contexts', 'widths')
-# the most important first, since time may not suffice for all
-TARGETS = ['flat, window 64', 'preset', 'plain transformer', 'flat, full']
+# the most important first, because there may not be time for all
+TARGETS = ['flat, window 64', 'preset', PLAIN, 'flat, full']
 CONTEXTS, WIDTHS = [1024, 4096, 8192, 16384, 65536], [512, 768, 1024, 1280, 1536]
-# constant over all contexts
+# bytes of a batch, the same for all contexts
 BATCH_BYTES = 65536
-# what models are compared by: how many times the first's that of the second is
+# quantities and pairs of models: the first divided by the second
 RATIOS = {
     'share': [('preset', 'flat, window 64'), ('preset, no tables', 'flat, window 64, no tables')],
     'bytes_a_second': [
         ('preset', 'flat, window 64'),
         ('flat, window 64', 'flat, full'),
         ('flat, window 64, no tables', 'flat, full, no tables'),
-        ('flat, full, no tables', 'plain transformer'),
-        ('flat, full', 'plain transformer'),
-        ('preset', 'plain transformer'),
+        ('flat, full, no tables', PLAIN),
+        ('flat, full', PLAIN),
+        ('preset', PLAIN),
     ],
 }
-# models of the published package, and sequences in a batch as its README and its train.py have them
-PUBLISHED = {name: 4 if name.startswith('T:') else 1 for name in list(CONFIGS)[:4]}
-# seconds to allow for setting a model up, until the first of its kind was timed
+# batch sizes of the published models, as in the README and train.py of that package
+PUBLISHED_ROWS = {name: 4 if name == PUBLISHED_TRAIN else 1 for name in PUBLISHED}
+# seconds to allow for setting up the first model of a kind
 EXPECTED = {
     'eager': 15.0, 'compiled': 25.0, 'whole': 90.0, 'plain, eager': 5.0, 'plain, compiled': 30.0, 'plain, whole': 30.0,
     'published': 40.0,
@@ -66,22 +80,22 @@ EXPECTED = {
 def set_up(
     bench: Bench, args: argparse.Namespace, name: str, mode: str, shape: dict[str, int]
 ) -> tuple[Trainer, dict[str, Any]]:
-    """A model after its first steps, and what is known by then. Its times, of a few steps alone, are a first guess."""
+    """A trainer after its first steps, and its figures so far. The times come from only a few steps."""
     context, rows = shape['context'], shape['rows']
-    common.free(bench.device)
-    before = common.allocated(bench.device)
-    common.reset_peak(bench.device)
-    trainer = common.trainer_of(
+    free(bench.device)
+    before = allocated(bench.device)
+    reset_peak(bench.device)
+    trainer = trainer_of(
         bench, name, how=mode, compile_mode=args.compile_mode, context=context, rows=rows, width=shape['width']
     )
     model = trainer.model
     counters = torch._dynamo.utils.counters
     counters.clear()
-    found: dict[str, Any] = dict(mode=mode, model=name, **shape, **common.parameter_counts(model), **trainer.warm_up())
+    found: dict[str, Any] = dict(mode=mode, model=name, **shape, **parameter_counts(model), **trainer.warm_up())
     found |= dict(
-        # other models of the section hold some too
-        memory=common.peak_allocated(bench.device) - before,
-        flops=rows * common.step_flops(model, context),
+        # without the memory of other models of the section
+        memory=peak_allocated(bench.device) - before,
+        flops=rows * step_flops(model, context),
         graphs=counters['stats']['unique_graphs'],
         graph_breaks=sum(counters['graph_break'].values()),
     )
@@ -91,7 +105,7 @@ def set_up(
 
 
 def rated(found: dict[str, Any], times: dict[str, float], peak: float) -> dict[str, Any]:
-    """With times of a step, and what they come to."""
+    """`found` with the times of a step, and the speed that follows from them."""
     speed = dict(
         bytes_a_second=found['rows'] * found['context'] / times['seconds'],
         share=found['flops'] / times['seconds'] / peak,
@@ -100,14 +114,14 @@ def rated(found: dict[str, Any], times: dict[str, float], peak: float) -> dict[s
 
 
 def memory_estimate(name: str, shape: dict[str, int], toy: bool) -> int:
-    """What `train.py --dry-run` would say, in bytes."""
+    """The estimate of `train.py --dry-run`, in bytes."""
     with torch.device('meta'):
-        model = common.build(name, shape['context'], shape['width'], toy)
-    optimizer = build_optimizer(model, common.PRESET['optimizer'], lr=1e-3, weight_decay=0.1, sparse=False)
+        model = build(name, shape['context'], shape['width'], toy)
+    optimizer = build_optimizer(model, PRESET['optimizer'], lr=1e-3, weight_decay=0.1, sparse=False)
     return sum(cost.step_memory(model, optimizer, rows=shape['rows'], length=shape['context'], half=True).values())
 
 
-# the models of a section share their code, of which by default the ninth graph would not be compiled
+# the models of a section share their code, and by default the ninth graph of a function is not compiled
 @torch._dynamo.config.patch(recompile_limit=64)
 def section(bench: Bench, args: argparse.Namespace, title: str, models: Sequence[str], **shape: int) -> str:
     """Measures models at one shape. Returns the table."""
@@ -118,33 +132,33 @@ def section(bench: Bench, args: argparse.Namespace, title: str, models: Sequence
     result: dict[str, Any] = dict(models=held, ratios={}, in_turns=False)
     bench.found.setdefault('sections', {})[title] = result
     for name, mode in contestants:
-        kind = f'plain, {mode}' if name == 'plain transformer' else mode
+        kind = f'plain, {mode}' if name == PLAIN else mode
         ready = bench.part(
             f'{title}: {name}, {mode}', lambda name=name, mode=mode: set_up(bench, args, name, mode, shape), kind=kind,
             expected=EXPECTED[kind], reserve=(1.0 + rounds * seconds) * (len(held) + 1),
         )  # fmt: skip
         if ready:
             trainers[f'{name}, {mode}'], held[f'{name}, {mode}'] = ready
-        # what lives is what `trainers` holds
+        # only `trainers` keeps a model alive
         del ready
         bench.save()
-    times = bench.part(f'{title}: timing', lambda: common.alternate(trainers, rounds, seconds))
+    times = bench.part(f'{title}: timing', lambda: alternate(trainers, rounds, seconds))
     if times:
-        held |= {key: rated(held[key], common.medians(each), bench.peak) for key, each in times.items()}
+        held |= {key: rated(held[key], medians(each), bench.peak) for key, each in times.items()}
         result |= dict(ratios=ratios_of(held, times), in_turns=True)
         bench.save()
     trainers.clear()
-    # the next shape is compiled as if it were the first
+    # the next shape is compiled anew
     torch._dynamo.reset()
-    common.free(bench.device)
+    free(bench.device)
     return '\n\n'.join(filter(None, (speed_table(title, list(held.values())), ratio_table(result['ratios']))))
 
 
 def ratios_of(held: dict[str, dict[str, Any]], times: dict[str, list[dict[str, float]]]) -> dict[str, float]:
-    """Medians over rounds of what two models did in the same round."""
+    """Ratios of two models: the median over the rounds."""
 
     def ratio(what: str, a: str, b: str) -> float:
-        # bytes a second, and operations a second where shares of the peak are compared
+        # a ratio of shares compares operations per second
         size = {key: held[key]['flops' if what == 'share' else 'rows'] for key in (a, b)}
         scale = size[a] / size[b]
         return statistics.median(scale * y['seconds'] / x['seconds'] for x, y in zip(times[a], times[b], strict=True))
@@ -164,19 +178,20 @@ def ratios_of(held: dict[str, dict[str, Any]], times: dict[str, list[dict[str, f
 
 
 def published(bench: Bench, args: argparse.Namespace) -> str:
-    """The published package and this one, on the models of its README and its train.py, in turns."""
+    """The published package and this one in turns, on the models of that package."""
     if args.published is None:
         bench.found['left_out'].append('published: --published was not given')
         return ''
     rounds, steps = (1, 1) if bench.toy else (5, 5)
     folders = {'published': args.published.resolve(), 'here': ROOT}
-    path = os.environ.get('PYTHONPATH', '')
-    script = str(Path(__file__).with_name('published.py'))
-    environment = dict(PYTHONPATH=path, **(dict(CUDA_VISIBLE_DEVICES='') if bench.toy else {}))
-    workers = {who: Worker(sys.executable, script, str(folder), **environment) for who, folder in folders.items()}
+    environment = dict(CUDA_VISIBLE_DEVICES='') if bench.toy else {}
+    workers = {
+        who: Worker('benchmarks.gpu.published', 'main', package=folder, **environment)
+        for who, folder in folders.items()
+    }
 
     def measure(name: str, half: bool, rows: int) -> dict[str, Any]:
-        changes = dict(dim=32, depth=1, seq_len=64, heads=2, dim_head=16) if bench.toy else {}
+        changes = TOY if bench.toy else {}
         found: dict[str, list[dict[str, float]]] = {who: [] for who in workers}
         for _ in range(rounds):
             for who, worker in workers.items():
@@ -185,13 +200,13 @@ def published(bench: Bench, args: argparse.Namespace) -> str:
                     raise RuntimeError(f'{who}: {answer["error"]}')
                 found[who].append(answer)
         ratios = [a['seconds'] / b['seconds'] for a, b in zip(found['published'], found['here'], strict=True)]
-        middles = {who: common.medians(each) for who, each in found.items()}
+        middles = {who: medians(each) for who, each in found.items()}
         return dict(rows=rows, ratio=statistics.median(ratios), **middles)
 
     done: dict[str, Any] = {}
     try:
         for half in (True, False):
-            for name, rows in PUBLISHED.items():
+            for name, rows in PUBLISHED_ROWS.items():
                 label = f'{name}, {"bf16" if half else "float32"}'
                 found = bench.part(
                     f'published: {label}', lambda name=name, half=half, rows=rows: measure(name, half, rows),
@@ -205,7 +220,7 @@ def published(bench: Bench, args: argparse.Namespace) -> str:
     bench.found['published'] = done
     bench.save()
     head = ('forward and backward', 'rows', 'published, ms', 'here, ms', 'ratio', 'published, GB', 'here, GB')
-    return common.table(
+    return aligned(
         head,
         [
             (
@@ -213,7 +228,7 @@ def published(bench: Bench, args: argparse.Namespace) -> str:
                 found['rows'],
                 *(f'{1000 * found[who]["seconds"]:.1f}' for who in folders),
                 f'{found["ratio"]:.2f}x',
-                *(f'{found[who]["memory"] / common.GIGABYTE:.2f}' for who in folders),
+                *(f'{found[who]["memory"] / GIGABYTE:.2f}' for who in folders),
             )
             for name, found in done.items()
         ],
@@ -222,7 +237,7 @@ def published(bench: Bench, args: argparse.Namespace) -> str:
 
 def speed_table(title: str, rows: Sequence[dict[str, Any]]) -> str:
     head = (title, 'parameters', 'kB/s', 'of the peak', 'ms a step', *PHASES, 'GB', 'estimate', 'first step')
-    return common.table(
+    return aligned(
         head,
         [
             (
@@ -232,8 +247,8 @@ def speed_table(title: str, rows: Sequence[dict[str, Any]]) -> str:
                 f'{100 * row["share"]:.1f} %',
                 f'{1000 * row["seconds"]:.1f}',
                 *(f'{1000 * row[phase]:.1f}' for phase in PHASES),
-                f'{row["memory"] / common.GIGABYTE:.2f}',
-                f'{row["memory_estimate"] / common.GIGABYTE:.2f}' if 'memory_estimate' in row else '',
+                f'{row["memory"] / GIGABYTE:.2f}',
+                f'{row["memory_estimate"] / GIGABYTE:.2f}' if 'memory_estimate' in row else '',
                 f'{row["first_step_seconds"]:.1f} s',
             )
             for row in rows
@@ -242,22 +257,26 @@ def speed_table(title: str, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def ratio_table(ratios: dict[str, float]) -> str:
-    return common.table(('ratio', ''), [(label.replace('_', ' '), f'{value:.2f}') for label, value in ratios.items()])
+    return aligned(('ratio', ''), [(label.replace('_', ' '), f'{value:.2f}') for label, value in ratios.items()])
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = common.parser_for(__doc__)
-    parser.add_argument('--short', action='store_true', help='the main section with what targets name, in 4 minutes')
+    parser = new_gpu_parser(__doc__)
+    parser.add_argument(
+        '--short', action='store_true', help='only the most important models of the main section, in 4 minutes'
+    )
     parser.add_argument('--sections', nargs='+', choices=SECTIONS, default=SECTIONS)
-    parser.add_argument('--models', nargs='+', choices=MODELS, help='default: all in main, those of targets elsewhere')
+    parser.add_argument(
+        '--models', nargs='+', choices=MODELS, help='default: all in the section main, the most important elsewhere'
+    )
     parser.add_argument('--modes', nargs='+', choices=MODES, default=['eager', 'compiled'])
     parser.add_argument('--contexts', nargs='+', type=int, default=CONTEXTS)
-    parser.add_argument('--widths', nargs='+', type=int, default=WIDTHS, help=f'multiples of {common.HEAD}')
+    parser.add_argument('--widths', nargs='+', type=int, default=WIDTHS, help=f'multiples of {HEAD}')
     parser.add_argument('--compile-mode', default='default', choices=('default', 'max-autotune-no-cudagraphs'))
-    parser.add_argument('--published', type=Path, metavar='FOLDER', help='where the published package 0.4.0 is')
-    args, given = common.parse(parser, argv)
-    if wrong := [width for width in args.widths if width < common.HEAD or width % common.HEAD]:
-        parser.error(f'--widths: must be multiples of {common.HEAD}, got {wrong[0]}')
+    parser.add_argument('--published', type=Path, metavar='FOLDER', help='folder of the published package 0.4.0')
+    args, given = parse_args(parser, argv)
+    if wrong := [width for width in args.widths if width < HEAD or width % HEAD]:
+        parser.error(f'--widths: must be multiples of {HEAD}, got {wrong[0]}')
     if wrong := [context for context in args.contexts if context < 1 or BATCH_BYTES % context]:
         parser.error(f'--contexts: must divide the {BATCH_BYTES} bytes of a batch, got {wrong[0]}')
     if args.published and not (args.published / 'simple_hierarchical_transformer').is_dir():

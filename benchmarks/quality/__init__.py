@@ -1,0 +1,1 @@
+"""How well models predict text for the same time or the same operations."""
