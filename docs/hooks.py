@@ -12,7 +12,6 @@ import posixpath
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -94,11 +93,10 @@ def options_table() -> str:
         '|---|---|---|',
     ]
     for each in options:
-        default, annotation, description = (cell.replace('|', r'\|') for cell in cells(each))
-        rows.append(f'| `{each.name}` | {default} | {description}<br><small>`{annotation}`</small> |')
+        default = default_of(each)
+        shown = f'`{default}`' if default else 'required'
+        # a pipe inside a code span would show its escape
+        annotation = str(each.type).replace('|', '&#124;')
+        description = each.metadata['help'].replace('|', r'\|')
+        rows.append(f'| `{each.name}` | {shown} | {description}<br><small><code>{annotation}</code></small> |')
     return '\n'.join(rows)
-
-
-def cells(option: dataclasses.Field[Any]) -> tuple[str, str, str]:
-    default = default_of(option)
-    return f'`{default}`' if default else 'required', str(option.type), option.metadata['help']
