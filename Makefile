@@ -35,8 +35,4 @@ $(VENV)/train $(VENV)/test $(VENV)/docs: setup.py pyproject.toml constraints.txt
 clean:
 	rm -rf $(VENV) build dist site *.egg-info
 
-<<<<<<< HEAD
-.PHONY: train sample test fast clean
-=======
 .PHONY: train sample lint test fast docs clean
->>>>>>> d0804a6 (A short README and a documentation site: one page a topic, in plain English; all examples run in the tests)

@@ -16,6 +16,7 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
 from simple_hierarchical_transformer.config import Config
 from simple_hierarchical_transformer.options import default_of
 

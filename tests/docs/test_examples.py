@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from simple_hierarchical_transformer import HierarchicalTransformer
+from simple_hierarchical_transformer import HierarchicalTransformer, objectives
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', ROOT / 'CHANGELOG.md', *sorted((ROOT / 'docs').glob('*.md'))]
-BLOCK = re.compile(r'(<!-- not run: [^\n]* -->\n)?```(?:python|py)\n(.*?)```', flags=re.DOTALL)
+BLOCK = re.compile(r'(<!-- not run: [^\n]* -->\n)?```python\n(.*?)```', flags=re.DOTALL)
 LINK = re.compile(r'\]\(([^)\s#]+)(#[^)\s]*)?\)')
 HEADING = re.compile(r'^#+ (.*)$', flags=re.MULTILINE)
 
@@ -43,6 +43,8 @@ def examples() -> list[Example]:
 @pytest.mark.parametrize('example', examples(), ids=str)
 def test_example_runs_as_written(example: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    # an example may add to it
+    monkeypatch.setattr(objectives, 'OBJECTIVES', objectives.OBJECTIVES)
     if "'model.pt'" in example.code:
         # the file that a user of version 0.4.0 has
         old = HierarchicalTransformer(num_tokens=256, dim=64, depth=2, hierarchies=(1, 4))
