@@ -1,5 +1,5 @@
-# Two commands do all set-up: `make train` and `make test`, in an environment of their own in .venv.
-# `make sample` goes on from a prompt with the model trained last: make sample ARGS='--prompt "The "'
+# Each target sets up what it needs in .venv. ARGS adds arguments: make train ARGS='--minutes 5'
+# `make sample` continues a prompt with the model that was trained last: make sample ARGS='--prompt "The "'
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,23 +11,28 @@ train: $(VENV)/train
 sample: $(VENV)/train
 	$(RUN) -m simple_hierarchical_transformer.sample "$$(ls -td runs/*/final | head -n 1)" $(ARGS)
 
-test: $(VENV)/test
+lint: $(VENV)/test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+test: lint
 	$(RUN) -m pytest -n auto --dist worksteal $(ARGS)
 
 # the contracts and the unit tests: all but those marked slow
 fast: $(VENV)/test
 	$(RUN) -m pytest -n auto --dist worksteal -m 'not slow and not gpu' $(ARGS)
 
-# one stamp for each set of packages, made anew when what it was made from changes
-$(VENV)/train $(VENV)/test: setup.py pyproject.toml constraints.txt
+docs: $(VENV)/docs
+	$(RUN) -m mkdocs build --strict $(ARGS)
+
+# one stamp for each set of packages, renewed when the files that it depends on change
+$(VENV)/train $(VENV)/test $(VENV)/docs: setup.py pyproject.toml constraints.txt
 	$(RUN) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip install -c constraints.txt -e '.[$(notdir $@)]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info
 
-.PHONY: train sample test fast clean
+.PHONY: train sample lint test fast docs clean

@@ -35,6 +35,7 @@ setup(
         'train': ['matplotlib>=3.7'],
         'tables': ['pyarrow>=17'],
         'track': ['tensorboard>=2.15'],
+        'docs': ['mkdocs-material>=9.5', 'mkdocstrings[python]>=0.26'],
         'test': [
             'pytest>=8',
             'pytest-xdist>=3.5',
