@@ -18,8 +18,8 @@ M = TypeVar('M', bound='Ablatable')
 class Ablations(threading.local):
     """The levels that each thread has ablated, by their compressions. Every thread starts with `ablated`.
 
-    Ablations may end in any order. A copy or a pickle has none. This is no context variable, because the compiler cannot
-    trace those.
+    Ablations may end in any order. A copy or a pickle has none. This is no context variable, because the compiler
+    cannot trace those.
     """
 
     def __init__(self, ablated: frozenset[int] = frozenset()) -> None:

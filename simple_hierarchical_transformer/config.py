@@ -64,8 +64,8 @@ class Config:
     )
     ff_activation: Literal['gelu', 'relu2', 'swiglu'] = option(
         'gelu',
-        help="Activation of the feed-forward: 'gelu'; 'relu2', the square of a ReLU (So et al. 2021, arXiv 2109.08668); "
-        "'swiglu', where a third map gates at the same hidden width (Shazeer 2020, arXiv 2002.05202).",
+        help="Activation of the feed-forward: 'gelu'; 'relu2', the square of a ReLU (So et al. 2021, arXiv "
+        "2109.08668); 'swiglu', where a third map gates at the same hidden width (Shazeer 2020, arXiv 2002.05202).",
         check=choice(*ACTIVATIONS),
     )
 
@@ -75,8 +75,8 @@ class Config:
     )
     word_ngrams: Sequence[int] = option(
         (),
-        help='Embed the n-grams of words that end at each byte: `(1, 2)` is the word so far, and that word with the one '
-        'before. Needs `num_tokens` of 256 to 258.',
+        help='Embed the n-grams of words that end at each byte: `(1, 2)` is the word so far, and that word with the '
+        'one before. Needs `num_tokens` of 256 to 258.',
         check=orders(1),
     )
     ngram_rows: int = option(
@@ -86,7 +86,8 @@ class Config:
     )
     ngram_dropout: float = option(
         0.0,
-        help='Share of the n-grams that training leaves out. It grows with how often a text was read before: `readings`.',
+        help='Share of the n-grams that training leaves out. It grows with how often a text was read before: '
+        '`readings`.',
         check=check_share,
     )
     recall: Sequence[int] = option(
@@ -100,8 +101,9 @@ class Config:
     )
     zero_init: bool = option(
         False,
-        help='Initialize the outputs of mixers, feed-forwards, merges and logits with zeros, so that the model starts as '
-        'its embeddings alone (Bachlechner et al. 2020, arXiv 2003.04887; Yang et al. 2022, arXiv 2203.03466).',
+        help='Initialize the outputs of mixers, feed-forwards, merges and logits with zeros, so that the model '
+        'starts as its embeddings alone (Bachlechner et al. 2020, arXiv 2003.04887; Yang et al. 2022, arXiv '
+        '2203.03466).',
         check=check_bool,
     )
 
@@ -121,8 +123,8 @@ class Config:
     )
     mixer: str | type[nn.Module] | Sequence[str | type[nn.Module]] = option(
         'attention',
-        help='Token mixer of a level: a name in `mixers.MIXERS`, or a class of modules (`mixers.Mixer`). Only attention '
-        'uses `window_sizes`.',
+        help='Token mixer of a level: a name in `mixers.MIXERS`, or a class of modules (`mixers.Mixer`). Only '
+        'attention uses `window_sizes`.',
         per_level=True,
     )
     mixer_kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = option(
@@ -130,9 +132,9 @@ class Config:
     )
     compressor: str | nn.Module | Sequence[str | nn.Module] = option(
         'conv',
-        help="How a level's tokens are made: 'conv', 'linear', 'mean', 'attention' (learned queries pool the window), or "
-        'a module that maps windows `(windows, taps, dim_in)`, oldest token first, to `(windows, dim)`. The module gets '
-        'all windows of a batch as rows and must treat each row by itself (no batch norm).',
+        help="How a level's tokens are made: 'conv', 'linear', 'mean', 'attention' (learned queries pool the window), "
+        'or a module that maps windows `(windows, taps, dim_in)`, oldest token first, to `(windows, dim)`. The '
+        'module gets all windows of a batch as rows and must treat each row by itself (no batch norm).',
         per_level=True,
     )
     autoencoder: bool = option(
@@ -150,8 +152,8 @@ class Config:
     )
     merge: Literal['concat', 'linear', 'attention'] = option(
         'concat',
-        help="How levels are pooled: 'concat', a feed-forward over all levels' tokens; 'linear', one linear map of each "
-        "other level; 'attention', where each receiving token attends to the levels' tokens at its position.",
+        help="How levels are pooled: 'concat', a feed-forward over all levels' tokens; 'linear', one linear map of "
+        "each other level; 'attention', where each receiving token attends to the levels' tokens at its position.",
         check=choice(*MERGES),
     )
     merge_window: int = option(
@@ -195,20 +197,21 @@ class Config:
     )
     ff_chunks: int = option(
         1,
-        help='Number of pieces of the sequence that feed-forwards process one after the other in training: less memory.',
+        help='Number of pieces of the sequence that feed-forwards process one after the other in training: less '
+        'memory.',
         check=integer(1, MOST_IN_TURN),
     )
     share_layers: bool = option(
         False,
-        help='Share one set of weights between all layers, which differ by a learned vector each (Universal Transformer, '
-        'Dehghani et al. 2019, arXiv 1807.03819).',
+        help='Share one set of weights between all layers, which differ by a learned vector each (Universal '
+        'Transformer, Dehghani et al. 2019, arXiv 1807.03819).',
         check=check_bool,
     )
     halting: Literal['act'] | None = option(
         None,
-        help="With `share_layers`, 'act': each token of a level that predicts decides how many layers it takes (adaptive "
-        'computation time, Graves 2016, arXiv 1603.08983). Saves time where all levels predict and all tokens of a pass '
-        'without a state have halted.',
+        help="With `share_layers`, 'act': each token of a level that predicts decides how many layers it takes "
+        '(adaptive computation time, Graves 2016, arXiv 1603.08983). Saves time where all levels predict and '
+        'all tokens of a pass without a state have halted.',
         check=optional(choice('act')),
     )
     gradient_checkpointing: bool = option(
@@ -264,8 +267,8 @@ class Config:
     next_latent_loss_type: Literal['mse_and_cosine_sim', 'mse', 'smooth_l1'] | Callable[[Tensor, Tensor], Tensor] = (
         option(
             'mse_and_cosine_sim',
-            help="'mse_and_cosine_sim', 'mse', 'smooth_l1', or a callable that maps prediction and target, both `(batch, "
-            'seq, dim)`, to a loss per element.',
+            help="'mse_and_cosine_sim', 'mse', 'smooth_l1', or a callable that maps prediction and "
+            'target, both `(batch, seq, dim)`, to a loss per element.',
             check=lambda name, value: find_latent_loss(value),
         )
     )
@@ -279,8 +282,8 @@ class Config:
     dynamic_loss_decay: float = option(1.0, help='Rate of that reduction.', check=check_number)
     chunk_summarizers: Sequence[nn.Module | None] | None = option(
         None,
-        help='For each level None (the mean over the chunk) or a causal module that maps token embeddings `(batch, seq, '
-        'max(dim))` to summaries `(batch, ceil(seq / stride), dim)`.',
+        help='For each level None (the mean over the chunk) or a causal module that maps token embeddings `(batch, '
+        'seq, max(dim))` to summaries `(batch, ceil(seq / stride), dim)`.',
         check=optional(check_sequence),
     )
     detach_summaries: bool = option(
@@ -306,8 +309,8 @@ class Config:
     )
     recon_sample: float = option(
         1.0,
-        help="Share of a level's tokens that the reconstruction loss is computed from in training mode, drawn anew each "
-        'step. Its expectation stays the same.',
+        help="Share of a level's tokens that the reconstruction loss is computed from in training mode, drawn anew "
+        'each step. Its expectation stays the same.',
         check=check_sample,
     )
 

@@ -166,7 +166,7 @@ class HierarchicalTransformer(
             for name, module in objective.modules(config).items():
                 if not hasattr(self, name):
                     self.add_module(name, nn.ModuleDict())
-                self.get_submodule(name)[str(objective.level)] = module
+                cast(nn.ModuleDict, self.get_submodule(name))[str(objective.level)] = module
 
         self.freeze_unread_modules(config)
         if config.zero_init:

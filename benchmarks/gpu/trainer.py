@@ -13,7 +13,7 @@ from torch.profiler import record_function
 from benchmarks.gpu import models
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.device import Clock
-from simple_hierarchical_transformer.data.corpus import standard_library
+from simple_hierarchical_transformer.data.files import standard_library
 from simple_hierarchical_transformer.training import cost
 from simple_hierarchical_transformer.training.optim import build_optimizer
 

@@ -23,7 +23,7 @@ Update = Callable[[list[Tensor]], list[Tensor]]
 
 
 class Reversible(Parallel):
-    """Mixers and merges read the second stream and add to the first. Feed-forwards read the first and add to the second.
+    """Mixers and merges read the second stream and add to the first. Feed-forwards do the reverse.
 
     Both streams start as the level's tokens, and their mean is the result.
     """
