@@ -117,8 +117,8 @@ def takes_logits_to_keep(model: StatefulModel) -> bool:
         return False
 
 
-class Request(NamedTuple):
-    """The checked arguments of `generate` or `stream`."""
+class Generation(NamedTuple):
+    """What `generate` and `stream` run on: their checked arguments."""
 
     reader: Reader
     """Has yet to read the prompt, up to the length of its shortest row."""
@@ -142,7 +142,7 @@ def prepare(
     state: State | None = None,
     watched: bool = False,
     **sampling: Any,
-) -> Request:
+) -> Generation:
     """Checks the arguments of `generate`. Raises ValueError if one is not allowed."""
     prompts = check_prompt(prompt, model.num_tokens, model.token_emb.weight.device)
     if (seq_len is None) == (max_new_tokens is None):
@@ -164,7 +164,7 @@ def prepare(
     first = torch.stack([row[:shortest] for row in prompts.rows])
     steps = max(map(len, prompts.rows)) - shortest + length
     reader = Reader(model, first, state, use_cache=use_cache, steps=steps, watched=watched)
-    return Request(reader, prompts, length, sampler, stops)
+    return Generation(reader, prompts, length, sampler, stops)
 
 
 def find_stops(new: Tensor, stops: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def find_stops(new: Tensor, stops: Tensor) -> Tensor:
     return ((new[:, None] == stops) | (stops == -1)).all(dim=-1).any(dim=-1)
 
 
-def draw(request: Request) -> Generator[tuple[Tensor, Tensor | None], None, None]:
+def draw(generation: Generation) -> Generator[tuple[Tensor, Tensor | None], None, None]:
     """Draws ids until each row has `seq_len` new ones or ends with a stop.
 
     All rows start at the end of the shortest prompt. As long as a longer prompt lasts, its own ids are read instead of
@@ -189,7 +189,7 @@ def draw(request: Request) -> Generator[tuple[Tensor, Tensor | None], None, None
     Yields, for each step, the ids `(batch,)` and a bool mask `(batch,)` of the rows for which the id is new. The mask
     is None if it is new for all rows. A stopped row repeats its last id. The last ids are not read.
     """
-    reader, prompts, seq_len, sampler, stops = request
+    reader, prompts, seq_len, sampler, stops = generation
     rows = prompts.rows
     device = rows[0].device
     lengths = torch.tensor([len(row) for row in rows], device=device)
@@ -229,11 +229,11 @@ def draw(request: Request) -> Generator[tuple[Tensor, Tensor | None], None, None
             return
 
 
-def draw_rows(request: Request) -> list[Tensor]:
+def draw_rows(generation: Generation) -> list[Tensor]:
     """The new ids of each row, int64 `(n,)`: `seq_len`, or fewer if the row ended with a stop."""
-    steps = list(draw(request)) if request.seq_len else []
+    steps = list(draw(generation)) if generation.seq_len else []
     if not steps:
-        return [row.new_empty(0) for row in request.prompt.rows]
+        return [row.new_empty(0) for row in generation.prompt.rows]
     ids = torch.stack([ids for ids, _ in steps], dim=1)
     if steps[0][1] is None:
         return list(ids)
@@ -244,9 +244,9 @@ def draw_rows(request: Request) -> list[Tensor]:
 class Stream:
     """Iterates over the ids of `generate` as they are drawn, int64 `(batch,)` each."""
 
-    def __init__(self, request: Request) -> None:
-        self.reader = request.reader
-        self.steps = draw(request)
+    def __init__(self, generation: Generation) -> None:
+        self.reader = generation.reader
+        self.steps = draw(generation)
 
     def __iter__(self) -> Self:
         return self
@@ -275,9 +275,9 @@ class TextStream(Stream):
     `generate` returns. A `str` holds whole characters: a character of several bytes is yielded with its last byte.
     """
 
-    def __init__(self, request: Request) -> None:
-        super().__init__(request)
-        self.prompt = request.prompt
+    def __init__(self, generation: Generation) -> None:
+        super().__init__(generation)
+        self.prompt = generation.prompt
         make = codecs.getincrementaldecoder('utf-8')
         self.decoders = [make('replace') for _ in self.prompt.rows] if self.prompt.text is str else None
 
@@ -319,17 +319,17 @@ def generate(
     **settings: Unpack[Settings],
 ) -> Generated | tuple[Generated, State]:
     """Samples up to `seq_len` new ids after `prompt`. See `Generative.generate`."""
-    request = prepare(model, prompt, seq_len, **settings)
-    if return_state and not request.prompt.equal:
+    generation = prepare(model, prompt, seq_len, **settings)
+    if return_state and not generation.prompt.equal:
         raise ValueError('prompt must have rows of equal length where return_state is given: a state has one position')
-    rows = draw_rows(request)
+    rows = draw_rows(generation)
     new: Generated
-    if request.prompt.text is not None:
-        new = request.prompt.decode(rows)
+    if generation.prompt.text is not None:
+        new = generation.prompt.decode(rows)
     else:
         longest = max(map(len, rows))
         new = torch.stack([torch.cat((row, row[-1:].expand(longest - len(row)))) for row in rows])
-    return (new, request.reader.finish()) if return_state else new
+    return (new, generation.reader.finish()) if return_state else new
 
 
 def stream(
@@ -338,7 +338,7 @@ def stream(
     """Yields what `generate` returns as it is drawn. See `Generative.stream`."""
     if unknown := sorted(set(settings) - set(Settings.__annotations__)):
         raise ValueError(f'stream takes the settings of generate but return_state, got {", ".join(unknown)}')
-    request = prepare(model, prompt, seq_len, watched=True, **settings)
-    if not request.prompt.equal:
+    generation = prepare(model, prompt, seq_len, watched=True, **settings)
+    if not generation.prompt.equal:
         raise ValueError('prompt must have rows of equal length: stream yields their ids together')
-    return (Stream if request.prompt.text is None else TextStream)(request)
+    return (Stream if generation.prompt.text is None else TextStream)(generation)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build, configs
 from hypothesis import given
+from support.configs import build, configs
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
