@@ -22,10 +22,10 @@ from .ops.window_attention import Backend
 
 
 def shift_tokens(x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Delays the second half of the channels by one token: `(batch, seq, dim)`. Peng et al. 2023, arXiv 2305.13048.
+    """Token shift: delays the second half of the channels of x `(batch, seq, dim)` by one token.
 
-    `before`, `(batch, 1, dim // 2)`, are those channels of the token before the first, zeros at the start. Returns
-    the last token's likewise.
+    `before`, `(batch, 1, dim // 2)`, are these channels of the token before the first one. Default: zeros. Returns the
+    shifted tokens, and the channels of the last token for the next chunk. Peng et al. 2023, arXiv 2305.13048.
     """
     kept, delayed = x.chunk(2, dim=-1)
     last = delayed[:, -1:]
@@ -39,13 +39,14 @@ def shift_tokens(x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tenso
 
 
 class GRUGate(nn.Module):
-    """Adds to a stream as a gated recurrent unit would, which begins by letting it pass.
+    """A residual connection that is a gated recurrent unit. It starts close to the identity.
 
         r = sigmoid(W_r y + U_r x),    z = sigmoid(W_z y + U_z x - b),    h = tanh(W_h y + U_h (r * x))
         x := (1 - z) * x + z * h
 
-    of x, the stream, and y, what a part made of it, through a ReLU; b begins at 2. The parts norm what they read, which
-    is the reordered norm of Parisotto et al. 2019, arXiv 1910.06764, section 3. `(batch, seq, dim)`, twice.
+    x is the residual stream, y the output of a mixer or feed-forward after a ReLU; both are `(batch, seq, dim)`. b starts
+    at 2. Mixers and feed-forwards norm their input, the "reordered" norm of Parisotto et al. 2019, arXiv 1910.06764,
+    section 3.
     """
 
     def __init__(self, dim: int) -> None:
@@ -66,14 +67,14 @@ class GRUGate(nn.Module):
 @register_plain
 class SquaredReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        # a product, since autocast on CUDA computes a power in float32, and a power's gradient is slow on a CPU
+        # not a power: autocast on CUDA computes powers in float32, and their gradient is slow on a CPU
         positive = F.relu(x)
         return positive * positive
 
 
 @register_plain
 class SwiGLU(nn.Module):
-    """Half of the channels, gated by the other."""
+    """The first half of the channels, gated by the second half through SiLU."""
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = x.chunk(2, dim=-1)
@@ -84,10 +85,10 @@ ACTIVATIONS: dict[str, type[nn.Module]] = dict(gelu=nn.GELU, relu2=SquaredReLU, 
 
 
 class FeedForward(nn.Module):
-    """Pre-norm feed-forward, bias-free.
+    """Pre-norm feed-forward without biases, `(batch, seq, dim)` to the same shape.
 
-    With `chunks` above 1, that many pieces of the sequence go through one after the other, and again in the backward
-    pass, so that the hidden layer of one piece alone is ever in memory.
+    With `chunks` above 1, it processes that many pieces of the sequence one after the other, and recomputes each in the
+    backward pass. Only the hidden layer of one piece is in memory at a time.
     """
 
     def __init__(self, dim: int, mult: float, chunks: int = 1, activation: str = 'gelu') -> None:
@@ -109,20 +110,26 @@ class FeedForward(nn.Module):
 
 
 class Group(NamedTuple):
-    """Phases side by side that a chunk meets equally often."""
+    """Neighboring phases that have the same number of tokens in a chunk."""
 
-    phase: int  # the first of them
-    width: int  # how many
-    token: int  # the chunk's first token of the first of them
-    rounds: int  # how many tokens each has in the chunk
-    start: int  # how many tokens each had before
+    phase: int
+    """The first phase."""
+    width: int
+    """The number of phases."""
+    token: int
+    """The index in the chunk of the first token of the first phase."""
+    rounds: int
+    """The number of tokens of each phase in the chunk."""
+    start: int
+    """The number of tokens of each phase before the chunk."""
 
 
 def phase_groups(start: int, length: int, phases: int) -> Iterator[Group]:
-    """How a chunk of `length` level tokens, the first of index `start`, falls into phases.
+    """The groups of phases of a chunk of `length` level tokens, the first of index `start`.
 
-    Counted from the phase that comes next, the chunk has whole rounds over all phases, and the first few once more:
-    so there are at most three groups, and one where the chunk is one token, or all rounds are whole from phase 0.
+    From the next phase on, a chunk has whole rounds over all phases, then one more token of the first few phases. So
+    there are at most three groups. There is one group if the chunk is one token, or if it starts at phase 0 and all
+    rounds are whole.
     """
     offset, whole, more = start % phases, length // phases, length % phases
     for first, end in pairwise(sorted({0, more, phases - offset, phases})):
@@ -131,19 +138,19 @@ def phase_groups(start: int, length: int, phases: int) -> Iterator[Group]:
 
 
 class HierarchicalBlock(nn.Module):
-    """Token mixing, then feed-forward, each on shifted tokens and added to the stream. `(batch, seq, dim)`.
+    """A token mixer, then a feed-forward. Both read shifted tokens and add to the residual stream, `(batch, seq, dim)`.
 
-    Both work within phases: level tokens whose indices agree modulo `level.phases` form one sequence.
-    A level of attention with a window of 0 has no mixer, and its tokens meet through the shift alone.
+    Both work within phases: level tokens whose indices agree modulo `level.phases` form one sequence. A level of
+    attention with a window of 0 has no mixer. Its tokens exchange information through the token shift only.
 
     Args:
-        level: whose block.
-        length: how many tokens a phase has at most, in a pass without a state.
-        layer: its number among the level's blocks, from 0.
-        attn_backend: what windowed attention runs on.
-        residual: how mixer and feed-forward add to the stream: 'add', or 'gru' through a `GRUGate`.
-        ff_activation: that of the feed-forward.
-        ff_chunks: pieces of the sequence that the feed-forward has one after the other.
+        level: the level of the block.
+        length: the largest number of tokens of a phase in a pass without a state.
+        layer: the number of the block in its level, from 0.
+        attn_backend: the kernels of windowed attention.
+        residual: how mixer and feed-forward add to the residual stream: 'add', or 'gru' through a `GRUGate`.
+        ff_activation: the activation of the feed-forward.
+        ff_chunks: the number of pieces of the sequence that the feed-forward processes one after the other.
     """
 
     def __init__(
@@ -159,7 +166,7 @@ class HierarchicalBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.phases = level.phases
-        # the token mixer, whichever it is, under the name that it has among the published package's weights
+        # the token mixer of any kind, under the published package's name
         self.attn = build_mixer(level, length=length, layer=layer, backend=attn_backend)
         self.ff = FeedForward(level.dim, level.ff_mult, ff_chunks, ff_activation)
         gated = residual == 'gru'
@@ -167,17 +174,17 @@ class HierarchicalBlock(nn.Module):
         self.ff_gate = GRUGate(level.dim) if gated else None
 
     def share_attention(self, other: HierarchicalBlock) -> None:
-        """Takes another level's weights, not its window."""
+        """Uses the weights of another level's attention, with this level's window."""
         for name in ('norm', 'qk_norm', 'to_qkv', 'to_out'):
             setattr(self.attn, name, getattr(other.attn, name))
 
     def zero_init(self) -> None:
-        """Mixer and feed-forward add nothing at first."""
+        """Initializes the outputs with zeros, so that mixer and feed-forward add nothing at first."""
         for out in (self.ff.net[-1], getattr(self.attn, 'to_out', None)):
             begin_at_zero(out)
 
     def initial_state(self, batch_size: int, like: Tensor) -> BlockState:
-        """That of a block that has read nothing, in the dtype and on the device of `like`."""
+        """The state of a block that has read nothing, in the dtype and on the device of `like`."""
         rows, half = (self.phases, batch_size), self.ff.dim // 2
         shift = like.new_zeros(*rows, 1, half)
         if self.attn is None:
@@ -186,7 +193,7 @@ class HierarchicalBlock(nn.Module):
         return BlockState(torch.zeros_like(shift), shift, tuple(tensor.unflatten(0, rows) for tensor in held))
 
     def forward(self, x: Tensor, state: BlockState | None = None, start: int = 0) -> tuple[Tensor, BlockState | None]:
-        """Level tokens `(batch, seq, dim)`, the first of index `start`."""
+        """Level tokens x `(batch, seq, dim)`, the first of index `start`, to the same shape; and the next state."""
         return self.within_phases(self.mix, x, state, start)
 
     def operations(self, n: float) -> float:
@@ -200,27 +207,30 @@ class HierarchicalBlock(nn.Module):
         state: BlockState | None = None,
         start: int = 0,
     ) -> tuple[Tensor, BlockState | None]:
-        """`part(x, state, start)`, a sequence a row, of level tokens `(batch, seq, dim)` that fall into phases."""
+        """`part(x, state, start)` within phases: `part` gets level tokens with one phase of one sequence in each row.
+
+        x: level tokens `(batch, seq, dim)`. Returns the result in the same shape, and the next state.
+        """
         b, n, d = x.shape
         p = self.phases
         if state is None and p == 1:
             return part(x, None, start)
         if state is None and torch.compiler.is_compiling():
-            # one graph for all lengths: the last round is filled up, which no token before can tell
+            # one graph for all lengths: fill up the last round, which no earlier token depends on
             filled = F.pad(x, (0, 0, 0, -n % p)).unflatten(1, (-1, p)).permute(2, 0, 1, 3)
             out, _ = part(filled.flatten(0, 1), None, start // p)
             return first_of(out.unflatten(0, (p, b)).permute(1, 2, 0, 3).flatten(1, 2), n), None
         outs: list[Tensor] = []
         parts: list[tuple[int, BlockState]] = []
         if state is not None and (with_room := getattr(self.attn, 'with_room', None)) is not None:
-            # all phases at once, before views of some are taken
+            # for all phases at once, before views of some are taken
             mixer = with_room(state.mixer, -(-(start + n) // p))
             # the compiler cannot trace the question
             if torch.compiler.is_compiling() or mixer is not state.mixer:
                 state = replace(state, mixer=mixer)
 
         for group in phase_groups(start, n, p):
-            # phases go first, as in the state; (batch, rounds, dim, phases) is a view
+            # phases lead, as in the state; (batch, rounds, dim, phases) is a view
             end = group.token + (group.rounds - 1) * p + group.width
             tokens = x[:, group.token : end].unfold(1, group.width, p).permute(3, 0, 1, 2) if p > 1 else x[None]
             own = None if state is None else state.phases(group.phase, group.width)
@@ -236,7 +246,7 @@ class HierarchicalBlock(nn.Module):
         if not outs or p == 1:
             return (outs[0][0] if outs else x), state
 
-        # whole rounds over all phases, then the phases that come once more
+        # whole rounds over all phases, then the phases with one more token
         whole, more = divmod(n, p)
         rounds = torch.cat([out[:, :, :whole] for out in outs]) if whole else x.new_empty(0, b, 0, d)
         merged = rounds.permute(1, 2, 0, 3).reshape(b, whole * p, d)
@@ -246,7 +256,7 @@ class HierarchicalBlock(nn.Module):
         return merged, state
 
     def mix(self, x: Tensor, state: BlockState | None, start: int) -> tuple[Tensor, BlockState | None]:
-        """One sequence a row, with its own state."""
+        """The block on rows that are sequences of their own."""
         if self.attn is not None:
             update, state = self.mixed(x, state, start)
             x = x + update if self.attn_gate is None else self.attn_gate(x, update)
@@ -254,13 +264,13 @@ class HierarchicalBlock(nn.Module):
         return (x + update if self.ff_gate is None else self.ff_gate(x, update)), state
 
     def mixed(self, x: Tensor, state: BlockState | None, start: int) -> tuple[Tensor, BlockState | None]:
-        """What the mixer adds to the stream."""
+        """What the mixer adds to the residual stream, and the next state."""
         mixer: Any = self.attn
         shifted, last = shift_tokens(x, None if state is None else state.mixer_shift)
         update, after = mixer(shifted, None if state is None else state.mixer, start)
         return update, state and state.after(mixer_shift=keep(state.mixer_shift, last), mixer=after)
 
     def fed(self, x: Tensor, state: BlockState | None, start: int) -> tuple[Tensor, BlockState | None]:
-        """What the feed-forward adds to the stream."""
+        """What the feed-forward adds to the residual stream, and the next state."""
         shifted, last = shift_tokens(x, None if state is None else state.ff_shift)
         return self.ff(shifted), state and state.after(ff_shift=keep(state.ff_shift, last))

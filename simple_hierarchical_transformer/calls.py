@@ -1,4 +1,4 @@
-"""What a call of the model returns, by what it is asked for: for type checkers, which see no more than Any else."""
+"""The types that a call of the model returns, for type checkers. They depend on the flags of the call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     class Reading(TypedDict, total=False):
-        """What a call takes whatever it returns."""
+        """The arguments that do not change what a call returns."""
 
         ablate_hierarchical_merge: bool
         state: State | None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, ParamSpec
 
@@ -13,19 +12,19 @@ P = ParamSpec('P')
 
 # no tensor has a longer dimension
 MOST = 10**12
-# of what is built or run one after the other
+# the most things that are built or run one after the other
 MOST_IN_TURN = 1 << 16
-# of this float32 still has the products
+# products of two such numbers still fit into float32
 LARGEST = 1e30
-# the most layers, rollout steps or codebooks of a model: more would take minutes to build, and are a mistake
+# the most layers, rollout steps or codebooks of a model: more take minutes to build, and are surely a mistake
 MOST_PARTS = 4096
 
 
 def plain(value: Any) -> Any:
-    """The value as Python's own numbers, lists, tuples and dicts, which JSON can hold.
+    """Converts a value to Python's own numbers, lists, tuples and dicts, which JSON can represent.
 
-    Numbers may come from NumPy or other libraries. Tensors and arrays become numbers or lists, other sequences tuples,
-    other mappings dicts. Modules, classes, callables and strings stay as they are.
+    Numbers of NumPy and other libraries become ints or floats. Tensors and arrays become numbers or lists, other
+    sequences become tuples, and other mappings dicts. Modules, classes, callables and strings are returned unchanged.
     """
     if value is None or isinstance(value, (str, bytes, bytearray, bool, type, nn.Module)):
         return value
@@ -43,22 +42,12 @@ def plain(value: Any) -> Any:
     return value
 
 
-def plain_arguments(function: Callable[P, None]) -> Callable[P, None]:
-    """Decorates a constructor so that it gets `plain` keyword arguments."""
-
-    @wraps(function)
-    def with_plain_arguments(*args: P.args, **kwargs: P.kwargs) -> None:
-        function(*args, **{name: plain(value) for name, value in kwargs.items()})
-
-    return with_plain_arguments
-
-
 def is_int(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_int(name: str, value: Any, minimum: int = 1, maximum: int = MOST) -> int:
-    """The value as an int. Raises ValueError where it is none, or out of bounds."""
+    """The value as an int. Raises ValueError if it is no integer or out of bounds."""
     number = plain(value)
     if not is_int(number) or number < minimum:
         raise ValueError(f'{name} must be an integer of at least {minimum}, got {value!r}')
@@ -68,7 +57,7 @@ def check_int(name: str, value: Any, minimum: int = 1, maximum: int = MOST) -> i
 
 
 def check_number(name: str, value: Any, minimum: float = 0.0, maximum: float = LARGEST) -> float:
-    """The value as an int or a float. Raises ValueError where it is none, below the minimum or not finite."""
+    """The value as an int or a float. Raises ValueError if it is no number, not finite or out of bounds."""
     number = plain(value)
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not minimum <= number < float('inf'):
         raise ValueError(f'{name} must be a finite number of at least {minimum:g}, got {value!r}')
@@ -78,7 +67,7 @@ def check_number(name: str, value: Any, minimum: float = 0.0, maximum: float = L
 
 
 def check_int_list(name: str, value: Any, stop: int) -> list[int]:
-    """The integers in `[0, stop)` of an int, or of an iterable, array or tensor of ints."""
+    """A list of integers in `[0, stop)` from an int, or from an iterable, array or tensor of ints."""
     found = plain(value)
     if is_int(found):
         found = [found]
@@ -97,7 +86,7 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
 
 
 def check_output(name: str, out: Any, expected: tuple[int, ...], given: Tensor) -> Tensor:
-    """What a module from outside returned, where it has the shape `expected`."""
+    """The output of a user's module. Raises ValueError if it does not have the shape `expected`."""
     if not isinstance(out, Tensor) or out.shape != expected:
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(f'{name} must return shape {tuple(expected)} for an input {tuple(given.shape)}, got {got}')
@@ -110,7 +99,7 @@ def check_sequence(name: str, value: Any) -> None:
 
 
 def per_level(name: str, value: Any, count: int) -> tuple[Any, ...]:
-    """One value for every level, or a tuple (list) that has one for each."""
+    """The value for each level, from one value for all or from a tuple or list with one for each."""
     if not isinstance(value, (tuple, list)):
         return (value,) * count
     if len(value) != count:

@@ -1,7 +1,7 @@
-"""From token embeddings to a level's tokens.
+"""Compressors: from token embeddings to a level's tokens.
 
-Whatever the kind, a level token is a function of the few tokens that it sums up: its window, of which it is the last.
-So each is causal, and its state is the tokens that the windows to come still reach back to.
+A level token is a function of the tokens in its window, which ends at its position. So every kind of compressor is
+causal. Its state holds the earlier tokens that later windows still contain.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_output
-from .levels import Level
+from .levels import Grid, Level
 from .memory import keep
 from .ops.linear import Part, chain, is_plain, matrix_of, register_plain
 
@@ -35,11 +35,11 @@ class Source(NamedTuple):
 
 @register_plain
 class Windows(nn.Module):
-    """The `taps` tokens, `dilation` apart, that end at each token whose index is a multiple of `stride`.
+    """The window of each token whose index is a multiple of `stride`: `taps` tokens, `dilation` apart, that end there.
 
-    x: `(batch, before + seq, dim)`, the `before = (taps - 1) * dilation` tokens before the sequence and the sequence,
-    of which token `offset` is the first with a window. Returns `(batch, ceil((seq - offset) / stride), dim * taps)`;
-    `unfolded` is a view, `(batch, ceil((seq - offset) / stride), dim, taps)`.
+    x: `(batch, before + seq, dim)`, the `before = (taps - 1) * dilation` tokens before the sequence, and the sequence.
+    Token `offset` of the sequence is the first one with a window. Returns `(batch, ceil((seq - offset) / stride), dim *
+    taps)`. `unfolded` returns a view, `(batch, ceil((seq - offset) / stride), dim, taps)`.
     """
 
     def __init__(self, taps: int, stride: int, dilation: int = 1) -> None:
@@ -56,14 +56,14 @@ class Windows(nn.Module):
         return x[:, offset:].unfold(1, self.before + 1, self.stride)[..., :: self.dilation]
 
     def indices(self, count: int, offset: int, device: torch.device) -> Tensor:
-        """Where in x the tokens of the first `count` windows stand: `(count, taps)`."""
+        """The indices in x of the tokens of the first `count` windows: `(count, taps)`."""
         first = torch.arange(count, device=device) * self.stride + offset
         return first[:, None] + torch.arange(self.taps, device=device) * self.dilation
 
 
 @register_plain
 class WindowConv(nn.Module):
-    """Holds the convolution `conv` over windows of `kernel` tokens, under the published package's name."""
+    """A convolution over windows of `kernel` tokens, under the published package's name `conv`."""
 
     def __init__(self, dim_in: int, dim_out: int, kernel: int) -> None:
         super().__init__()
@@ -77,34 +77,34 @@ class WindowConv(nn.Module):
 def by_window(conv: nn.Module, taps: int) -> Part:
     """A Conv1d as a part of a `chain`: windows `(batch, windows, dim * taps)` to `(batch, windows, dim_out)`.
 
-    A plain one runs as one matmul, because the backward of a strided conv1d is very slow on a CPU. Any other is called
-    with all windows as a batch, `(batch * windows, dim, taps)`.
+    A plain Conv1d runs as one matrix product, because the backward pass of a strided conv1d is very slow on a CPU. Any
+    other is called with all windows as a batch, `(batch * windows, dim, taps)`.
     """
     if matrix_of(conv) is not None:
         return conv
     return lambda x: conv(x.flatten(0, 1).unflatten(1, (-1, taps)))[..., 0].unflatten(0, x.shape[:2])
 
 
-# The kinds of compressing. Each maps (x, offset, absent), x and offset as for `Windows` and `absent` the number of
+# The kinds of pooling. Each maps (x, offset, absent), with x and offset as for `Windows` and `absent` the number of
 # tokens at the beginning of x that stand before the first, to `(batch, ceil((seq - offset) / stride), dim)`.
 
 
 class ConvPool(nn.Sequential):
-    """A convolution to four times the width, SiLU, and a projection: the published package's compressor."""
+    """The published package's compressor: a convolution to four times the width, SiLU, and a projection."""
 
     def __init__(self, windows: Windows, dim_in: int, dim: int) -> None:
         inner = 4 * dim_in
         super().__init__(windows, WindowConv(dim_in, inner, windows.taps), nn.SiLU(), nn.Conv1d(inner, dim, 1))
 
     def forward(self, x: Tensor, offset: int, absent: int) -> Tensor:  # type: ignore[override]
-        # anything may have been inserted after the activation
+        # a user may have inserted modules after the activation
         windows, to_inner, *between, to_dim = cast(Any, self)
         conv = by_window(to_inner.conv, to_inner.kernel) if is_plain(to_inner) else to_inner
         return chain(x, partial(windows, offset=offset), conv, *between, by_window(to_dim, 1))
 
 
 class LinearPool(nn.Module):
-    """One linear map of the window: a convolution and no more."""
+    """One linear map of the window."""
 
     def __init__(self, windows: Windows, dim_in: int, dim: int) -> None:
         super().__init__()
@@ -116,10 +116,10 @@ class LinearPool(nn.Module):
 
 
 class MeanPool(nn.Module):
-    """The mean of the window, brought to the level's width.
+    """The mean of the window, projected to the level's width if that differs.
 
-    What stands before the first token counts as zeros. The norm that follows in the model makes a mean over those
-    that exist of it, up to its eps.
+    Positions before the first token count as zeros. The norm that follows in the model rescales that to the mean over
+    the tokens that exist, up to its eps.
     """
 
     def __init__(self, windows: Windows, dim_in: int, dim: int) -> None:
@@ -132,12 +132,12 @@ class MeanPool(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Learned queries, one a head, attend over the tokens of the window, with a learned bias for each place in it.
+    """Learned queries, one for each head, attend to the tokens of the window, with a learned bias for each tap.
 
-    Of a learned query and the matrix of the keys only the product matters, so that is what is learnt: a score for
-    each head and token. In a pass scores and values are formed once a token and not once a window; with a state, the
-    tokens before the chunk have theirs formed again. Perceiver's cross-attention, with a window for its input: Jaegle
-    et al. 2021, arXiv 2103.03206.
+    Only the product of a learned query and the key matrix matters. So that product is the parameter, which gives a
+    score for each head and token. A pass computes scores and values once for each token, not once for each window. With
+    a state, it computes those of the tokens before the chunk again. This is Perceiver's cross-attention on a window:
+    Jaegle et al. 2021, arXiv 2103.03206.
     """
 
     def __init__(self, windows: Windows, dim_in: int, dim: int, *, heads: int, dim_head: int) -> None:
@@ -160,17 +160,16 @@ class AttentionPool(nn.Module):
         scores = (scores + self.place_bias).masked_fill(~exists[:, None], -torch.inf)
         values = self.windows.unfolded(chain(x, self.to_values), offset).unflatten(2, (self.heads, -1))
         weights = scores.softmax(dim=-1).to(values.dtype)
-        # place by place from views, where a product would copy every window
+        # tap by tap from views, because one product would copy every window
         places = zip(values.unbind(dim=-1), weights.unbind(dim=-1), strict=True)
         pooled: Any = sum(value * weight[..., None] for value, weight in places)
         return chain(pooled.flatten(2), self.to_out)
 
 
 class ModulePool(nn.Module):
-    """A module from outside: windows `(windows, taps, dim_in)`, oldest token first, to `(windows, dim)`.
+    """A user's module: windows `(windows, taps, dim_in)`, oldest token first, to `(windows, dim)`.
 
-    It is given all windows of all sequences in a row, and has no way of telling which of them belong together: as long
-    as it treats each row by itself, it is causal.
+    It gets all windows of all sequences as rows. It is causal if it treats each row by itself.
     """
 
     def __init__(self, windows: Windows, dim: int, module: nn.Module) -> None:
@@ -189,16 +188,15 @@ class ModulePool(nn.Module):
 def pool(
     fn: nn.Module, windows: Windows, dim: int, x: Tensor, state: Tensor | None, position: int
 ) -> tuple[Tensor, Tensor | None]:
-    """What `fn`, one of the kinds above, makes of tokens `(batch, seq, dim_in)`, the first of index `position`.
+    """Applies `fn`, one of the kinds above, to tokens x `(batch, seq, dim_in)`, the first of index `position`.
 
-    That is `(batch, ceil(seq / windows.stride), dim)`, or as many as end in the chunk.
-
-    The state is the `windows.before` tokens that came before, and comes back as those that do for what follows; where
-    there is none, zeros stand before the sequence and nothing is kept.
+    Returns the pooled tokens whose windows end in the chunk, `(batch, ceil(seq / windows.stride), dim)` at position 0,
+    and the next state. The state holds the last `windows.before` tokens. Without a state, zeros are before the sequence
+    and nothing is kept.
     """
     padded = F.pad(x, (0, 0, windows.before, 0)) if state is None else torch.cat((state, x), dim=1)
-    offset = -position % windows.stride
-    # where no window ends, there is nothing to do
+    offset = Grid(windows.stride).offset(position)
+    # no window may end in a short chunk
     tokens = (
         fn(padded, offset, max(windows.before - position, 0))
         if offset < x.shape[1]
@@ -208,22 +206,22 @@ def pool(
 
 
 class Compressor(nn.Module):
-    """Makes a level's tokens of finer ones: token `j` sees those of index `j * stride` and before, in its window.
+    """Pools finer tokens into a level's tokens: token `j` depends on the window that ends at index `j * stride`.
 
-    `(batch, seq, dim_in)` to `(batch, ceil(seq / stride), level.dim)`, by the kind of pooling that the level names. A
-    window of one token is kept, or projected where the widths differ.
+    It maps `(batch, seq, dim_in)` to `(batch, ceil(seq / stride), level.dim)` by the kind of pooling that the level
+    names. A window of one token is returned unchanged, or projected if the widths differ.
 
-    With `num_tokens`, `to_recon` maps a level token to `compression * num_tokens` logits, one set for each id that it
-    sums up.
+    With `num_tokens`, `to_recon` maps a level token to `compression * num_tokens` logits, one set for each id in its
+    window.
 
     Args:
-        level: whose tokens.
-        dim_in: width of the finer tokens.
-        taps: how many of them a window has; the level's compression by default, where they are embeddings.
-        stride: how many of them level tokens stand apart; the level's stride by default.
-        dilation: how many of them a window's tokens stand apart.
-        module: what pools, where the level names none.
-        num_tokens: size of the vocabulary, where ids are to be reconstructed.
+        level: the level.
+        dim_in: the width of the finer tokens.
+        taps: the number of finer tokens in a window. Default: the level's compression.
+        stride: the number of finer tokens from one level token to the next. Default: the level's stride.
+        dilation: the number of finer tokens from one tap to the next.
+        module: a user's module that pools, in place of the kind that the level names.
+        num_tokens: the size of the vocabulary, if ids are to be reconstructed.
     """
 
     roles: ClassVar[Mapping[str, str]] = dict(to_recon='head')
@@ -245,7 +243,7 @@ class Compressor(nn.Module):
         )
         self.dim_in, self.dim = dim_in, level.dim
         self.windows = windows
-        # a window of one token is mapped by itself
+        # a window of one token needs no pooling
         self.pools = module is not None or windows.taps > 1
         self.compress_fn: nn.Module
 
@@ -263,21 +261,23 @@ class Compressor(nn.Module):
         self.to_recon = nn.Linear(level.dim, level.compression * num_tokens, bias=False) if reconstructs else None  # type: ignore[operator]
 
     def forward(self, x: Tensor, state: Tensor | None = None, position: int = 0) -> tuple[Tensor, Tensor | None]:
-        """Tokens `(batch, seq, dim_in)`, the first of index `position`; the state is those before, as for `pool`."""
+        """Finer tokens x `(batch, seq, dim_in)`, the first of index `position`, to level tokens; see `pool`."""
         if not self.pools:
             stride = self.windows.stride
-            return chain(x[:, -position % stride :: stride], self.compress_fn), None
+            return chain(x[:, Grid(stride).offset(position) :: stride], self.compress_fn), None
         return pool(self.compress_fn, self.windows, self.dim, x, state, position)
 
 
 class Autoencoder(nn.Module):
-    """A causal convolutional encoder whose feature maps feed the levels, finer to coarser, and a decoder to train it.
+    """A causal convolutional encoder whose feature maps feed the levels, and a decoder that trains it.
 
-    The map of compression `c` is a convolution over the map of the level before, whose taps are as far apart as that
-    one's tokens reach back: so a token of it sees the embeddings of `c` positions, as in WaveNet (van den Oord et al.
-    2016, arXiv 1609.03499). Maps have the embeddings' width, and are computed no denser than a level to come asks for.
+    The feature map of compression `c` is a dilated convolution over the next finer map. The dilation is the receptive
+    field of that map, so a token of the new map depends on the embeddings of `c` positions, as in WaveNet (van den Oord
+    et al. 2016, arXiv 1609.03499). Maps have the width of the embeddings. Their stride is the smallest that this or a
+    coarser level needs.
 
-    The decoder mirrors it: of each `c`-th token of the coarsest map it makes the `c` ids that this one has seen.
+    The decoder mirrors the encoder: it reconstructs from each `c`-th token of the coarsest map the `c` ids in its
+    receptive field.
     """
 
     roles: ClassVar[Mapping[str, str]] = dict(to_ids='head')
@@ -288,7 +288,7 @@ class Autoencoder(nn.Module):
         self.order = sorted(range(len(levels)), key=lambda i: levels[i].compression)
         self.encoders = nn.ModuleDict()
         self.decoders = nn.ModuleDict()
-        # how far apart the tokens of each level's map stand
+        # the stride of each level's map
         self.grids: dict[int, int] = {}
         self.compressions: dict[int, int] = {}
 
@@ -323,24 +323,24 @@ class Autoencoder(nn.Module):
     def forward(
         self, embeds: Tensor, states: Sequence[Tensor | None], position: int
     ) -> tuple[dict[int, Tensor], list[Tensor | None]]:
-        """Embeddings `(batch, n, dim)` that begin at `position` to each level's map, and the states after them.
+        """Each level's feature map of embeddings `(batch, n, dim)`, the first at `position`; and the next states.
 
-        A level's state are the tokens of the finer map that its windows still reach back to.
+        A level's state holds the last tokens of the finer map that later windows still contain.
         """
         x, grid, maps, kept = embeds, 1, {}, list(states)
         for i in self.order:
             if str(i) in self.encoders:
                 encode: Any = self.encoders[str(i)]
-                x, kept[i] = pool(encode, encode.windows, x.shape[-1], x, states[i], -(-position // grid))
+                x, kept[i] = pool(encode, encode.windows, x.shape[-1], x, states[i], Grid(grid).count(position))
                 x, grid = F.silu(x), self.grids[i]
             maps[i] = x
         return maps, kept
 
     def decode(self, x: Tensor, position: int) -> Tensor:
-        """The coarsest map, of a chunk that begins at `position`, to what ids are read off: `(batch, ids, dim)`."""
+        """Decodes the coarsest map x of a chunk at `position` to vectors of ids, `(batch, ids, dim)`, for `to_ids`."""
         grid = self.grids[self.order[-1]]
-        apart = self.coarsest // grid
-        x = x[:, (-position // grid) % apart :: apart]
+        step = self.coarsest // grid
+        x = x[:, Grid(step).offset(Grid(grid).count(position)) :: step]
         for i in reversed(self.order):
             if str(i) in self.decoders:
                 x = F.silu(chain(x, self.decoders[str(i)])).unflatten(-1, (-1, x.shape[-1])).flatten(1, 2)

@@ -1,6 +1,7 @@
-"""Embeddings of what the last few ids say: as n-grams, and by what followed them before.
+"""Embeddings of the last few ids: of their n-grams, and of the id that followed them before.
 
-Both look up contexts by numbers, which `Contexts` makes of a history: ids plus 1, and 0 where there was none.
+Both look up contexts by hashes, which `Contexts` computes from a history. A history holds ids plus 1, and 0 before the
+first id.
 """
 
 from __future__ import annotations
@@ -19,26 +20,26 @@ from .ops.tracing import is_exporting, stable_sort
 if TYPE_CHECKING:
     from .model import HierarchicalTransformer
 
-# odd, so that a product with it loses nothing modulo 2^64: 2^64 over the golden ratio, as a signed number (Knuth, The
-# Art of Computer Programming, volume 3, section 6.4)
+# 2^64 over the golden ratio, as a signed number (Knuth, The Art of Computer Programming, volume 3, section 6.4). It is
+# odd, so multiplication by it is a bijection modulo 2^64
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
-# what gives 1 with it
+# its inverse modulo 2^64
 INVERSE = pow(GOLDEN, -1, 1 << 64) - (1 << 64)
-# what the kind of a context and its length find
+# by the kind of a context, 'ids' or 'words', and its length
 Hashes = dict[tuple[str, int], Tensor]
-# how many ids back words are looked for
+# the number of ids in which words are looked for
 WORD_REACH = 64
-# a history has fewer ids than two to this power
+# a history has less than 2^32 ids
 PLACE_BITS = 32
 
 
 def mixed(hashed: Tensor) -> Tensor:
-    """So that the high bits hang on all bits, and sums of several on each of them. 0 stays 0."""
+    """Mixes the bits of hashes: the high bits then depend on all bits. 0 stays 0."""
     return (hashed ^ (hashed >> 32)) * GOLDEN
 
 
 def ngram_hashes(history: Tensor, orders: Sequence[int]) -> list[Tensor]:
-    """A number for each n-gram, smaller n first: `(batch, seq - max(orders) + 1)`, where all of them have all ids."""
+    """The hash of each n-gram of a history `(batch, seq)`: for each n `(batch, seq - max(orders) + 1)`, smallest first."""
     before = max(orders) - 1
     n = history.shape[1] - before
     found: list[Tensor] = []
@@ -51,10 +52,10 @@ def ngram_hashes(history: Tensor, orders: Sequence[int]) -> list[Tensor]:
 
 
 def powers_of(base: int, places: Tensor) -> Tensor:
-    """`base ** (place + 1)` modulo 2^64 for places 0, 1, 2, ...: `(n,)`."""
+    """`base ** (place + 1)` modulo 2^64 for the places 0, 1, 2, ..., `(n,)`."""
     if not is_exporting():
         return torch.full_like(places, base).cumprod(0)
-    # ONNX has no cumulative product: square and multiply
+    # ONNX has no cumulative product, so square and multiply
     power = torch.ones_like(places)
     for bit in range(PLACE_BITS):
         power = torch.where(((places + 1) >> bit) % 2 == 1, power * base, power)
@@ -63,10 +64,10 @@ def powers_of(base: int, places: Tensor) -> Tensor:
 
 
 def latest(places: Tensor) -> Tensor:
-    """The largest of the places up to each, `(batch, n)`, or of the last `WORD_REACH`, which are all that count."""
+    """The cumulative maximum of places `(batch, n)`. It may cover the last `WORD_REACH` only, since no other counts."""
     if not is_exporting():
         return places.cummax(1).values
-    # nor has it a cumulative maximum: over the last 2, 4, 8, ...
+    # ONNX has no cumulative maximum, so take that of the last 2, 4, 8, ...
     back = 1
     while back < WORD_REACH:
         places = places.maximum(F.pad(places[:, :-back], (back, 0)))
@@ -75,25 +76,25 @@ def latest(places: Tensor) -> Tensor:
 
 
 def signed(number: int) -> int:
-    """Modulo 2^64, as an int64 holds it."""
+    """A number modulo 2^64 as a signed int64."""
     return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def word_hashes(history: Tensor, n: int, orders: Sequence[int]) -> list[Tensor]:
-    """A number for the last words that are begun at each of the last n ids, fewer words first: `(batch, n)`.
+    """The hash of the last words at each of the last n ids of a history: for each order `(batch, n)`, smallest first.
 
-    Ids are bytes. A word is a run of letters of ASCII, whose case does not count, and of bytes from 128 on; what stands
-    between words does not count, but for the last byte where that is none of a word's. Of the last `WORD_REACH` ids.
+    Ids are bytes. A word is a run of ASCII letters, whose case is ignored, and of bytes from 128 on. Bytes between words
+    are ignored, except for the last byte if it is no part of a word. Only the last `WORD_REACH` ids are used.
     """
     ids = history - 1
     upper = (ids >= ord('A')) & (ids <= ord('Z'))
     letters = upper | (ids >= ord('a')) & (ids <= ord('z')) | (ids >= 128) & (ids < 256)
     folded = torch.where(upper, history + 32, history)
     places = torch.arange(history.shape[1], device=history.device)
-    # of ids from one place to another a number that does not hang on where that is: a difference of sums, scaled
+    # the hash of the ids from one place to another is a scaled difference of sums, so it does not depend on the place
     powers, inverses = powers_of(GOLDEN, places), powers_of(INVERSE, places)
     sums = F.pad((folded * powers).cumsum(1), (1, 0))
-    # at each place, where the letters that end there begin, and one after the last word that is over
+    # at each place: the start of the word that ends there, and the place after the last complete word
     begun = latest(torch.where(letters, 0, places + 1))
     over = F.pad(letters[:, :-1], (1, 0)) & ~letters
     ended = latest(torch.where(over, places, 0))
@@ -105,7 +106,7 @@ def word_hashes(history: Tensor, n: int, orders: Sequence[int]) -> list[Tensor]:
     for order in range(1, max(orders) + 1):
         start = begun.gather(1, at).maximum(lowest).minimum(end)
         word = (sums.gather(1, end) - sums.gather(1, start)) * inverses[start.clamp(max=places.shape[0] - 1)]
-        # mixed, since polynomials of two words may add up to those of two others
+        # mixed, since the polynomials of two words may add up to those of two other words
         hashed = (hashed + mixed(word)) * GOLDEN
         if order in orders:
             found.append(hashed)
@@ -116,9 +117,9 @@ def word_hashes(history: Tensor, n: int, orders: Sequence[int]) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Contexts:
-    """What ends at an id: the last n ids for each n of `orders`, and the last n words for each n of `words`.
+    """The contexts that end at an id: the last n ids for each n of `orders`, the last n words for each n of `words`.
 
-    Both are in rising order, whatever they were given in.
+    Both are sorted.
     """
 
     orders: tuple[int, ...]
@@ -133,11 +134,11 @@ class Contexts:
 
     @property
     def padding(self) -> int:
-        """How many ids before an id count: as many zeros have to be where a sequence begins."""
+        """The number of earlier ids that a context can contain, and of zeros that a history starts with."""
         return max(*(order - 1 for order in self.orders), WORD_REACH if self.words else 0, 0)
 
     def hashes(self, history: Tensor) -> Hashes:
-        """A number `(batch, n)` for each context of the n ids that have `padding` others before them."""
+        """The hashes `(batch, n)` of each context at the ids of a history `(batch, padding + n)`."""
         n = history.shape[1] - self.padding
         found: Hashes = {}
         if self.orders:
@@ -149,59 +150,59 @@ class Contexts:
         return found
 
     def of(self, hashes: Hashes) -> Tensor:
-        """Those of these contexts among others: `(batch, n, contexts)`."""
+        """The hashes of these contexts, from those of more contexts: `(batch, n, contexts)`."""
         own = [('ids', order) for order in self.orders] + [('words', count) for count in self.words]
         return torch.stack([hashes[name] for name in own], dim=-1)
 
 
 class ContextEmbedding(nn.EmbeddingBag):
-    """A table for each context: the sum of one vector of each, `(batch, n, dim)`.
+    """One table for each context. The embedding is the sum of one row of each table, `(batch, n, dim)`.
 
-    What subclasses find in it, by numbers of the contexts that end at each id, is a row of each table.
+    Subclasses choose the rows from the hashes of the contexts that end at each id.
     """
 
     def __init__(self, dim: int, contexts: Contexts, rows: int) -> None:
-        # a table begins where the one before ends
+        # the tables lie one after the other
         super().__init__(len(contexts) * rows, dim, mode='sum')
         self.contexts = contexts
         self.rows = rows
 
     def reset_parameters(self) -> None:
-        # what was never read says nothing
+        # rows that were never trained have no effect
         nn.init.zeros_(self.weight)
 
     def in_table(self, found: Tensor) -> Tensor:
-        """Rows of each table `(batch, n, tables)` as those of all tables together."""
+        """Rows of each table, `(batch, n, tables)`, as rows of the weight."""
         return found + torch.arange(found.shape[-1], device=found.device) * self.rows
 
     def look_up(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
-        """The sums of `rows` `(batch, n, tables)` of all tables, weighted where `weights` are given."""
+        """The sum of the rows `(batch, n, tables)` of the weight, optionally weighted: `(batch, n, dim)`."""
         weights = None if weights is None else weights.flatten(0, 1)
         return super().forward(rows.flatten(0, 1), per_sample_weights=weights).unflatten(0, rows.shape[:2])
 
 
 class NGramEmbedding(ContextEmbedding):
-    """The sum of one vector for each n in `orders`, found by the n ids that end at a position: `(batch, n, dim)`.
+    """The sum of one embedding for each n in `orders`, of the n ids that end at a position: `(batch, n, dim)`.
 
-    The ids are hashed to a row of a table, one table for each n, so that n-grams may share a row. Pagnoni et al. 2024,
-    arXiv 2412.09871; the hash is multiplicative. Time `O(seq * len(orders) * dim)`, whatever the rows.
+    There is one table for each n. The n-gram is hashed to a row of it, so n-grams may share a row (Pagnoni et al. 2024,
+    arXiv 2412.09871; here the hash is multiplicative). Time is `O(seq * len(orders) * dim)` for any number of rows.
 
-    n-grams of words say what goes on beyond a few bytes, whatever stands between words: the word contexts of
-    compressors (Mahoney 2005, PAQ8) as embeddings.
+    n-grams of words reach further back than a few bytes, and ignore what is between words. They are the word contexts
+    of compressors (Mahoney 2005, PAQ8) as embeddings.
 
-    With `sparse` its gradient is a sparse tensor of the rows that were read. `training.optim.build_optimizer` turns it
-    on for a CPU and moves those rows alone; torch.optim.AdamW and others take no sparse gradients.
+    With `sparse`, the gradient is a sparse tensor of the rows that were read. `training.optim.build_optimizer` turns
+    this on for a CPU and updates these rows only. torch.optim.AdamW and others do not take sparse gradients.
 
     Args:
-        dim: width of the vectors.
-        orders: how many ids an n-gram has, each at least 2.
-        rows: of each table, a power of two.
-        dropout: share of the vectors that training leaves out, each by chance, the others grown in turn. A table keeps
-            what followed each rare n-gram, and from the second reading of a text on that is mistaken for knowledge.
+        dim: the width of the embeddings.
+        orders: the lengths of the n-grams, each at least 2.
+        rows: the number of rows of each table, a power of two.
+        dropout: the share of embeddings that training drops at random; the others are scaled up. A table memorizes what
+            followed each rare n-gram. When a text is read again, the model would mistake that memory for knowledge.
             So its odds are multiplied by how often the text was read before, the `readings` of a call. Default: 1. At
             0, the first reading, nothing is left out.
-        words: how many words a n-gram of words has, the one that is being read among them, each at least 1. Its ids
-            are bytes.
+        words: the lengths of the n-grams of words, the incomplete last word included, each at least 1. Ids must be
+            bytes.
     """
 
     roles: ClassVar[Mapping[str, str]] = dict(weight='rows')
@@ -221,7 +222,7 @@ class NGramEmbedding(ContextEmbedding):
         """
         rows = self.find(hashes)
         weights = None
-        # what is scored or written on the way through a training run is without gradients
+        # scoring and sampling during training run without gradients
         if self.dropout and self.training and torch.is_grad_enabled():
             readings = torch.as_tensor(readings, dtype=self.weight.dtype, device=rows.device).view(-1, 1, 1)
             odds = readings * self.dropout / (1 - self.dropout)
@@ -229,61 +230,66 @@ class NGramEmbedding(ContextEmbedding):
         return self.look_up(rows, weights)
 
     def find(self, hashes: Tensor) -> Tensor:
-        """Their rows: `(batch, n, contexts)`."""
+        """The rows of n-grams, `(batch, n, contexts)`, from their hashes in the same shape."""
         bits = self.rows.bit_length() - 1
-        # a shift of a negative number brings ones along
+        # the shift of a negative number fills with ones, so mask them
         return self.in_table((mixed(hashes) >> (64 - bits)) & (self.rows - 1))
 
 
 class RecallEmbedding(ContextEmbedding):
-    """For each n in `orders` a vector of the id that followed when the last n ids were read before: `(batch, n, dim)`.
+    """For each n in `orders`, the embedding of the id that followed the last n ids when they occurred before.
 
-    What an induction head (Olsson et al. 2022, arXiv 2209.11895) has to learn, and needs two layers that reach as far
-    for, looked up: the match model of compressors (Mahoney 2005, PAQ8) as an embedding. Where the n ids were not read
-    in the last `reach`, there is a vector for that. Time `O(seq * log(seq) * len(orders))`.
+    This looks up what an induction head (Olsson et al. 2022, arXiv 2209.11895) learns with two layers of long attention.
+    It is the match model of compressors (Mahoney 2005, PAQ8) as an embedding. If the n ids did not occur in the last
+    `reach` ids, it is the embedding of "not found". Time is `O(seq * log(seq) * len(orders))`. The result is `(batch, n,
+    dim)`.
 
     Args:
-        num_tokens: size of the vocabulary.
-        dim: width of the vectors.
-        orders: how many ids have to be the same, each at least 1.
-        reach: how many ids ago they may have ended.
-        words: how many words have to be the same, the one that is being read among them, each at least 1. Ids are
-            bytes, and words what they are in `word_hashes`.
+        num_tokens: the size of the vocabulary.
+        dim: the width of the embeddings.
+        orders: the numbers of ids that must match, each at least 1.
+        reach: the largest distance to the earlier occurrence, in ids.
+        words: the numbers of words that must match, the incomplete last word included, each at least 1. Ids must be
+            bytes. `word_hashes` defines words.
     """
 
     roles: ClassVar[Mapping[str, str]] = dict(weight='lookup')
 
     def __init__(self, num_tokens: int, dim: int, orders: Sequence[int], reach: int, words: Sequence[int] = ()) -> None:
-        # one of none, and one of each id
+        # one row for "not found", and one for each id
         super().__init__(dim, Contexts.among(orders, words), num_tokens + 1)
         self.reach = reach
 
     def forward(self, read: Tensor, hashes: Tensor, n: int) -> Tensor:  # type: ignore[override]
-        """`(batch, n, dim)` for the last n of the ids plus 1 that were read, `(batch, seq)`, at least `reach` of them
-        or all. `hashes` are the numbers of what ends at each: `(batch, seq, contexts)`.
+        """The embeddings `(batch, n, dim)` of the last n ids.
+
+        Args:
+            read: the history, `(batch, seq)`: all ids plus 1, or at least the last `reach + n`.
+            hashes: the hashes of the contexts that end at each of them, `(batch, seq, contexts)`.
+            n: the number of ids to embed.
         """
         return self.look_up(self.in_table(self.find(read, hashes, n)))
 
     def find(self, read: Tensor, hashes: Tensor, n: int) -> Tensor:
-        """The ids, plus 1, that followed the last time, and 0 where there was none: `(batch, n, contexts)`."""
+        """The ids plus 1 that followed the last time, 0 for "not found": `(batch, n, contexts)`."""
         return self.find_next(read, hashes) if n == 1 else self.find_all(read, hashes)[:, -n:]
 
     def find_all(self, read: Tensor, hashes: Tensor) -> Tensor:
         found = []
         for hashed in hashes.unbind(-1):
-            # the same side by side, in the order in which they were read: each one's neighbour is the last
+            # sorting puts equal contexts side by side in reading order, so the neighbor is the previous occurrence
             hashed, places = stable_sort(hashed)
             before, place = places[:, :-1], places[:, 1:]
             last = (hashed[:, 1:] == hashed[:, :-1]) & (place - before <= self.reach)
-            # n-grams that the beginning cuts short differ in their zeros. The last place of all comes before none
+            # n-grams cut short by the start differ in their zeros. The very last place precedes none
             ids = read.gather(1, (before + 1).clamp(max=read.shape[1] - 1))
             found.append(torch.zeros_like(places).scatter(1, place, ids.where(last, 0)))
         return torch.stack(found, dim=-1)
 
     def find_next(self, read: Tensor, hashes: Tensor) -> Tensor:
-        """The same for the last id alone, without a sort: held against all before."""
+        """The same for the last id only, by comparison with all earlier ids instead of a sort."""
         same = hashes == hashes[:, -1:]
-        # the place of the id that followed, from 1 on; nothing has followed the last
+        # the place of the id that followed, from 1 on; none followed the last
         places = torch.arange(1, read.shape[1] + 1, device=read.device) % read.shape[1]
         last = (same * places[:, None]).amax(1)
         return read.gather(1, last).where(last > 0, 0)[:, None]

@@ -1,4 +1,4 @@
-"""Adaptive computation time: each token decides how many steps it takes."""
+"""Adaptive computation time: each token decides how many layers it takes."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-# what a token may be short of 1 when it ends
+# a token halts once the sum of its probabilities is this close to 1
 EPS = 0.01
 
 
 class Pondered(NamedTuple):
-    """How far the tokens of a level have come."""
+    """The progress of a level's tokens `(batch, seq)`."""
 
     output: Tensor
-    """The mean of their steps so far, each by its weight: `(batch, seq, dim)`."""
+    """The weighted sum of their steps so far, `(batch, seq, dim)`."""
     halted: Tensor
-    """The sum of their probabilities to end so far, `(batch, seq)`."""
+    """The sum of their halting probabilities so far, `(batch, seq)`."""
     running: Tensor
-    """Which go on, `(batch, seq)`."""
+    """Which tokens have not halted, bool `(batch, seq)`."""
     cost: Tensor
-    """What they have pondered: their steps and, once they end, what they were short of 1 before: `(batch, seq)`."""
+    """Their ponder cost: the number of steps, and the remainder once they halt. `(batch, seq)`."""
 
 
 class AdaptiveHalting(nn.Module):
-    """Ends tokens where their probabilities to end sum to 1, and gives the mean of their steps by those probabilities.
+    """Halts tokens whose halting probabilities sum to 1. Their output is the mean of their steps by these probabilities.
 
-    A token that has ended stays as it is, and others go on seeing it. Its probability hangs on itself, so that it is
-    causal. Graves 2016, arXiv 1603.08983; per position: Dehghani et al. 2019, arXiv 1807.03819.
+    A halted token stays as it is, and other tokens still attend to it. A token's probability depends on that token only,
+    which keeps the model causal. Graves 2016, arXiv 1603.08983; per position: Dehghani et al. 2019, arXiv 1807.03819.
     """
 
     def __init__(self, dim: int) -> None:
@@ -41,16 +41,16 @@ class AdaptiveHalting(nn.Module):
         return Pondered(torch.zeros_like(x), zeros, torch.ones_like(zeros, dtype=torch.bool), zeros)
 
     def forward(self, old: Tensor, new: Tensor, pondered: Pondered, last: bool) -> tuple[Tensor, Pondered]:
-        """From tokens `(batch, seq, dim)` before and after a step, those that the next one gets.
+        """The tokens `(batch, seq, dim)` that the next step gets, from those before and after a step; and the progress.
 
-        All that have not ended end with the `last`.
+        With `last`, all tokens halt.
         """
         output, halted, running, cost = pondered
         probability = self.to_halt(new)[..., 0].to(halted.dtype).sigmoid()
-        ends = running & (torch.full_like(running, last) | (halted + probability >= 1 - EPS))
-        left = (1 - halted) * ends
-        goes_on = running & ~ends
-        weight = left + probability * goes_on
+        halts = running & (torch.full_like(running, last) | (halted + probability >= 1 - EPS))
+        remainder = (1 - halted) * halts
+        continues = running & ~halts
+        weight = remainder + probability * continues
         output = output + weight[..., None] * new
-        after = Pondered(output, halted + probability * goes_on, goes_on, cost + running + left)
+        after = Pondered(output, halted + probability * continues, continues, cost + running + remainder)
         return torch.where(running[..., None], new, old), after

@@ -1,7 +1,7 @@
-"""What a model keeps of a sequence between its chunks.
+"""State: what a model keeps of a sequence between chunks.
 
-Every stateful part maps `(chunk, state) -> (output, state)`, and chunks of any lengths give what one pass gives. The
-classes here hold tensors and a position, nothing else. All rows of a batch stand at the same position.
+Every stateful part maps `(chunk, state) -> (output, state)`, and chunks of any lengths give the result of one pass. The
+classes here hold tensors and a position, nothing else. All rows of a batch are at the same position.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .checks import is_int, plain
 
-# tokens that a cache has room for before it grows: few enough to be cheap, and as many as many models ever hold
+# the initial size of a cache, in tokens: small enough to be cheap, and large enough for many models
 ROOM = 1024
 
 
@@ -25,7 +25,7 @@ class Clock:
 
     Args:
         rounds: int64 `()`, on the device. A replay reads it.
-        alike: for modules whose results agree the one that computes for all.
+        alike: maps modules whose results agree to the one that computes the result for all.
     """
 
     def __init__(self, rounds: Tensor, alike: Mapping[Any, Any] | None = None) -> None:
@@ -35,17 +35,16 @@ class Clock:
 
 
 class Position(int):
-    """A position whose value is also in the memory of a device: `clock.rounds * scale + offset`.
+    """A position whose value is also in device memory: `clock.rounds * scale + offset`.
 
-    It counts as the int that it is. A CUDA graph that is captured with it serves every value of `rounds`, if what is
-    captured depends on `tensor`, or on remainders by divisors of `scale`, and not on the int. Sums with ints, products,
-    and quotients by divisors of `scale` are positions again. A remainder that depends on `rounds` raises
-    NotImplementedError.
+    It is an int. A CUDA graph captured with it is valid for every value of `rounds`, if the captured work depends on
+    `tensor` or on remainders by divisors of `scale`, and not on the int. Sums with ints, products, and quotients by
+    divisors of `scale` are positions again. A remainder that depends on `rounds` raises NotImplementedError.
 
     Args:
         value: the int.
-        clock: what it shares with other positions of the step.
-        scale: how far positions of one remainder stand apart.
+        clock: what the position shares with other positions of the step.
+        scale: the distance between positions with the same remainder.
         offset: the remainder.
     """
 
@@ -65,9 +64,9 @@ class Position(int):
         return self.once('tensor', lambda: torch.full((1,), self.offset, device=rounds.device) + rounds * self.scale)
 
     def once(self, what: Hashable, make: Callable[[], Any], module: Any = None) -> Any:
-        """`make()`, a function of the position and of `what`, computed once in a step.
+        """The result of `make()`, which depends on the position and on `what`, computed once in a step.
 
-        With `module` it depends on that too, and is shared by the modules that are `alike`.
+        With `module`, the result depends on that too, and modules that are `alike` share it.
         """
         key = (self.scale, self.offset, what, self.clock.alike.get(module, module))
         if key not in self.clock.results:
@@ -79,7 +78,7 @@ class Position(int):
 
     def __add__(self, other: Any) -> Any:
         if isinstance(other, Position) or not isinstance(other, int):
-            # a tensor counts it as an int
+            # tensors treat it as an int
             return NotImplemented
         return Position(int(self) + other, self.clock, self.scale, self.offset + other)
 
@@ -107,10 +106,10 @@ class Position(int):
 
 
 def room_for(tokens: int, limit: int) -> int:
-    """How many tokens a cache holds that was given `tokens`, and never needs more than `limit`.
+    """The size of a cache that holds `tokens` tokens now, and at most `limit` later.
 
-    That is `limit`, halved as often as it still leaves room for `tokens` and for `ROOM`. So caches grow geometrically,
-    hold at most twice what they need, and their size depends on the position alone.
+    It is `limit`, halved as long as the half has room for `tokens` and `ROOM`. So caches grow geometrically, are at most
+    twice as large as needed, and their size depends on the position only.
     """
     room = limit
     while room > (half := -(-room // 2)) >= ROOM and half >= tokens:
@@ -119,7 +118,7 @@ def room_for(tokens: int, limit: int) -> int:
 
 
 def grow(cache: Tensor, tokens: int, limit: int) -> Tensor:
-    """`cache` `(..., slots, dim)` with room for `tokens`, where that is below `limit`: new slots hold zeros."""
+    """A cache `(..., slots, dim)` with room for `tokens`, up to `limit`. New slots hold zeros."""
     slots = cache.shape[-2]
     if slots == limit or tokens <= slots:
         return cache
@@ -136,35 +135,35 @@ def keep(old: Tensor, new: Tensor) -> Tensor: ...
 
 
 def keep(old: Tensor | None, new: Tensor) -> Tensor | None:
-    """`new` as the state from now on: written over `old` where no gradient can need that, else a tensor of its own.
+    """`new` as the next state: written into `old` without gradients, else a new tensor.
 
-    None stays None: where nothing was held, nothing is kept.
+    If `old` is None, there is no state, and the result is None.
     """
     if old is None:
         return None
     if not torch.is_grad_enabled():
         return old.copy_(new)
-    # a copy, in the dtype that a state has under autocast too
+    # a copy in the dtype of the state, also under autocast
     return new.to(old.dtype, copy=True)
 
 
 @dataclass(frozen=True)
 class BlockState:
-    """What a block keeps, phase by phase.
+    """The state of a block, phase by phase.
 
-    Phases lead, so that the phases a chunk meets are a slice: a view, not a copy.
+    The phase is the first dimension, so the phases of a chunk are a slice: a view, not a copy.
     """
 
     mixer_shift: Tensor | None = None
-    """`(phases, batch, 1, dim // 2)`: the last token's delayed channels, where there is a mixer."""
+    """`(phases, batch, 1, dim // 2)`: the delayed channels of the last token before the mixer, if there is one."""
     ff_shift: Tensor | None = None
-    """`(phases, batch, 1, dim // 2)`: likewise before the feed-forward."""
+    """`(phases, batch, 1, dim // 2)`: the same before the feed-forward."""
     mixer: tuple[Tensor, ...] = ()
-    """What the mixer keeps, `(phases, batch, ...)` each: of attention keys and values."""
+    """The state of the mixer, tensors `(phases, batch, ...)`: keys and values for attention."""
 
     @classmethod
     def of(cls, held: Sequence[Tensor | None]) -> BlockState:
-        """From tensors in the order of `held`."""
+        """A state from tensors in the order of `held`."""
         return cls(held[0], held[1], tuple(held[2:]))  # type: ignore[arg-type]
 
     @property
@@ -172,20 +171,20 @@ class BlockState:
         return [self.mixer_shift, self.ff_shift, *self.mixer]
 
     def after(self, **kept: Any) -> BlockState:
-        """With what a chunk leaves, by the names of the fields. Without gradients that was written in place."""
+        """The state after a chunk, from its new fields. Without gradients, these were written in place already."""
         return replace(self, **kept) if torch.is_grad_enabled() else self
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> BlockState:
         return BlockState.of([None if tensor is None else fn(tensor) for tensor in self.held])
 
     def phases(self, first: int, count: int) -> BlockState:
-        """Views of `count` phases, each row of each phase a row of its own: `(count * batch, ...)`."""
+        """Views of `count` phases from `first` on, with phases and batch in one dimension: `(count * batch, ...)`."""
         if count == 1:
             return self.map(lambda tensor: tensor[first])
         return self.map(lambda tensor: tensor[first : first + count].flatten(0, 1))
 
     def joined(self, parts: Sequence[tuple[int, BlockState]]) -> BlockState:
-        """This state with some phases replaced: parts of it, each with its first phase, in the order of phases."""
+        """This state with some phases replaced by `parts`, pairs of the first phase and the new state, in order."""
 
         def join(whole: Tensor | None, pieces: Sequence[Tensor | None]) -> Tensor | None:
             if whole is None:
@@ -203,44 +202,44 @@ class BlockState:
 
 @dataclass(frozen=True)
 class State:
-    """What a model keeps of everything it has read, in bounded memory: pass it back with the next chunk.
+    """The state of a model after the ids that it has read, in bounded memory. Pass it with the next chunk.
 
-    With gradients enabled a state is never changed, and gradients flow through it. Without, the one passed in is
-    consumed: its tensors are written in place and handed back. `clone` keeps one. A consumed state is refused, also
-    by `clone`, `select`, `to` and `detach`, and a state whose chunk failed halfway counts as consumed.
+    With gradients enabled, a state never changes, and gradients flow through it. Without gradients, a call consumes the
+    state that it gets: it writes the tensors in place and returns them. `clone` keeps a copy. The model, `clone`,
+    `select`, `to` and `detach` refuse a consumed state. A state whose chunk failed halfway counts as consumed.
     """
 
     position: int
-    """How many ids each row has read."""
+    """The number of ids that each row has read."""
     spec: tuple[Any, ...]
-    """What the model that made it is built like: another model refuses it."""
+    """The layout of the model that made it. A model of another layout refuses it."""
     ids: Tensor | None
-    """Where n-grams are embedded or recalled, the last ids plus 1, and 0 where there was none: `(batch, before)`."""
+    """The last ids plus 1, 0 before the first id, for n-grams and recall: `(batch, before)`."""
     contexts: Tensor | None
-    """Where there is recall, numbers of the contexts that ended at the last ids: `(batch, seq_len, contexts)`."""
+    """The hashes of the contexts that ended at the last ids, for recall: `(batch, seq_len, contexts)`."""
     embeds: tuple[Tensor | None, ...]
-    """For each level what its compressor still reaches back to: of embeddings the last c - 1, `(batch, c - 1,
-    dim_embed)`, where its tokens are made of them; None where it looks at one token alone."""
+    """For each level the last tokens that its compressor still reads. From embeddings, these are the last c - 1, `(batch,
+    c - 1, dim_embed)`. None for a window of one token."""
     blocks: tuple[tuple[BlockState, ...], ...]
-    """For each layer, for each level."""
+    """By layer and level."""
     merges: tuple[tuple[Tensor | None, ...], ...]
-    """For each merge and for the logits, what stands for the positions up to each level's next token: of a strided
-    level the last token `(batch, 1, dim)`; where a merge attends, for each receiver and level the last keys and values
+    """For each merge and for the logits, what represents the positions up to each level's next token: the last token of a
+    strided level, `(batch, 1, dim)`. A merge by attention keeps for each recipient and level the last keys and values,
     `(batch, kept, 2 * heads * dim_head)`."""
     overwritten: list[bool] = field(default_factory=lambda: [False], compare=False, repr=False)
-    """One flag, shared by all states that share these tensors: see `consumed`."""
+    """A flag that all states with these tensors share: see `consumed`."""
 
     @property
     def consumed(self) -> bool:
-        """Whether a chunk that came after has written over its tensors, or has begun to."""
+        """Whether a later chunk has written into its tensors, or has started to."""
         return self.overwritten[0]
 
     def consume(self) -> None:
-        """Marks it as consumed. Call it before the first write: a write that fails leaves tensors half written."""
+        """Marks it as consumed. Call this before the first write, because a failed chunk leaves tensors half written."""
         self.overwritten[0] = True
 
     def check_valid(self) -> None:
-        """Raises ValueError where the state is consumed."""
+        """Raises ValueError if the state is consumed."""
         if self.consumed:
             raise ValueError(
                 f'state at position {self.position} was consumed by a chunk that came after it, or that failed '
@@ -248,10 +247,10 @@ class State:
             )
 
     def writable(self) -> State:
-        """This state, or a copy where its tensors may not be used as they are.
+        """This state, or a copy if its tensors cannot be used in place.
 
-        Without gradients, what a graph has computed may not be written over. Outside of inference mode, tensors made
-        in it may neither be written over nor be kept for a gradient.
+        Without gradients, tensors of a graph must not be overwritten. Outside of inference mode, tensors created in it
+        can neither be overwritten nor saved for a gradient.
         """
         # torch.compile cannot trace questions about inference mode
         asks = not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
@@ -264,7 +263,7 @@ class State:
 
     @property
     def _any(self) -> Tensor:
-        """A tensor that every state has."""
+        """A tensor that is in every state."""
         tensor = self.blocks[0][0].ff_shift
         if tensor is None:
             raise ValueError('state holds no tensors')
@@ -280,7 +279,7 @@ class State:
 
     @property
     def requires_grad(self) -> bool:
-        """Whether it carries a graph."""
+        """Whether it has a graph."""
         return any(tensor.requires_grad for tensor in self.tensors())
 
     @property
@@ -289,20 +288,20 @@ class State:
 
     @property
     def nbytes(self) -> int:
-        """The memory that its tensors take, in bytes."""
+        """The size of its tensors in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors())
 
     def tensors(self) -> Iterator[Tensor]:
-        """All that it holds."""
+        """All tensors in it."""
         held = (block.held for layer in self.blocks for block in layer)
         for tensor in chain((self.ids, self.contexts), self.embeds, *held, *self.merges):
             if tensor is not None:
                 yield tensor
 
     def map(self, fn: Callable[[Tensor], Tensor], by_phase: Callable[[Tensor], Tensor]) -> State:
-        """`fn` of every tensor that the batch leads, `by_phase` of every tensor that phases lead.
+        """Applies `fn` to tensors whose first dimension is the batch, `by_phase` to those whose first is the phase.
 
-        Raises ValueError where the state is consumed.
+        Raises ValueError if the state is consumed.
         """
         self.check_valid()
 
@@ -321,11 +320,11 @@ class State:
         )
 
     def to(self, *args: Any, **kwargs: Any) -> State:
-        """On another device, or of another dtype: takes what `Module.to` takes. Integers stay integers.
+        """The state on another device or in another dtype, with the arguments of `Module.to`. Integers stay integers.
 
-        Returns this state where nothing changes, else one that shares no memory with it.
+        Returns this state if nothing changes, else one that shares no memory with it.
 
-        Raises ValueError where the state is consumed.
+        Raises ValueError if the state is consumed.
         """
         device, dtype, blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
 
@@ -336,25 +335,25 @@ class State:
         return self if move(self._any, copy=False) is self._any else self.map(move, move)
 
     def detach(self) -> State:
-        """Without the graph that made it: gradients stop here, context does not. The memory stays the same.
+        """The state without its graph: gradients stop here, the context stays. It shares its memory with this one.
 
-        Raises ValueError where the state is consumed.
+        Raises ValueError if the state is consumed.
         """
         return replace(self.map(Tensor.detach, Tensor.detach), overwritten=self.overwritten)
 
     def clone(self) -> State:
-        """A copy to branch from.
+        """A copy that shares no memory with this state.
 
-        Raises ValueError where the state is consumed.
+        Raises ValueError if the state is consumed.
         """
         return self.map(Tensor.clone, Tensor.clone)
 
     def select(self, rows: int | Sequence[int] | Tensor) -> State:
-        """A copy with these rows of the batch, in this order; a row may come more than once, as in a beam search.
+        """A copy with these rows of the batch, in this order. Rows may repeat, as in a beam search.
 
-        `rows` are ints, an array or a tensor.
+        `rows` is an int, a list of ints, an array or a tensor.
 
-        Raises ValueError where a row is none of the batch, or the state is consumed.
+        Raises ValueError if a row is not in the batch, or the state is consumed.
         """
         chosen = plain(rows)
         chosen = [chosen] if is_int(chosen) else chosen
