@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from corpora import load, text_of, tree
+from support.commands import ROOT
 
 from simple_hierarchical_transformer.data import find_files, load_corpus
 from simple_hierarchical_transformer.data.texts import TextWriter

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from corpora import TEXT, load, text_of
+from support.commands import ROOT
 from torch.utils.data import DataLoader
 
 from simple_hierarchical_transformer.data import Batches, Corpus, find_files

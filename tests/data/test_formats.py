@@ -23,7 +23,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import ROOT
+from support.commands import ROOT
 
 from simple_hierarchical_transformer.data import Corpus, find_files, formats, load_corpus
 from simple_hierarchical_transformer.data.texts import TextWriter

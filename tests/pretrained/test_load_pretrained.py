@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build, configs
 from hypothesis import HealthCheck, given, settings
 from saved_models import GOOD, edit_config, give_activation
+from support.configs import build, configs
 from torch import nn
 
 from simple_hierarchical_transformer import HierarchicalTransformer

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run
 from saved_models import GOOD, edit_config
+from support.commands import run
 
 from simple_hierarchical_transformer import HierarchicalTransformer, __version__, sample
 from simple_hierarchical_transformer.weights import read_tensors, write_tensors
