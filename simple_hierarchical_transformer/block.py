@@ -44,9 +44,9 @@ class GRUGate(nn.Module):
         r = sigmoid(W_r y + U_r x),    z = sigmoid(W_z y + U_z x - b),    h = tanh(W_h y + U_h (r * x))
         x := (1 - z) * x + z * h
 
-    x is the residual stream, y the output of a mixer or feed-forward after a ReLU; both are `(batch, seq, dim)`. b starts
-    at 2. Mixers and feed-forwards norm their input, the "reordered" norm of Parisotto et al. 2019, arXiv 1910.06764,
-    section 3.
+    x is the residual stream, y the output of a mixer or feed-forward after a ReLU; both are `(batch, seq, dim)`. b
+    starts at 2. Mixers and feed-forwards norm their input, the "reordered" norm of Parisotto et al. 2019, arXiv
+    1910.06764, section 3.
     """
 
     def __init__(self, dim: int) -> None:

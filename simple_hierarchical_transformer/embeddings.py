@@ -39,7 +39,7 @@ def mixed(hashed: Tensor) -> Tensor:
 
 
 def ngram_hashes(history: Tensor, orders: Sequence[int]) -> list[Tensor]:
-    """The hash of each n-gram of a history `(batch, seq)`: for each n `(batch, seq - max(orders) + 1)`, smallest first."""
+    """The hashes of the n-grams of a history `(batch, seq)`: for each n `(batch, seq - max(orders) + 1)`."""
     before = max(orders) - 1
     n = history.shape[1] - before
     found: list[Tensor] = []
@@ -64,7 +64,7 @@ def powers_of(base: int, places: Tensor) -> Tensor:
 
 
 def latest(places: Tensor) -> Tensor:
-    """The cumulative maximum of places `(batch, n)`. It may cover the last `WORD_REACH` only, since no other counts."""
+    """The cumulative maximum of places `(batch, n)`. Only the last `WORD_REACH` places need to be covered."""
     if not is_exporting():
         return places.cummax(1).values
     # ONNX has no cumulative maximum, so take that of the last 2, 4, 8, ...
@@ -83,8 +83,8 @@ def signed(number: int) -> int:
 def word_hashes(history: Tensor, n: int, orders: Sequence[int]) -> list[Tensor]:
     """The hash of the last words at each of the last n ids of a history: for each order `(batch, n)`, smallest first.
 
-    Ids are bytes. A word is a run of ASCII letters, whose case is ignored, and of bytes from 128 on. Bytes between words
-    are ignored, except for the last byte if it is no part of a word. Only the last `WORD_REACH` ids are used.
+    Ids are bytes. A word is a run of ASCII letters, whose case is ignored, and of bytes from 128 on. Bytes between
+    words are ignored, except for the last byte if it is no part of a word. Only the last `WORD_REACH` ids are used.
     """
     ids = history - 1
     upper = (ids >= ord('A')) & (ids <= ord('Z'))
@@ -239,10 +239,10 @@ class NGramEmbedding(ContextEmbedding):
 class RecallEmbedding(ContextEmbedding):
     """For each n in `orders`, the embedding of the id that followed the last n ids when they occurred before.
 
-    This looks up what an induction head (Olsson et al. 2022, arXiv 2209.11895) learns with two layers of long attention.
-    It is the match model of compressors (Mahoney 2005, PAQ8) as an embedding. If the n ids did not occur in the last
-    `reach` ids, it is the embedding of "not found". Time is `O(seq * log(seq) * len(orders))`. The result is `(batch, n,
-    dim)`.
+    This looks up what an induction head (Olsson et al. 2022, arXiv 2209.11895) learns with two layers of long
+    attention. It is the match model of compressors (Mahoney 2005, PAQ8) as an embedding. If the n ids did not occur in
+    the last `reach` ids, it is the embedding of "not found". Time is `O(seq * log(seq) * len(orders))`. The result is
+    `(batch, n, dim)`.
 
     Args:
         num_tokens: the size of the vocabulary.

@@ -25,10 +25,11 @@ class Pondered(NamedTuple):
 
 
 class AdaptiveHalting(nn.Module):
-    """Halts tokens whose halting probabilities sum to 1. Their output is the mean of their steps by these probabilities.
+    """Halts tokens whose halting probabilities sum to 1. Their output is the mean of their steps, weighted by these.
 
-    A halted token stays as it is, and other tokens still attend to it. A token's probability depends on that token only,
-    which keeps the model causal. Graves 2016, arXiv 1603.08983; per position: Dehghani et al. 2019, arXiv 1807.03819.
+    A halted token stays as it is, and other tokens still attend to it. A token's probability depends on that token
+    only, which keeps the model causal. Graves 2016, arXiv 1603.08983; per position: Dehghani et al. 2019, arXiv
+    1807.03819.
     """
 
     def __init__(self, dim: int) -> None:

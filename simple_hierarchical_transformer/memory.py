@@ -108,8 +108,8 @@ class Position(int):
 def room_for(tokens: int, limit: int) -> int:
     """The size of a cache that holds `tokens` tokens now, and at most `limit` later.
 
-    It is `limit`, halved as long as the half has room for `tokens` and `ROOM`. So caches grow geometrically, are at most
-    twice as large as needed, and their size depends on the position only.
+    It is `limit`, halved as long as the half has room for `tokens` and `ROOM`. So caches grow geometrically, are at
+    most twice as large as needed, and their size depends on the position only.
     """
     room = limit
     while room > (half := -(-room // 2)) >= ROOM and half >= tokens:
@@ -218,14 +218,14 @@ class State:
     contexts: Tensor | None
     """The hashes of the contexts that ended at the last ids, for recall: `(batch, seq_len, contexts)`."""
     embeds: tuple[Tensor | None, ...]
-    """For each level the last tokens that its compressor still reads. From embeddings, these are the last c - 1, `(batch,
-    c - 1, dim_embed)`. None for a window of one token."""
+    """For each level the last tokens that its compressor still reads. From embeddings, these are the last c - 1,
+    `(batch, c - 1, dim_embed)`. None for a window of one token."""
     blocks: tuple[tuple[BlockState, ...], ...]
     """By layer and level."""
     merges: tuple[tuple[Tensor | None, ...], ...]
-    """For each merge and for the logits, what represents the positions up to each level's next token: the last token of a
-    strided level, `(batch, 1, dim)`. A merge by attention keeps for each recipient and level the last keys and values,
-    `(batch, kept, 2 * heads * dim_head)`."""
+    """For each merge and for the logits, what represents the positions up to each level's next token: the last token of
+    a strided level, `(batch, 1, dim)`. A merge by attention keeps for each recipient and level the last keys and
+    values, `(batch, kept, 2 * heads * dim_head)`."""
     overwritten: list[bool] = field(default_factory=lambda: [False], compare=False, repr=False)
     """A flag that all states with these tensors share: see `consumed`."""
 
@@ -235,7 +235,7 @@ class State:
         return self.overwritten[0]
 
     def consume(self) -> None:
-        """Marks it as consumed. Call this before the first write, because a failed chunk leaves tensors half written."""
+        """Marks it as consumed. Call this before the first write: a failed chunk leaves tensors half written."""
         self.overwritten[0] = True
 
     def check_valid(self) -> None:

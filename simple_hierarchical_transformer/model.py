@@ -97,6 +97,7 @@ class HierarchicalTransformer(
         self.reversible = config.reversible
         self.gradient_checkpointing = config.gradient_checkpointing
         self.quantize_from = config.quantize_from
+        self.recon_sample = config.recon_sample
         self.predict_level = config.predict_level
         self.predict_from = config.predict_from
         self.order = config.order

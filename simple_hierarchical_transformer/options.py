@@ -94,17 +94,18 @@ def describe(config: type[Any], width: int = 110) -> str:
 
 def takes_options(config: Callable[P, C]) -> Callable[[Callable[[M, C], None]], Callable[Concatenate[M, P], None]]:
     """Decorates a constructor that takes a `config`, so that callers give its options as keyword arguments."""
-    given = inspect.signature(config)
+    given, owner = inspect.signature(config), config.__init__.__qualname__
     annotations = {**get_type_hints(config.__init__), 'return': type(None)}
 
     def decorate(init: Callable[[M, C], None]) -> Callable[Concatenate[M, P], None]:
         @wraps(init, assigned=('__module__', '__name__', '__qualname__', '__doc__'))
         def with_options(self: M, *args: P.args, **kwargs: P.kwargs) -> None:
             try:
-                given.bind(*args, **kwargs)
+                made = config(*args, **kwargs)
             except TypeError as error:
-                raise TypeError(f'{init.__qualname__}() {error}') from None
-            init(self, config(*args, **kwargs))
+                # of a wrong name, or a missing option
+                raise TypeError(str(error).replace(owner, init.__qualname__)) from None
+            init(self, made)
 
         own = inspect.Parameter('self', inspect.Parameter.POSITIONAL_OR_KEYWORD)
         signature = inspect.Signature([own, *given.parameters.values()], return_annotation=None)

@@ -20,13 +20,10 @@ class Reconstruction(CrossEntropy):
 
     kind: ClassVar[str] = 'recon'
 
-    recon_sample: float = 1.0
-    """The share of tokens, drawn anew each step, that it is computed from in training mode."""
-
     @classmethod
     def from_config(cls, config: Config) -> list[Reconstruction]:
         weights = [config.recon_loss_weight if c > 1 else 0.0 for c in config.compressions]
-        return cls.per_level(config, weights, recon_sample=config.recon_sample)
+        return cls.per_level(config, weights)
 
     def targets(self, batch: Batch) -> Targets:
         ignored = batch.recon_ignore_index
@@ -44,4 +41,4 @@ class Reconstruction(CrossEntropy):
         return model.compressors[self.level].get_submodule('to_recon')
 
     def sample(self, model: HierarchicalTransformer) -> float:
-        return self.recon_sample if model.training else 1.0
+        return model.recon_sample if model.training else 1.0
