@@ -21,14 +21,14 @@ from .embeddings import Contexts, NGramEmbedding, RecallEmbedding, embed
 from .generation.methods import Generative
 from .generation.prompts import check_ids
 from .halting import AdaptiveHalting
+from .layers import build_layers, build_merges, make_buffers, share_between_levels
 from .memory import Memory, State
-from .merges import MERGES, Contribution, Merge, concat_levels, zero_columns
+from .merges import Contribution, Merge, concat_levels, zero_columns
 from .objectives import Batch, LossParts, build_objectives, quantize, split_counts, total_loss
 from .ops.linear import begin_at_zero, chain
 from .options import describe, takes_options
 from .pretrained import Pretrained
 from .published import adapt_published_keys
-from .sharing import share_between_levels
 from .stateful import Stateful, layout_of
 from .summary import summary
 
@@ -132,9 +132,7 @@ class HierarchicalTransformer(
         )
         self.post_token_emb_norms = nn.ModuleList(nn.LayerNorm(level.dim) for level in levels)
 
-        first = build_layer(config, 0)
-        others = [first if config.share_layers else build_layer(config, i) for i in range(1, config.layers)]
-        self.layers = nn.ModuleList([first, *others])
+        self.layers = build_layers(config)
         # layers that share their weights differ by these
         self.step_embeds = nn.ParameterList(
             nn.Parameter(0.02 * torch.randn(config.layers, level.dim)) for level in levels if config.share_layers
@@ -149,15 +147,7 @@ class HierarchicalTransformer(
         self.ends = frozenset((*self.predict_from, *trained))
         """The indices of the levels whose final tokens are used in training."""
 
-        built: dict[int, Merge] = {}
-        specs = arrangement.merges(config)
-        for i, spec in enumerate(specs):
-            members = [levels[j] for j in spec.members]
-            shared = built.get(0) if config.share_layers and config.arrangement == 'parallel' else None
-            built[i] = shared or MERGES[config.merge](
-                members, spec.recipients, spec.strides, window=config.merge_window
-            )
-        self.hierarchical_merges = nn.ModuleList(built.values())
+        self.hierarchical_merges = nn.ModuleList(build_merges(config, arrangement.merges(config)))
 
         self.norms = nn.ModuleList(nn.LayerNorm(level.dim) for level in levels)
         self.to_logits = nn.Linear(sum(levels[i].dim for i in self.predict_from), config.num_tokens, bias=False)
@@ -395,30 +385,3 @@ class HierarchicalTransformer(
         """
         batch = self.shift(ids, labels, position)
         return torch.stack([count for each in self.objectives for count in each.counts(each.targets(batch))])
-
-
-def build_layer(config: Config, number: int) -> nn.ModuleList:
-    """The blocks of a layer, one for each level. A level of less depth has None."""
-    blocks = (
-        HierarchicalBlock(
-            level,
-            length=-(-config.seq_len // level.compression),
-            layer=number,
-            attn_backend=config.attn_backend,
-            residual=config.residual,
-            ff_activation=config.ff_activation,
-            ff_chunks=config.ff_chunks,
-        )
-        if number < level.depth
-        else None
-        for level in config.levels
-    )
-    return nn.ModuleList(blocks)  # type: ignore[arg-type]
-
-
-def make_buffers(module: nn.Module) -> None:
-    """Turns a module's parameters into buffers: they are still saved and loaded, but not trained."""
-    for part in module.modules():
-        for name, parameter in list(part.named_parameters(recurse=False)):
-            delattr(part, name)
-            part.register_buffer(name, parameter.detach())

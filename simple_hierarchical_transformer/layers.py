@@ -1,4 +1,4 @@
-"""Weights that several levels share."""
+"""The layers of a model, and the weights that blocks share."""
 
 from __future__ import annotations
 
@@ -7,10 +7,50 @@ from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
+from .arrangements import MergeSpec
 from .block import HierarchicalBlock
+from .merges import MERGES, Merge
 
 if TYPE_CHECKING:
     from .config import Config
+
+
+def build_layers(config: Config) -> nn.ModuleList:
+    """All layers. With `share_layers`, they are one."""
+    if config.share_layers:
+        return nn.ModuleList([build_layer(config, 0)] * config.layers)
+    return nn.ModuleList(build_layer(config, i) for i in range(config.layers))
+
+
+def build_layer(config: Config, number: int) -> nn.ModuleList:
+    """The blocks of a layer, one for each level. A level of less depth has None."""
+    blocks = (
+        HierarchicalBlock(
+            level,
+            length=-(-config.seq_len // level.compression),
+            layer=number,
+            attn_backend=config.attn_backend,
+            residual=config.residual,
+            ff_activation=config.ff_activation,
+            ff_chunks=config.ff_chunks,
+        )
+        if number < level.depth
+        else None
+        for level in config.levels
+    )
+    return nn.ModuleList(blocks)  # type: ignore[arg-type]
+
+
+def build_merges(config: Config, specs: Sequence[MergeSpec]) -> list[Merge]:
+    """The merges that an arrangement needs. With `share_layers`, those of parallel levels are one."""
+
+    def build(spec: MergeSpec) -> Merge:
+        members = [config.levels[i] for i in spec.members]
+        return MERGES[config.merge](members, spec.recipients, spec.strides, window=config.merge_window)
+
+    if specs and config.share_layers and config.arrangement == 'parallel':
+        return [build(specs[0])] * len(specs)
+    return [build(spec) for spec in specs]
 
 
 def find_alike(name: str, what: str, kinds: Sequence[Hashable], takes_part: Sequence[bool]) -> list[tuple[int, int]]:
@@ -45,3 +85,11 @@ def share_between_levels(config: Config, layers: nn.ModuleList) -> None:
         for i, first in find_alike('share_feed_forward', 'dim and ff_mult', sizes, [True] * len(levels)):
             for block, other in blocks_of(i, first):
                 block.ff = other.ff
+
+
+def make_buffers(module: nn.Module) -> None:
+    """Turns a module's parameters into buffers: they are still saved and loaded, but not trained."""
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            delattr(part, name)
+            part.register_buffer(name, parameter.detach())
