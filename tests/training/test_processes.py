@@ -140,7 +140,7 @@ SHARDED = textwrap.dedent(
 
     from simple_hierarchical_transformer import HierarchicalTransformer
     from simple_hierarchical_transformer.block import HierarchicalBlock
-    from simple_hierarchical_transformer.training import checkpoints
+    from simple_hierarchical_transformer.training import run_tensors
     from simple_hierarchical_transformer.training.optim import WeightAverage, build_optimizer
     from simple_hierarchical_transformer.training.sharded import full
 
@@ -182,7 +182,7 @@ SHARDED = textwrap.dedent(
         # scored before, which leaves full weights behind
         with average.applied(), torch.no_grad():
             model(torch.ones(1, 8, dtype=torch.long))
-        weights, tensors = checkpoints.gather_all(model, optimizer, average, [], lambda x: x)
+        weights, tensors = run_tensors.gather_all(model, optimizer, average, [], lambda x: x)
         return {k: v.clone() for k, v in weights.items()}, {k: v.clone() for k, v in tensors.items()}
 
     def compare(ours, theirs):
@@ -206,7 +206,7 @@ SHARDED = textwrap.dedent(
     from_single, from_spread = build(True), build(False)
     for again, held in ((from_single, single), (from_spread, spread)):
         weights, tensors = gather(*held)
-        checkpoints.restore_all(*again, weights, tensors)
+        run_tensors.restore_all(*again, weights, tensors)
         again[2].updates = held[2].updates
         compare(gather(*again), (weights, tensors))
     learn(*from_single, range(10, 15), rank, world)
