@@ -407,8 +407,8 @@ class Run:
     def close(self) -> None:
         """Shuts down the process group and trackers: their threads must not outlive the interpreter."""
         accelerator = self.accelerator
-        if Stop.at_work:
-            Stop.at_work.release()
+        if Stop.active:
+            Stop.active.release()
         self.__dict__.clear()
         accelerator.free_memory()
         accelerator.end_training()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from simple_hierarchical_transformer.training import checkpoints
 
-# all that a step's outcome hangs on: states of segments, drawn losses, averages, two optimizers in one, shared weights
+# all that the result of a step depends on: states of segments, sampled losses, averages, two optimizers, shared weights
 SETTINGS: tuple[object, ...] = (
     '--preset', 'cpu', '--steps', 24, '--every', 7, '--checkpoint-every', 5, '--keep', 9, '--valid-bytes', 1024,
     '--seq-len', 64, '--segment-length', 16, '--batch-size', 1, '--grad-accum', 2, '--optimizer', 'muon', '--ema', 0.9,

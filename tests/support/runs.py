@@ -23,10 +23,10 @@ FEW: tuple[object, ...] = (
 )  # fmt: skip
 
 
-# one level, which compiles soonest
+# one level, which compiles fastest
 FLAT: tuple[object, ...] = (
     *TINY, 'ff_mult=4', 'hierarchies=1', 'hierarchical_stride=1', 'window_sizes=None',
-    # what is left out by chance is drawn otherwise in a compiled step
+    # a compiled step draws other random numbers
     'ngram_dropout=0', '--steps', 20, '--optimizer', 'muon', '--lr', 0.02,
 )  # fmt: skip
 

@@ -27,7 +27,7 @@ def test_levels_share_out_the_parameters(config: dict[str, Any]) -> None:
     assert set(counts) == {*range(len(model.levels)), None}
     names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for i in range(len(model.levels)):
-        # of an hourglass' layers some have no block of this level
+        # some layers of an hourglass have no block of this level
         blocks = [layer[i] for layer in model.layers if layer[i] is not None]
         own = [p for block in blocks for p in block.parameters() if names[id(p)] == 1]
         assert counts[i] >= sum(p.numel() for p in own)
@@ -57,7 +57,7 @@ class Operations(TorchDispatchMode):
         dict(hierarchies=(1, 4), hierarchical_stride=(1, 4), dim=(16, 32)),
         dict(hierarchies=(1, 4), hierarchical_stride=(1, 4), dim=(16, 32), merge='attention', merge_into='all'),
         dict(hierarchies=(1, 4), hierarchical_stride=(1, 4), dim=(16, 32), merge='attention', merge_window=2),
-        # level 4 hears at the end what nothing reads
+        # nothing reads the last merge into level 4
         dict(hierarchies=(1, 4), dim=16, merge='attention', merge_into='all', recon_loss_weight=0.0),
         dict(hierarchies=(1, 4), dim=16, merge='attention', merge_into='all', recon_loss_weight=0.0, reversible=True),
         dict(hierarchies=(1, 2, 4), hierarchical_stride=(1, 2, 4), dim=(16, 32, 8), merge_into='all'),
@@ -80,14 +80,14 @@ def test_operations_are_those_that_torch_counts(changes: dict[str, Any]) -> None
     for weight in (weight for visit in walk(model, n) for weight in visit.weights if weight.multiplies):
         each = 2 * weight.parameter.numel() * weight.tokens
         weights += each
-        # with logits, the two products of their gradient
+        # computing logits also computes the two products of their gradient
         forms_at_once += 2 * each * (weight.role == 'head')
 
     with Operations() as counter:
         model(torch.randint(1, 50, (1, n + 1)), return_loss=True)
     counted = counter.counted
     products = sum(flops for op, flops in counted.items() if 'attention' not in str(op) and 'bmm' not in str(op))
-    # a compressor by attention scores the zeros before the first token, too
+    # a compressor by attention also scores the zeros before the first token
     assert products == pytest.approx(weights + forms_at_once, rel=0.005 if 'compressor' in changes else 1e-9)
     assert weights < cost.step_flops(model, n) / 3 < 2 * weights
 
@@ -95,7 +95,7 @@ def test_operations_are_those_that_torch_counts(changes: dict[str, Any]) -> None
 def test_what_is_kept_for_the_backward_pass_is_counted() -> None:
     model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Tanh(), nn.Linear(16, 4, bias=False))
     x = torch.randn(32, 8, requires_grad=True)
-    # the input, and what tanh returns, once for its own gradient and the next product's
+    # the input, and the output of tanh, which serves its own gradient and that of the next product
     assert cost.bytes_kept(model, x) == 4 * (32 * 8 + 32 * 16)
 
 

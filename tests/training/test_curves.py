@@ -36,7 +36,7 @@ def test_short_runs_have_a_curve(
     trained = [step for step in rows if rows[step]['train_bits_per_byte']]
     assert trained == sorted({*range(2, 31, 2), *range(3, 31, 3)})
     assert all(1 < float(rows[step]['train_bits_per_byte']) < 16 for step in trained)
-    # a log has the bar once, at the end
+    # a log file shows the bar once, at the end
     assert capsys.readouterr().err.count(' bytes/s, ') == 1
 
 
@@ -57,11 +57,11 @@ def test_runs_in_minutes_have_a_curve_too(
     monkeypatch.setattr(run_module, 'time', clock)
     monkeypatch.setattr(run_module, 'sample_text', lambda *args: 'text')
     monkeypatch.setattr(run_module.Run, 'validate', validate)
-    # two ticks a step: 30 steps, where scoring takes no time
+    # a step takes two ticks: 30 steps if scoring takes no time
     slow = 0.0
     train_here('--data', corpus, '--out', tmp_path / 'quick', *FEW, '--minutes', 0.05)
     assert len(validated(tmp_path / 'quick')) >= 11
-    # and where it takes a third of the run, it does not take all of it
+    # slow scoring must not take all of the run
     slow = 1.0
     train_here('--data', corpus, '--out', tmp_path / 'slow', *FEW, '--minutes', 0.05)
     rows = validated(tmp_path / 'slow')
@@ -80,7 +80,7 @@ def test_what_is_scored_is_what_the_run_read(
     text, out = tmp_path / 'text.txt', tmp_path / 'run'
     text.write_text(corpus.read_text()[:9000])
     load = run_module.load_sources
-    # the default, which is fetched elsewhere
+    # stands in for the default corpus, which would be downloaded
     monkeypatch.setattr(
         run_module, 'load_sources', lambda data, *args, **kwargs: load(data or [str(text)], *args, **kwargs)
     )
@@ -94,7 +94,7 @@ def test_what_is_scored_is_what_the_run_read(
     shown = capsys.readouterr()
     assert f'the data of the run: {text}\n' in shown.out
     assert f'over 450 bytes of {text}, in windows of 32' in shown.out
-    # 15 windows, five a batch
+    # 15 windows in batches of five
     assert '3/3' in shown.err
     for model in (out / 'checkpoint-2', out / 'final'):
         train_here('--eval', model, '--data', text)
@@ -123,7 +123,7 @@ def test_a_checkpoint_is_written_before_anything_is_shown(
         with pytest.raises(RuntimeError, match='cannot be shown'):
             train_here(*command)
     else:
-        # a model that cannot go on with a text does not end the run
+        # a sample that fails does not end the run
         train_here(*command)
         assert 'no sample: cannot be shown' in (tmp_path / 'run' / 'report.md').read_text(encoding='utf-8')
     assert (tmp_path / 'run' / 'checkpoint-2' / 'training.json').exists()

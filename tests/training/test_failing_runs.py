@@ -35,7 +35,7 @@ def test_a_full_disk_ends_the_run_and_touches_nothing(unbroken: Path, halfway: P
     size = (unbroken / ('.' if what == 'loss.png' else 'checkpoint-15') / what).stat().st_size
 
     def small_files() -> None:
-        # as a full disk does, refuses what grows beyond; the signal that goes with it is ignored by Python
+        # like a full disk, refuses larger files; Python ignores the signal that comes with it
         resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1000, size - 1000))
 
     before = {name: data for name, data in contents(halfway).items() if name.startswith('checkpoint')}
@@ -87,11 +87,11 @@ INJECT = textwrap.dedent(
     def spoilt(self, *args):
         loss, parts = losses(self, *args)
         if loss.is_meta:
-            # no step: the memory of one is planned
+            # the plan of the memory, not a step
             return loss, parts
         step, calls[0] = calls[0], calls[0] + 1
         if step in broken:
-            # a loss that is not finite, or a finite one whose gradient is not
+            # a loss that is not finite, or a finite loss whose gradient is not
             loss = loss * float('nan') if what == 'loss' else loss + (0 * self.norms[0].weight.sum()).sqrt()
         return loss, parts
 
@@ -111,7 +111,7 @@ def test_a_step_that_is_not_finite_is_left_out(corpus: Path, tmp_path: Path, wha
     result = inject(what, '2,7,8', '--data', corpus, '--out', tmp_path / 'run', *PLAIN)
     assert result.returncode == 0, result.stderr
     rows = list(csv.DictReader((tmp_path / 'run' / 'metrics.csv').open()))
-    # the checkpoint of step 8, whose step was left out, has to wait for a good one
+    # step 8 was skipped, so its checkpoint waits for a step that is not
     assert [(int(row['step']), int(row['skipped'])) for row in rows] == [(0, 0), (4, 1), (8, 2), (12, 3)]
     assert sorted(path.name for path in (tmp_path / 'run').glob('checkpoint-*')) == ['checkpoint-12', 'checkpoint-4']
     assert all(float(row['valid_bits_per_byte']) < 9 for row in rows)
@@ -129,6 +129,6 @@ def test_several_in_a_row_end_the_run(corpus: Path, tmp_path: Path) -> None:
     record = checkpoints.read_record(out / 'checkpoint-4')
     assert record['progress']['skipped'] == 0
 
-    # what was injected is gone, so it goes on
+    # without the injected error, the run continues
     assert run('--resume', out).returncode == 0
     assert checkpoints.read_record(out / 'checkpoint-12')['progress']['skipped'] == 0

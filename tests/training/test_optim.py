@@ -24,7 +24,7 @@ SMALL: dict[str, Any] = dict(num_tokens=11, dim=(8, 12), depth=2, seq_len=32, di
 def test_orthogonalised_matrices_turn_and_do_not_stretch(rows: int, columns: int, scale: float) -> None:
     matrix = scale * torch.randn(2, rows, columns)
     result = optim.orthogonalise(matrix, 5)
-    # the iteration leaves directions that were next to nothing below 1
+    # directions with tiny singular values stay below 1
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     strong = s > 0.05 * s.amax(dim=-1, keepdim=True)
     stretched = torch.einsum('bri,brc,bic->bi', u, result, v)
@@ -175,13 +175,13 @@ def test_learning_rates_are_continuous_for_every_warmup(schedule: str, warmup: f
 
     share(str(warmup))  # the command line takes all of these
     left = 1 - warmup
-    # each phase of a schedule is this steep at most
+    # the steepest slope of any phase of a schedule
     steepest = 2.0 * max(1 / warmup if warmup else 0, math.pi / left, 1 / min(left, 0.2))
     places = sorted({0.0, *at, *(min(max(p + d, 0), 1) for p in (warmup, 0.8, 1) for d in (-1e-9, 0, 1e-9))})
     for before, after in pairwise(places):
         assert abs(rate(after) - rate(before)) <= steepest * (after - before) * 1.01 + 1e-6
     assert all(0 <= rate(progress) <= 2.0 for progress in places)
-    # a clock may pass the end, where a rate below 0 would climb
+    # time may pass the end, where the rate must not be negative
     assert 0 <= rate(1.5) == rate(1.0)
 
 
@@ -213,7 +213,7 @@ def test_tensors_of_another_optimizer_are_refused(damage: str) -> None:
     restored = optim.build_optimizer(model, 'muon', lr=1e-3, weight_decay=0.1)
     run_tensors.restore_optimizer(model, restored, whole)
     assert whole.keys() == run_tensors.gather_optimizer(model, restored).keys()
-    # of a run that has not learnt yet there are none
+    # a run without a step has no optimizer state
     run_tensors.restore_optimizer(model, restored, {})
 
     for name, tensor in whole.items():

@@ -57,7 +57,7 @@ def test_a_run_that_does_not_fit_says_so_before_memory_is_taken(
     monkeypatch.setattr(cost, 'device_memory', lambda device: 2 * 10**5)
     assert re.search(r'error: the run needs about 0\.0 GB and this machine has 0\.0 GB \(cpu\)', refuse(*args))
     assert not (tmp_path / 'run').exists()
-    # more than any machine has, whatever asks for it
+    # settings that need more memory than any machine has
     monkeypatch.undo()
     for more in (
         ('--batch-size', 10**12),

@@ -53,7 +53,7 @@ KILLER = textwrap.dedent(
                     file.write(repr(error))
                 os._exit(1)
             os._exit(0)
-        # some at any instant, some while a checkpoint is being written
+        # kill at a random time, or while a checkpoint is being written
         in_write = draw.random() < 0.5
         end = time.monotonic() + (60 if in_write else draw.uniform(0.3, 2.5))
         while (status := os.waitpid(child, os.WNOHANG))[0] == 0:
@@ -138,7 +138,7 @@ def test_two_runs_do_not_share_a_folder(halfway: Path) -> None:
     assert held
 
 
-# train.py with a clock that moves on by a tick whenever it is read, whatever the pace of the machine
+# train.py with a clock that advances by a tick at each reading, independent of the machine
 CLOCKED = """
 import itertools, sys, time, types
 import train
@@ -160,7 +160,7 @@ def test_a_run_in_minutes_goes_on_with_the_time_it_has_left(corpus: Path, tmp_pa
     out = tmp_path / 'run'
     settings = [x for x in SETTINGS if x not in ('--steps', 24)]
     whole = clocked(0, '--data', corpus, '--out', out, *settings, '--minutes', 0.05)
-    # two ticks a step
+    # a step takes two ticks
     assert 3 <= whole['elapsed'] < 3.11
     assert 28 <= whole['step'] <= 31
     for path in out.glob('*-*'):
@@ -260,7 +260,7 @@ def test_what_does_not_fit_is_refused_and_nothing_touched(
 
 def test_an_older_checkpoint_is_a_branch(unbroken: Path, halfway: Path, tmp_path: Path) -> None:
     before = contents(halfway)
-    # what does not change the outcome may be asked for otherwise
+    # settings that do not change the result may differ
     branch = ('--resume', halfway / 'checkpoint-10', '--out', tmp_path / 'branch', '--keep', 1, '--workers', 2)
     result = run(*branch, '--batch-size', 1)
     assert result.returncode == 0, result.stderr
@@ -281,7 +281,7 @@ def test_what_tells_all_of_its_processes_to_stop_has_it_save_first(
     args = ('--data', corpus, '--out', out, *PLAIN, '--steps', 10**6, '--every', 2, '--workers', 1)
     process = start(*args, start_new_session=True)
     metrics = out / 'metrics.csv'
-    # a worker is at work once there is a second row
+    # the workers run once there is a second row
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2) and process.poll() is None:
         time.sleep(0.002)
     for _ in range(times):
@@ -298,7 +298,7 @@ def test_a_closed_stdout_has_it_save_first(corpus: Path, tmp_path: Path) -> None
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout
         assert 'to train on' in process.stdout.readline()
-        # as head -1 does
+        # like head -1
         process.stdout.close()
         assert process.stderr
         said = process.stderr.read()

@@ -49,16 +49,16 @@ def test_a_finished_run_is_trained_longer(
     assert f'python train.py --resume {whole} --steps 56' in (whole / 'report.md').read_text(encoding='utf-8')
     assert [path.name for path in whole.glob('.*')] == []
 
-    # it is a run like others: broken off and resumed, it computes the same
+    # it can be stopped and resumed like any run, with the same result
     shutil.copytree(whole / 'checkpoint-25', broken / 'checkpoint-25')
     train_here('--resume', broken)
     assert_same(outcome(broken, 28), outcome(whole, 28))
-    # nor is it trained longer by what it was asked before
+    # its own number of steps does not make it longer
     before = contents(broken)
     train_here('--resume', broken, '--steps', 28)
     assert contents(broken) == before
 
-    # steps that are done may be gone on with in minutes
+    # a run in steps may be continued in minutes
     assert 'is no longer' in refuse('--resume', broken, '--minutes', 1e-6)
 
 
@@ -117,7 +117,7 @@ def test_a_run_without_a_checkpoint_yet_begins_as_it_was_asked_to(
     foreign = out / '.checkpoint-2.partial'
     foreign.mkdir()
     (foreign / 'file').write_text('of another tool')
-    # what the run left when it was ended in the middle of writing
+    # left behind by a run that was killed while writing
     left = out / f'.{json.loads((out / "run.json").read_text())["identity"]}.partial' / 'checkpoint-2'
     left.mkdir(parents=True)
     begun = ('--data', corpus, '--out', out, '--resume', *PLAIN)
@@ -126,7 +126,7 @@ def test_a_run_without_a_checkpoint_yet_begins_as_it_was_asked_to(
     assert checkpoints.read_record(out / 'final')['step'] == 2
     assert (foreign / 'file').read_text() == 'of another tool'
     assert not left.exists()
-    # of checkpoints of others, none is removed
+    # checkpoints of other runs are not removed
     other = shutil.copytree(out / 'checkpoint-2', out / 'checkpoint-1')
     edit(other, progress=dict(identity='01234567'), step=1)
     train_here('--resume', out, '--steps', 4, '--keep', 1)
@@ -189,7 +189,7 @@ EDITS: list[tuple[str, Any]] = [
 def test_records_that_were_edited_are_refused_by_name(
     halfway: Path, refuse: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # what is not refused does not train
+    # records that pass the check must not start training here
     monkeypatch.setattr(importlib.import_module('train').Run, 'train', lambda run: print('not refused'))
     file = halfway / 'checkpoint-15' / 'training.json'
     whole = json.loads(file.read_text())

@@ -57,7 +57,7 @@ def test_sparse_gradients_train_as_dense_ones_do() -> None:
         optimizer = optim.build_optimizer(model, 'muon', lr=1e-2, table_lr=3e-2, weight_decay=0.1, sparse=sparse)
         for step in range(4):
             ids = torch.randint(0, 11, (2, 20), generator=torch.Generator().manual_seed(step))
-            # what only stands before targets that are left out is read, and has a gradient of zero
+            # ids before ignored targets are read, with a gradient of zero
             labels = ids.masked_fill(torch.arange(20) > 12, -1)
             model(ids, return_loss=True, labels=labels)[0].backward()
             assert model.ngram_emb is not None

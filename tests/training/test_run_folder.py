@@ -81,7 +81,7 @@ run_folder.claim(Path(sys.argv[1]), dict(identity='0123abcd'), resumes=True, fou
 def test_one_process_has_the_folder(tmp_path: Path) -> None:
     out = tmp_path / 'run'
     other = [sys.executable, '-c', CLAIM, str(out)]
-    # as it begins, and as it goes on
+    # when it begins and when it resumes
     for resumes in (False, True):
         held = run_folder.claim(out, dict(identity='0123abcd'), resumes=resumes, found=False)
         result = subprocess.run(other, capture_output=True, text=True)

@@ -40,7 +40,7 @@ def test_a_curve_has_every_row_and_the_table_means_over_them(tmp_path: Path, mon
     report.write_metrics(rows, tmp_path / 'metrics.csv')
     assert (tmp_path / 'metrics.csv').read_text().splitlines()[2] == '5,0.0,40,0,7.0,,'
 
-    # five steps of 5.0 and three of 3.0 since the validation before
+    # five steps of 5.0 and three of 3.0 since the previous validation
     said = report.account(dict(optimizer='muon'), rows, ['text'], 'here', steps=18, size=144, seconds=1.0)
     assert '| train |  | 4.250 |' in said
     said = report.report(dict(data=['text'], table_lr=None), rows, '', facts={}, commands={}, picture=None, sample='')
@@ -54,7 +54,7 @@ def test_texts_are_utf8_and_hold_what_is_none_as_escapes(tmp_path: Path) -> None
     name = b'caf\xc3\xa9 \xff'.decode('ascii', 'surrogateescape')
     report.write_text(tmp_path / 'text', f'{name}\n')
     assert (tmp_path / 'text').read_bytes() == b'caf\xc3\xa9 \\xff\n'
-    # surrogates that are no byte of a name
+    # surrogates that represent no byte of a name
     assert terminal.printable('a \ud800 \u00e9') == 'a \\ud800 \u00e9'
 
 
@@ -63,7 +63,7 @@ def test_a_run_hears_of_hang_ups_unless_it_was_told_not_to() -> None:
     try:
         stop = processes.Stop()
         for _ in range(2):
-            # terminals that close send several
+            # closing terminals send several
             signal.raise_signal(signal.SIGHUP)
         assert stop.number == signal.SIGHUP
         stop.release()
@@ -92,7 +92,7 @@ def test_what_nobody_reads_tells_a_run_to_stop(monkeypatch: pytest.MonkeyPatch) 
     try:
         processes.say('there is')
         assert stop.number == signal.SIGPIPE
-        # nor does anything that is said after it fail
+        # later output does not fail either
         processes.say('nor this')
         sys.stdout.flush()
     finally:

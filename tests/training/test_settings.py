@@ -51,7 +51,7 @@ def test_no_option_takes_what_a_run_could_not_use(option: argparse.Action) -> No
     for value in HOSTILE:
         found, refusal = parsed(f'{flag}={value}')
         if found:
-            # a path or a name, which may not exist
+            # a path or a name, which need not exist
             assert option.type in (folder, named, None) or (flag in ZERO_IS_FINE and float(value) < 1)
             assert value or option.type is None
         else:

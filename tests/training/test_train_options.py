@@ -61,7 +61,7 @@ def test_texts_stay_apart_and_sources_have_weights(corpus: Path, tmp_path: Path)
     by_source = [float(rows[-1][f'valid_{name}_bits_per_byte']) for name in (tmp_path / 'rows.jsonl', corpus)]
     assert float(rows[-1]['valid_bits_per_byte']) == pytest.approx(0.75 * by_source[0] + 0.25 * by_source[1])
     assert float(rows[-1]['valid_bits_per_byte']) < 0.8 * float(rows[0]['valid_bits_per_byte'])
-    # a stream would read on from one text into the next
+    # a stream would continue from one text into the next
     assert rows[-1]['valid_streaming_bits_per_byte'] == ''
     assert '--text-key body' in result.stdout
     assert json.loads((out / 'final' / 'config.json').read_text())['num_tokens'] == 258
@@ -71,7 +71,7 @@ def test_texts_stay_apart_and_sources_have_weights(corpus: Path, tmp_path: Path)
         module='simple_hierarchical_transformer.sample',
     )  # fmt: skip
     assert sampled.returncode == 0, sampled.stderr
-    # a sentence, and no more
+    # one sentence only
     assert len(sampled.stdout) < 1000
     scored = run('--eval', out / 'final', '--data', corpus)
     assert scored.returncode == 0, scored.stderr
@@ -95,7 +95,7 @@ def plain(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]
     return scores_of(out)
 
 
-# train.py that says with each step how often it takes its text to have been read before
+# train.py that prints how often each row of a step was read before
 READINGS = """
 import sys
 import train
@@ -120,7 +120,7 @@ def test_n_grams_are_left_out_where_the_text_was_read_before(tmp_path: Path) -> 
     found = [
         [float(each) for each in line.split()[1:]] for line in result.stdout.splitlines() if line.startswith('readings')
     ]
-    # two sequences a step, of the 33 that 90 % of the text come to
+    # two sequences a step; the training split has 33
     assert found == [[0.0, 0.0]] * 16 + [[0.0, 1.0]] + [[1.0, 1.0]] * 16 + [[2.0, 2.0]] * 3
 
 
