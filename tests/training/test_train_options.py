@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from support.runs import FLAT, TINY, scores_of
 
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.data import corpus as data
+from simple_hierarchical_transformer.data import load_corpus
 from simple_hierarchical_transformer.data.batches import evaluation_batches, split_bytes
+from simple_hierarchical_transformer.data.download import DOWNLOADS
 from simple_hierarchical_transformer.training import sources
 from simple_hierarchical_transformer.training.scores import bits_per_byte
 
@@ -41,7 +42,7 @@ def test_averaged_weights_are_what_is_scored_and_saved(corpus: Path, tmp_path: P
     final = HierarchicalTransformer.from_pretrained(tmp_path / 'run' / 'final')
     raw = load_file(tmp_path / 'run' / 'checkpoint-12' / 'training.safetensors')
     assert not torch.equal(final.token_emb.weight, raw['weights.token_emb.weight'])
-    corpus_ = data.load_corpus('corpus', [corpus], tmp_path)
+    corpus_ = load_corpus('corpus', [corpus], tmp_path)
     windows = evaluation_batches(
         corpus_, split_bytes(len(corpus_), seq_len=32)['valid'], seq_len=32, batch_size=8, max_bytes=1024
     )
@@ -136,8 +137,8 @@ def test_trains_on_segments_that_remember(corpus: Path, tmp_path: Path) -> None:
 def test_without_a_network_the_standard_library_takes_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    nowhere = dataclasses.replace(data.DOWNLOADS['enwik8'], url='http://127.0.0.1:9/')
-    monkeypatch.setitem(data.DOWNLOADS, 'enwik8', nowhere)
+    nowhere = dataclasses.replace(DOWNLOADS['enwik8'], url='http://127.0.0.1:9/')
+    monkeypatch.setitem(DOWNLOADS, 'enwik8', nowhere)
 
     def load(source: str | None) -> Any:
         return sources.load_sources(source and [source], tmp_path, text_key='text', say=print)[0][0]
