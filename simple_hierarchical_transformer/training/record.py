@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 from collections.abc import Callable
@@ -12,6 +13,13 @@ from .checkpoints import RUN_FILE
 from .settings import BYTES, DEFAULTS, ELSEWHERE, LENGTH, PRESETS, TEXTS, build_parser, flag
 
 MOST = 10**15
+
+
+class RaisingParser(argparse.ArgumentParser):
+    """Raises ValueError where other parsers end the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
 
 class Kind(NamedTuple):
@@ -145,9 +153,10 @@ def check_settings(settings: dict[str, Any], file: Path) -> None:
             argv += [flag(name), *value]
         else:
             argv.append(f'{flag(name)}={value}')
-    parser = build_parser(None)
-    parser.error = refuse  # type: ignore[method-assign]
-    parsed = vars(parser.parse_args(argv))
+    try:
+        parsed = vars(build_parser(None, kind=RaisingParser).parse_args(argv))
+    except ValueError as error:
+        refuse(str(error))
     for name, value in asked.items():
         # 1 may stand for 1.0, but '1' not for 1
         if parsed[name] != value or isinstance(value, bool) != isinstance(parsed[name], bool):

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import ROOT, run, run_command
 from safetensors.torch import load_file
 
 from simple_hierarchical_transformer.training import checkpoints
+from support.commands import ROOT, run, run_command
 
 # all that the result of a step depends on: states of segments, sampled losses, averages, two optimizers, shared weights
 SETTINGS: tuple[object, ...] = (

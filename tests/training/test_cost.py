@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build, configs
 from hypothesis import given, settings
+from support.configs import build, configs
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from support.commands import ROOT
 from support.runs import FEW, validated
 
 from simple_hierarchical_transformer.training import run as run_module

@@ -12,7 +12,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run
+from support.commands import ROOT, run
 from support.resumed import PLAIN, SETTINGS, assert_same, contents, copy_half, outcome, start, train_whole
 
 from simple_hierarchical_transformer import HierarchicalTransformer

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support.configs import build
 from torch import nn
 
 from simple_hierarchical_transformer import HierarchicalTransformer

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, run
+from support.commands import ROOT, run
 from support.runs import MODEL, TINY
 
 from simple_hierarchical_transformer import HierarchicalTransformer

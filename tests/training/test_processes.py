@@ -17,8 +17,8 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from accelerate.utils.launch import prepare_multi_gpu_env
-from conftest import ROOT, run, run_command
 from safetensors.torch import load_file
+from support.commands import ROOT, run, run_command
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, run, run_command
+from support.commands import ROOT, run, run_command
 from support.resumed import PLAIN, SETTINGS, assert_same, contents, copy_half, edit, flip, outcome, start, train_whole
 
 from simple_hierarchical_transformer.training import checkpoints, run_folder

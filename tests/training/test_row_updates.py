@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SEQ_LEN
+from support.configs import SEQ_LEN
 from torch import Tensor, nn
 
 from simple_hierarchical_transformer import HierarchicalTransformer

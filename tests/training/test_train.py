@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run, run_command
+from support.commands import ROOT, run, run_command
 from support.runs import FEW, validated
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, run
 from safetensors.torch import load_file
+from support.commands import ROOT, run
 from support.runs import FLAT, TINY, scores_of
 
 from simple_hierarchical_transformer import HierarchicalTransformer
