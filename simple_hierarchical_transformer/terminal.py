@@ -1,4 +1,4 @@
-"""What the command lines take, and what they write, whatever the terminal can show and whoever reads it."""
+"""Numbers on command lines, and output that works on any terminal and in any pipe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from typing import IO, Any
 
-# the exit code of a process that nobody reads from any more
+# the exit code of a process whose output is closed
 UNREAD = 128 + getattr(signal, 'SIGPIPE', 13)
 
 
@@ -25,53 +25,53 @@ class Number:
 
     @property
     def __name__(self) -> str:
-        # what argparse calls it where the text is no number
+        # argparse names the type by it in errors
         return self.kind.__name__
 
     def __call__(self, text: str) -> Any:
         value = self.kind(text)
-        # nan is in no range
+        # nan fails this comparison, too
         if not self.least <= value <= self.most:
             raise argparse.ArgumentTypeError(f'must be from {self.least:g} to {self.most:g}, got {text}')
         return value
 
 
 def prepare() -> None:
-    """Has characters that the terminal cannot show written as escapes, where Python would raise."""
+    """Makes stdout and stderr write escapes for characters that the terminal cannot show, where Python would raise."""
     for name in ('stdout', 'stderr'):
         stream: Any = getattr(sys, name)
         if stream is None:
-            # closed by whoever began the process
+            # the parent process closed it
             setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')
 
 
 def printable(text: str) -> str:
-    """`text` as UTF-8 can hold it.
+    """Text that UTF-8 can encode.
 
-    Python reads the name of a file as text with surrogates for bytes that the locale does not know. These bytes are
-    read as UTF-8 here, and written as escapes where they are none.
+    In names of files, Python represents bytes that the locale does not know by surrogates. This function decodes these
+    bytes as UTF-8, and writes escapes for those that are not valid.
     """
     try:
         raw = text.encode('utf-8', 'surrogateescape')
     except UnicodeEncodeError:
-        # surrogates that stand for no byte
+        # surrogates that represent no byte
         raw = text.encode('utf-8', 'backslashreplace')
     return raw.decode('utf-8', 'backslashreplace')
 
 
 def unread(error: OSError) -> bool:
-    """Whether a write failed since its reader is gone: `| head -1`, or a terminal that was closed."""
+    """Whether a write failed because its reader is gone: `| head -1`, or a closed terminal."""
     return error.errno in (errno.EPIPE, errno.EIO)
 
 
 def abandon(stream: IO[str]) -> None:
-    """Sends what is still written to `stream` nowhere, or Python would fail on it when it ends."""
+    """Redirects `stream` to the null device, so that Python does not fail on it at exit."""
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
     except (OSError, ValueError):
-        # not a file of the system
+        # the stream has no file descriptor
         pass

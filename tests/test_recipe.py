@@ -138,6 +138,8 @@ def test_an_n_gram_helps_where_nothing_looks_back() -> None:
 
 
 PIECES = [b' ', b'ab', b'AB', b'Ab, ', b'\xc3\xa9', b'[[', b'c' * 40, b'. ' * 20, b'z@', b'Z{']
+
+
 texts = st.lists(st.sampled_from(PIECES), min_size=1, max_size=12).map(b''.join)
 
 
@@ -246,72 +248,6 @@ def test_what_is_repeated_is_recalled_where_attention_does_not_reach() -> None:
     # of what is drawn nothing can be known, and that is half of it
     assert learnt(repeated, 60, **settings) > 0.95 * math.log(11)
     assert learnt(repeated, 60, **settings, recall=(3,)) < 0.65 * math.log(11)
-
-
-# tables that move by rows
-
-
-@pytest.mark.parametrize('sparse', [False, True])
-def test_rows_that_were_read_move_as_written_out_and_no_others(sparse: bool) -> None:
-    torch.manual_seed(0)
-    table = nn.Embedding(6, 3, sparse=sparse)
-    expected, squares = table.weight.detach().clone(), torch.zeros(6)
-    optimizer = optim.MixedOptimizer([dict(params=[table.weight], rule='rows')], lr=0.1, betas=(0.9, 0.8))
-    for ids in ([1, 4, 1], [4], [0, 1]):
-        target = torch.randn(len(ids), 3)
-        (table(torch.tensor(ids)) * target).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        for row in set(ids):
-            gradient = sum(each for each, i in zip(target, ids, strict=True) if i == row)
-            squares[row] = 0.8 * squares[row] + 0.2 * gradient.square().mean()
-            expected[row] -= 0.1 * gradient / squares[row].sqrt()
-    torch.testing.assert_close(table.weight.detach(), expected)
-
-
-def test_sparse_gradients_train_as_dense_ones_do() -> None:
-    def trained(sparse: bool) -> tuple[dict[str, Tensor], bool]:
-        torch.manual_seed(0)
-        model = HierarchicalTransformer(**SMALL, ngrams=(2, 3), ngram_rows=32, hierarchies=(1, 4)).double()
-        optimizer = optim.build_optimizer(model, 'muon', lr=1e-2, table_lr=3e-2, weight_decay=0.1, sparse=sparse)
-        for step in range(4):
-            ids = torch.randint(0, 11, (2, 20), generator=torch.Generator().manual_seed(step))
-            # what only stands before targets that are left out is read, and has a gradient of zero
-            labels = ids.masked_fill(torch.arange(20) > 12, -1)
-            model(ids, return_loss=True, labels=labels)[0].backward()
-            assert model.ngram_emb is not None
-            grad = model.ngram_emb.weight.grad
-            assert grad is not None
-            was_sparse = grad.is_sparse
-            optimizer.step()
-            optimizer.zero_grad()
-        return model.state_dict(), was_sparse
-
-    (a, first), (b, second) = trained(True), trained(False)
-    assert first
-    assert not second
-    for name, weight in a.items():
-        torch.testing.assert_close(weight, b[name])
-
-
-def test_tables_have_a_learning_rate_of_their_own() -> None:
-    model = HierarchicalTransformer(**SMALL, ngrams=(2,), ngram_rows=32)
-    optimizer = optim.build_optimizer(model, 'muon', lr=1e-2, table_lr=5e-2, weight_decay=0.1)
-    names = {p: name for name, p in model.named_parameters()}
-    rates = {names[p]: (g['lr'], g['scale'], g['rule']) for g in optimizer.param_groups for p in g['params']}
-    assert rates.keys() == set(names.values())
-    for name, (lr, scale, rule) in rates.items():
-        table = name in ('token_emb.weight', 'to_logits.weight', 'ngram_emb.weight')
-        assert (lr, scale) == ((5e-2, 5.0) if table else (1e-2, 1.0))
-        assert (rule == 'rows') == (name == 'ngram_emb.weight')
-
-
-def test_a_user_may_train_tables_with_an_optimizer_of_theirs() -> None:
-    model = HierarchicalTransformer(**SMALL, ngrams=(2,), ngram_rows=32)
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.randint(0, 11, (2, 20)), return_loss=True)[0].backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
 
 
 # the parts, written out
@@ -441,10 +377,3 @@ def test_levels_of_an_hourglass_have_their_own_depth() -> None:
 def test_refuses(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         HierarchicalTransformer(**{**SMALL, **settings})
-
-
-def test_refuses_a_rule_that_there_is_not_and_what_is_no_table() -> None:
-    with pytest.raises(ValueError, match="rule must be one of adamw, muon, rows, got 'sgd'"):
-        optim.MixedOptimizer([dict(params=[nn.Parameter(torch.zeros(2, 2))], rule='sgd')], lr=1.0)
-    with pytest.raises(ValueError, match=r'rows is for tables, got parameters of shape \(3,\)'):
-        optim.MixedOptimizer([dict(params=[nn.Parameter(torch.zeros(3))], rule='rows')], lr=1.0)

@@ -1,1 +1,1 @@
-"""What train.py is made of: optimizers, checkpoints, costs, reports. The model knows nothing of it."""
+"""Training runs: settings, optimizers, checkpoints, costs and reports. The model does not depend on it."""

@@ -9,18 +9,18 @@ from ..model import HierarchicalTransformer
 
 
 def compile_blocks(model: HierarchicalTransformer, **settings: Any) -> None:
-    """Has blocks run compiled, from their next call on.
+    """Compiles the blocks of a model in place. Each compiles at its next call.
 
-    Blocks of a level are alike, so the compiler works once for each level, and not once for each layer as it would for
-    the whole model. What is left between blocks is little.
+    The blocks of a level are alike, so the compiler runs once for each level; for the whole model it would run once for
+    each layer. Little work is left between blocks.
 
     Args:
-        model: whose blocks. Weights keep their names.
-        settings: what `torch.compile` takes.
+        model: the model. Its weights keep their names.
+        settings: arguments of `torch.compile`.
     """
     for block in model.modules():
         if isinstance(block, HierarchicalBlock):
-            # reversible layers call the parts of a block
+            # reversible layers call the parts of a block separately
             parts: list[Any] = [block.attn, block.ff] if model.reversible else [block]
             for part in parts:
                 if part is not None:

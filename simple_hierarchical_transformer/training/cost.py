@@ -85,7 +85,7 @@ def wait(device: torch.device) -> None:
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps what a fused attention kernel keeps: arguments, the mask as numbers, the output, one number per query."""
+    """Keeps what a fused kernel keeps: its arguments, the mask as numbers, the output, and a number for each query."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from ..config_file import CONFIG_FILE
 from ..data.batches import END, evaluation_batches, find_windows, split_bytes
 from ..data.corpus import Corpus
 from ..model import HierarchicalTransformer
-from ..pretrained import CONFIG_FILE
-from . import checkpoints
 from .processes import check_processes, say
 from .record import check_record
+from .run_folder import run_of
 from .scores import bits_per_byte
 from .settings import DEFAULTS
 from .sources import load_sources
@@ -56,7 +56,7 @@ def load_evaluated(args: argparse.Namespace, data_folder: Path) -> list[Corpus]:
 
     Raises ValueError where the run's data is gone or has changed.
     """
-    found = checkpoints.run_of(args.eval.resolve()) if args.data is None else None
+    found = run_of(args.eval.resolve()) if args.data is None else None
     if found is None:
         return load_sources(args.data, data_folder, text_key=args.text_key or 'text', say=say)[0]
     run, file = found

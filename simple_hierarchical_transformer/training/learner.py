@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +17,8 @@ from torch import Tensor
 from ..data.batches import Batches, seed_of
 from ..memory import State
 from ..model import HierarchicalTransformer
-from ..pretrained import shared_names
-from . import checkpoints
+from ..weights import shared_names
+from . import checkpoints, run_tensors
 from .compiled import compile_blocks
 from .optim import WeightAverage, build_optimizer, learning_rate
 from .progress import Progress
@@ -98,14 +98,14 @@ class Learner:
     def restore(self, folder: Path) -> None:
         """Loads the tensors of a checkpoint; `progress` is that of its record already."""
         weights, tensors = checkpoints.read_tensors(folder)
-        checkpoints.restore_all(self.model, self.optimizer, self.average, weights, tensors)
+        run_tensors.restore_all(self.model, self.optimizer, self.average, weights, tensors)
         if self.average:
             self.average.updates = self.progress.updates
         if self.accelerator.scaler is not None and self.progress.scaler:
             self.accelerator.scaler.load_state_dict(self.progress.scaler)
         if self.progress.position:
             part = (self.accelerator.process_index, self.world)
-            self.states = checkpoints.restore_segments(
+            self.states = run_tensors.restore_segments(
                 self.model, tensors, self.progress.position, count=self.s.grad_accum, part=part
             )
 
@@ -115,7 +115,7 @@ class Learner:
         progress.position = self.states[0].position if self.states else 0
         progress.updates = self.average.updates if self.average else 0
         progress.scaler = scaler.state_dict() if scaler is not None else {}
-        return checkpoints.gather_all(
+        return run_tensors.gather_all(
             self.model, self.optimizer, self.average, self.states, self.accelerator.gather, keep=self.main
         )
 
@@ -152,13 +152,13 @@ class Learner:
         position = before[0].position if before[0] else 0
         counts = self.all_reduce(self.model.count_targets(ids, position=position).to(self.device))
 
-        readings: list[Any] = [None] * self.s.grad_accum
+        readings: Sequence[Tensor] = ()
         if self.model.ngram_emb is not None:
-            readings = list(self.batches.readings(self.progress.step).to(self.device).chunk(self.s.grad_accum))
+            readings = self.batches.readings(self.progress.step).to(self.device).chunk(self.s.grad_accum)
         self.states, losses = [], torch.zeros(len(self.losses), device=self.device)
         for i, batch in enumerate(ids.chunk(self.s.grad_accum)):
             with nullcontext() if i == self.s.grad_accum - 1 else self.accelerator.no_sync(self.wrapped):
-                extra: dict[str, Any] = dict(readings=readings[i])
+                extra: dict[str, Any] = dict(readings=readings[i]) if readings else {}
                 if self.s.segment_length:
                     # the context of earlier segments, without their gradients
                     extra |= dict(state=before[i] and before[i].detach(), return_state=True)

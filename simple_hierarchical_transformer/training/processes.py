@@ -1,4 +1,4 @@
-"""What several processes have to agree on, and how a run is told to stop."""
+"""Agreement between the processes of a run, and signals that stop it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Found = TypeVar('Found')
 
 
 def say(text: str) -> None:
-    """Writes a line to stdout, from the first process alone, above the bar.
+    """Prints a line above the progress bar, from the first process only.
 
-    Where nobody reads stdout any more, a run that trains is told to stop, as by a signal.
+    If stdout is closed, a run that is training stops as it does on a signal.
 
-    Raises BrokenPipeError where there is no such run.
+    Raises BrokenPipeError if no run is training.
     """
     if os.environ.get('RANK', '0') != '0':
         return
@@ -30,16 +30,16 @@ def say(text: str) -> None:
         if sys.stderr.isatty():
             tqdm.write(printable(text))
         else:
-            # tqdm would draw its bar again after each line
+            # tqdm would redraw its bar after each line
             print(printable(text))
         sys.stdout.flush()
     except OSError as error:
         if not unread(error):
             raise
         abandon(sys.stdout)
-        if Stop.at_work is None:
+        if Stop.active is None:
             raise BrokenPipeError(*error.args) from error
-        Stop.at_work.number = Stop.at_work.number or UNREAD - 128
+        Stop.active.number = Stop.active.number or UNREAD - 128
 
 
 def init_distributed() -> None:
@@ -48,7 +48,7 @@ def init_distributed() -> None:
 
 
 def check_processes(accelerator: Accelerator) -> None:
-    """Refuses a launch whose processes did not find each other, or that shards what is not gathered here."""
+    """Raises ValueError where the launched processes are not connected, or for a kind of sharding other than FSDP2."""
     launched = int(os.environ.get('WORLD_SIZE', '1'))
     if launched != accelerator.num_processes:
         raise ValueError(
@@ -62,7 +62,7 @@ def check_processes(accelerator: Accelerator) -> None:
 
 
 def from_main(do: Callable[[], Found]) -> Found:
-    """What the main process comes to, for all of them; where it fails, all fail."""
+    """Calls `do` in the main process and returns its result in all of them. If it raises, all raise."""
     came: list[Any] = [None, None]
     if PartialState().is_main_process:
         try:
@@ -77,16 +77,16 @@ def from_main(do: Callable[[], Found]) -> Found:
 
 
 def stop_signals() -> list[signal.Signals]:
-    """Those that tell a run to stop."""
+    """The signals that stop a run."""
     numbers = [signal.SIGINT, signal.SIGTERM]
-    # nohup has it ignored
+    # nohup ignores it
     if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
     return numbers
 
 
 def outlive_signals(_: int) -> None:
-    """Has a data loader's worker outlive a signal that all processes of a run get: the run takes one more step.
+    """Keeps a data loader's worker alive after a signal to all processes of a run: the run finishes its step.
 
     The run ends its workers itself. It sends SIGTERM to those that hang, so a second one ends a worker.
     """
@@ -99,27 +99,28 @@ def outlive_signals(_: int) -> None:
 
 
 class Stop:
-    """Notes what tells a run to stop, for the end of the step: a signal, or a stdout that nobody reads.
+    """Records that a run should stop at the end of its step, because of a signal or a closed stdout.
 
     A second Ctrl-C or SIGTERM acts at once.
     """
 
-    at_work: ClassVar[Stop | None] = None
+    active: ClassVar[Stop | None] = None
+    """The one of the run that is training."""
 
     def __init__(self) -> None:
         self.number = 0
-        """Of the signal; 0 as long as there was none."""
+        """The number of the signal, 0 before there was one."""
         self.before = {number: signal.signal(number, self.take) for number in stop_signals()}
-        Stop.at_work = self
+        Stop.active = self
 
     def take(self, number: int, _: Any) -> None:
         self.number = number
-        # a terminal that closes may send SIGHUP several times
+        # a closing terminal may send SIGHUP several times
         if number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.before[signal.Signals(number)])
 
     def release(self) -> None:
-        """Signals do again what they did before."""
+        """Restores the signal handlers from before."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        Stop.at_work = None
+        Stop.active = None

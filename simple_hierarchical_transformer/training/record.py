@@ -1,7 +1,8 @@
-"""What a record of a run, which anyone may have edited, has to hold. All of it is checked before any of it is used."""
+"""Checks the record of a run, which anyone may have edited, before any of it is used."""
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 from collections.abc import Callable
@@ -12,6 +13,13 @@ from .checkpoints import RUN_FILE
 from .settings import BYTES, DEFAULTS, ELSEWHERE, LENGTH, PRESETS, TEXTS, build_parser, flag
 
 MOST = 10**15
+
+
+class RaisingParser(argparse.ArgumentParser):
+    """Raises ValueError where other parsers end the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
 
 class Kind(NamedTuple):
@@ -30,7 +38,7 @@ def is_number(value: Any) -> bool:
 
 
 def is_score(value: Any) -> bool:
-    # that of a model that came to nothing is no number
+    # NaN is the score of a model that diverged
     return is_number(value) or (isinstance(value, float) and math.isnan(value))
 
 
@@ -72,7 +80,7 @@ RECORD = dict(
 
 
 def check_record(record: dict[str, Any], file: Path) -> None:
-    """Raises ValueError, with the name of the file, where a value is missing or of another type or range."""
+    """Raises ValueError that names the file, where a value is missing or has a wrong type or range."""
     check_kinds(record, RECORD, file, '')
     check_settings(record['settings'], file)
     step_rows = record['settings']['batch_size'] * record['settings']['grad_accum']
@@ -114,7 +122,7 @@ def check_rows(rows: list[Any], file: Path) -> None:
 
 
 def check_settings(settings: dict[str, Any], file: Path) -> None:
-    """By the command line's own rules."""
+    """Checks settings by the rules of the command line."""
 
     def refuse(message: str) -> NoReturn:
         raise ValueError(f'{file}: settings: {message}')
@@ -139,17 +147,18 @@ def check_settings(settings: dict[str, Any], file: Path) -> None:
         if isinstance(value, bool):
             argv.append(flag(name) if value else f'--no-{name.replace("_", "-")}')
         elif isinstance(value, list):
-            # none that would be taken for an option
+            # argparse would take such a name for an option
             if not list_of(is_text)(value) or any(each.startswith('-') for each in value):
                 refuse(f'{name} must be a list of names, got {brief(value)}')
             argv += [flag(name), *value]
         else:
             argv.append(f'{flag(name)}={value}')
-    parser = build_parser(None)
-    parser.error = refuse  # type: ignore[method-assign]
-    parsed = vars(parser.parse_args(argv))
+    try:
+        parsed = vars(build_parser(None, kind=RaisingParser).parse_args(argv))
+    except ValueError as error:
+        refuse(str(error))
     for name, value in asked.items():
-        # 1 for 1.0 is as good; '1' for 1 is not
+        # 1 may stand for 1.0, but '1' not for 1
         if parsed[name] != value or isinstance(value, bool) != isinstance(parsed[name], bool):
             refuse(f'{name} must be as {flag(name)} takes it, got {brief(value)}')
 

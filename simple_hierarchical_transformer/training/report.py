@@ -1,4 +1,4 @@
-"""What a run leaves for people to read: metrics.csv, a picture of its curve, report.md, the model card's account."""
+"""Files of a run for people to read: metrics.csv, loss.png, report.md, and the training section of the model card."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ import torch
 from ..data.corpus import Corpus
 from ..terminal import printable
 
-# step, minutes and bytes so far, and scores in bits per byte, None where there is none yet. Those of validation are
-# missing between two validations
+# step, minutes and bytes so far, and scores in bits per byte. A score is None before its first value; those of the
+# validation split are missing between two validations
 Row = dict[str, Any]
 DOTS = 100
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Has a file written under another name first. Raises OSError where it cannot be, and the old one stays."""
+    """Replaces a file by a new one, which is written under another name first.
+
+    Raises OSError where it cannot be written. The old file then stays.
+    """
     partial = path.with_name(f'.{path.name}.partial')
     try:
         write(partial)
@@ -36,17 +39,17 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """As UTF-8, whatever the locale."""
+    """Writes text as UTF-8, whatever the locale."""
     replace_file(path, lambda partial: partial.write_bytes(printable(text).encode()))
 
 
 def validations(rows: Sequence[Row]) -> list[Row]:
-    """The rows that have scores of the validation split."""
+    """The rows with scores of the validation split."""
     return [row for row in rows if row.get('valid_bits_per_byte') is not None]
 
 
 def train_score(rows: Sequence[Row]) -> float | None:
-    """Bits per byte of the training text since the validation before the last, over all steps of that time."""
+    """Mean training score in bits per byte over all steps since the validation before the last."""
     *_, begin = [0, *(row['step'] for row in validations(rows)[:-1])]
     spans = [
         (row['step'] - before['step'], row['train_bits_per_byte'])
@@ -58,7 +61,7 @@ def train_score(rows: Sequence[Row]) -> float | None:
 
 
 def write_metrics(rows: Sequence[Row], path: Path) -> None:
-    """A line for each row. The first, a validation, has all columns."""
+    """Writes a line for each row. The first row is a validation, so it has all columns."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]))
     writer.writeheader()
@@ -67,14 +70,14 @@ def write_metrics(rows: Sequence[Row], path: Path) -> None:
 
 
 def draw_curve(rows: Sequence[Row], path: Path) -> None:
-    """Training and validation score by step, at each row that has one. Needs matplotlib."""
+    """Draws the training and validation scores by step. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout='constrained')
     axes = figure.subplots()
     for name, label in (('train_bits_per_byte', 'training'), ('valid_bits_per_byte', 'validation')):
         points = [(row['step'], row[name]) for row in rows if row.get(name) is not None]
-        # dots of a long curve would hide it
+        # many dots would hide the curve
         axes.plot(*zip(*points, strict=True), label=label, marker='.' if len(points) < DOTS else None)
     axes.set(xlabel='step', ylabel='bits per byte')
     axes.grid(alpha=0.3)
@@ -94,7 +97,7 @@ def duration(seconds: float) -> str:
 
 
 def fenced(text: str) -> str:
-    """Text as it is, in markdown."""
+    """Text as a code block in markdown, with a fence that the text does not contain."""
     fence = '`' * 3
     while fence in text:
         fence += '`'
@@ -111,9 +114,9 @@ def account(
     size: int,
     seconds: float,
 ) -> str:
-    """How a model was trained and how well, in markdown: the model card's part on it. `size` is in bytes read."""
+    """The training section of the model card, in markdown. `size` counts the bytes read."""
     first, last = rows[0], dict(validations(rows)[-1], train_bits_per_byte=train_score(rows))
-    # where files lie is nobody's concern
+    # without their folders, which are private
     names = ', '.join(printable(Path(name).name) for name in data)
     lines = [
         '## Training',
@@ -142,7 +145,7 @@ def report(
     picture: str | None,
     sample: str,
 ) -> str:
-    """A run's report.md: what came of it, how to go on, what was asked for."""
+    """The text of report.md: the scores of a run, the commands to use it, and its settings."""
     scored = validations(rows)
     last = scored[-1]
     best = min((row for row in scored if not math.isnan(valid_score(row))), key=valid_score, default=last)
@@ -161,7 +164,7 @@ def report(
         '',
         '## Sample',
         '',
-        'The first bytes of the validation split, and after `>>>` how the model goes on.',
+        'The first bytes of the validation split, and after `>>>` the continuation of the model.',
         '',
         fenced(sample),
         '',
@@ -193,7 +196,19 @@ def estimate(
     steps: int | None,
     minutes: float | None,
 ) -> Iterator[str]:
-    """What a run would cost, line by line: `flops` for a byte, `memory` in bytes, `seconds` for a step, where known."""
+    """The cost of a run, line by line.
+
+    Args:
+        parameters: of each level, under None those of several levels.
+        compressions: of the levels.
+        flops: operations for a byte.
+        memory: bytes by purpose; empty where they are unknown.
+        data: each corpus with its splits.
+        seconds: for a step, or None where it was not timed.
+        step_bytes: bytes in a step.
+        peak: operations a second that the machine reaches.
+        steps, minutes: the length of the run, by one of them.
+    """
     yield f'parameters: {sum(parameters.values()):,}'
     for i, count in parameters.items():
         of = 'embeddings, merges, logits' if i is None else f'level {compressions[i]}x'

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from ..data.batches import Batches, split_bytes
 from ..terminal import UNREAD, abandon, printable
-from . import checkpoints, cost, report
+from . import checkpoints, cost, report, run_folder, run_tensors
 from .evaluate import evaluate
 from .learner import Learner
 from .plan import make_plan
@@ -356,7 +356,7 @@ class Run:
         mark = dict(identity=progress.identity, settings=self.settings, rows=self.rows, data=self.fingerprints)
         if self.joins:
             checkpoints.check_own(self.out, progress.identity, progress.step, trains=trains)
-        self.lock = checkpoints.claim(self.out, mark, resumes=self.joins, found=self.found_here)
+        self.lock = run_folder.claim(self.out, mark, resumes=self.joins, found=self.found_here)
 
     def measure_peak(self) -> float:
         """The operations a second that all processes together could reach."""
@@ -369,7 +369,7 @@ class Run:
         if not self.sample:
             # the run had reached its end before it was stopped
             self.write_sample()
-        weights = checkpoints.gather_weights(self.learner.model, self.learner.average, keep=self.main)
+        weights = run_tensors.gather_weights(self.learner.model, self.learner.average, keep=self.main)
         final, workspace = self.out / checkpoints.FINAL, self.workspace
         scoring, sampling = workspace.scoring(final, self.names, self.s.text_key), workspace.sampling(final)
         resuming = workspace.resuming(self.out)
@@ -407,8 +407,8 @@ class Run:
     def close(self) -> None:
         """Shuts down the process group and trackers: their threads must not outlive the interpreter."""
         accelerator = self.accelerator
-        if Stop.at_work:
-            Stop.at_work.release()
+        if Stop.active:
+            Stop.active.release()
         self.__dict__.clear()
         accelerator.free_memory()
         accelerator.end_training()

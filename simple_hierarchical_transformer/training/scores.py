@@ -1,4 +1,4 @@
-"""How good a model is: bits per byte, and how it writes. Processes share the work, and all learn the result."""
+"""Scores of a model in bits per byte, and samples. Processes share the work, and all get the result."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..data.corpus import Corpus
 from ..model import HierarchicalTransformer
 
 SAMPLE_PROMPT, SAMPLE_LENGTH = 64, 128
-STREAMS = 8  # texts that a streaming score reads side by side
+STREAMS = 8  # rows of a streaming score
 
 AllReduce = Callable[[Tensor], Tensor]
 
 
 def alone(total: Tensor) -> Tensor:
-    """The sum over all processes, where there is one."""
+    """The sum over all processes if there is only one."""
     return total
 
 
@@ -31,7 +31,7 @@ def bits_per_byte(
     device: torch.device,
     all_reduce: AllReduce = alone,
 ) -> float:
-    """Mean over every label of the batches, those of all processes where `all_reduce` sums over them."""
+    """Mean over all labels of the batches, in bits. `all_reduce` sums over processes."""
     nats, count = 0.0, 0
     for ids, labels in batches:
         logits = model(ids.to(device)).float()
@@ -44,9 +44,12 @@ def bits_per_byte(
 def streaming_bits(
     model: HierarchicalTransformer, texts: Tensor, part: tuple[int, int] = (0, 1), all_reduce: AllReduce = alone
 ) -> float:
-    """Mean over texts `(rows, length)`, each read in one stream; `part` is the process and how many there are."""
+    """Mean bits per byte over texts `(rows, length)`, each read in one stream.
+
+    `part` is `(i, n)`: this is process i of n.
+    """
     index, parts = part
-    # as many rows for each process; what is read twice counts once
+    # equally many rows for each process; a row that is read twice counts once
     mine = range(index, -(-len(texts) // parts) * parts, parts)
     _, log_probs = model.score(texts[[row % len(texts) for row in mine]], return_log_probs=True)
     counted = log_probs[[i for i, row in enumerate(mine) if row < len(texts)]].cpu()
@@ -65,9 +68,18 @@ def validation_scores(
     part: tuple[int, int],
     all_reduce: AllReduce,
 ) -> tuple[list[float], list[float] | None]:
-    """Bits per byte of each corpus: in windows, and in streams, which know of no texts that end.
+    """Bits per byte of each corpus: in windows, and in streams, unless texts are separate (`documents`).
 
-    `size` bytes of each are scored. `part` is the process and how many there are.
+    Args:
+        model: the model.
+        corpora: what to score.
+        spans: the part of each corpus to score.
+        seq_len: bytes in a window.
+        size: bytes of each corpus that are scored.
+        documents: whether texts are separate.
+        device: of the model.
+        part: `(i, n)`: this is process i of n.
+        all_reduce: sums over processes.
     """
     windowed, streamed = [], []
     for corpus, span in zip(corpora, spans, strict=True):
@@ -82,14 +94,14 @@ def validation_scores(
 
 
 def mean_bits(nats: float, count: int, device: torch.device, all_reduce: AllReduce) -> float:
-    # not every device has float64
+    # 'mps' has no float64
     dtype = torch.float32 if device.type == 'mps' else torch.float64
     nats, count = all_reduce(torch.tensor([nats, count], dtype=dtype, device=device)).tolist()
     return nats / max(count, 1) / math.log(2)
 
 
 def sample_text(model: HierarchicalTransformer, corpus: Corpus, span: range, seed: int) -> str:
-    """The first bytes of a split, and after >>> how the model goes on from them."""
+    """The first bytes of a split, and after >>> the continuation of the model."""
     device = model.token_emb.weight.device
     prompt = bytes(corpus[span.start : span.start + SAMPLE_PROMPT].tolist())
     new = model.generate(prompt, SAMPLE_LENGTH, generator=torch.Generator(device).manual_seed(seed))

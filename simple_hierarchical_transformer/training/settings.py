@@ -124,12 +124,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def build_parser(
-    description: str | None, prog: str | None = None, *, task: Literal['train', 'eval'] = 'train'
+    description: str | None,
+    prog: str | None = None,
+    *,
+    task: Literal['train', 'eval'] = 'train',
+    kind: type[argparse.ArgumentParser] = argparse.ArgumentParser,
 ) -> argparse.ArgumentParser:
     """The command line of a task: 'train' takes all options, 'eval' a model and the options that score it."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = kind(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def option(group: Any, name: str, **settings: Any) -> None:
         if settings.get('type') is int:

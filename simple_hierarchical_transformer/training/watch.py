@@ -1,4 +1,4 @@
-"""How a run gets on, on the terminal."""
+"""Progress bars on the terminal."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from .report import duration
 
 Item = TypeVar('Item')
 
-# seconds between two looks, on a terminal and in a file of what was said, which should not fill up
+# seconds between two updates, on a terminal and in a log file
 LIVE, LOGGED = 0.5, 60.0
 
 
 def counted(items: Iterable[Item], total: int, name: str, unit: str) -> Iterable[Item]:
-    """Goes through `items` with a bar that knows how many there are."""
+    """Iterates over `items` with a progress bar."""
     return tqdm(items, total=total, desc=name, unit=unit, mininterval=LIVE if sys.stderr.isatty() else LOGGED)
 
 
 class Bar:
-    """A bar from 0 to 1 with the score, bytes a second, the share of the peak, and the time left.
+    """A progress bar from 0 to 1 with score, bytes a second, share of the peak, and remaining time.
 
-    `flops` are those of a byte, `peak` is what the devices could do in a second.
+    Args:
+        done: where the bar starts.
+        flops: operations for a byte.
+        peak: operations a second that the devices could reach.
+        shown: whether this process shows it.
     """
 
     def __init__(self, done: float, *, flops: float, peak: float, shown: bool) -> None:
@@ -44,12 +48,12 @@ class Bar:
         )
 
     def add(self, size: int, seconds: float) -> None:
-        """A step of that many bytes took so long."""
+        """Adds a step: its bytes and seconds."""
         self.size += size
         self.seconds += seconds
 
     def show(self, done: float, step: int, bits: float, skipped: int) -> dict[str, float]:
-        """Shows the steps added since the last time, and returns their speed."""
+        """Shows the steps added since the last call, and returns their speed."""
         speed = self.size / max(self.seconds, 1e-9)
         self.size, self.seconds = 0, 0.0
         share = speed * self.flops / self.peak
@@ -66,12 +70,12 @@ class Bar:
         return dict(bytes_per_second=speed, share_of_peak=share)
 
     def log(self) -> None:
-        """Writes the last line to a file of what was said, once."""
+        """Writes the last line to a log file, once."""
         if self.logs and self.line:
             try:
                 print(self.line, file=sys.stderr, flush=True)
             except OSError:
-                # nobody reads it
+                # stderr is closed
                 self.logs = False
         self.line, self.logged = '', time.monotonic()
 

@@ -17,19 +17,19 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from accelerate.utils.launch import prepare_multi_gpu_env
-from conftest import ROOT, run, run_command
 from safetensors.torch import load_file
+from support.commands import ROOT, run, run_command
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 
-# rows that end early, so that processes count unlike numbers of targets, and all the losses there are
+# rows that end early, so that processes count different numbers of targets, and all losses
 SETTINGS: tuple[object, ...] = (
     '--preset', 'cpu', '--steps', 20, '--every', 10, '--checkpoint-every', 10, '--valid-bytes', 2048,
     '--documents', '--seq-len', 64, '--batch-size', 2, '--optimizer', 'adamw', '--lr', 3e-3, '--schedule', 'cosine',
     '--table-lr', 3e-3,
     '--model', 'dim=16,24', 'depth=2', 'heads=1', 'ngrams=(2,3)', 'ngram_rows=64', 'ngram_dropout=0',
     'recon_loss_weight=0.1', 'next_latent_loss_weight=0.25',
-    # quantized targets are left out: between two of the same distance rounding decides
+    # without quantized targets: rounding decides between two of equal distance
     'prophet_loss_weight=0.1', 'arrangement=parallel', 'compressor=conv', 'autoencoder=True', 'merge=attention',
     'merge_window=1',
 )  # fmt: skip
@@ -53,7 +53,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope='module')
 def one(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp('one') / 'run'
-    # in one process, the second batch comes after the first
+    # in one process, the second batch follows the first
     result = run('--data', texts, '--out', out, *SETTINGS, '--grad-accum', 2, **THREADS)
     assert result.returncode == 0, result.stderr
     return out
@@ -97,7 +97,7 @@ def test_segments_are_handed_from_one_process_to_two(texts: Path, tmp_path: Path
     settings = (*SETTINGS, '--segment-length', 16)
     result = run('--data', texts, '--out', tmp_path / 'one', *settings, '--grad-accum', 2, **THREADS)
     assert result.returncode == 0, result.stderr
-    # in the middle of a stretch of four segments
+    # within a stretch of four segments
     record = json.loads((tmp_path / 'one' / 'checkpoint-10' / 'training.json').read_text())
     assert record['progress']['position'] == 32
     result = run_two('--resume', tmp_path / 'one' / 'checkpoint-10', '--out', tmp_path / 'two', '--grad-accum', 1)
@@ -140,7 +140,7 @@ SHARDED = textwrap.dedent(
 
     from simple_hierarchical_transformer import HierarchicalTransformer
     from simple_hierarchical_transformer.block import HierarchicalBlock
-    from simple_hierarchical_transformer.training import checkpoints
+    from simple_hierarchical_transformer.training import run_tensors
     from simple_hierarchical_transformer.training.optim import WeightAverage, build_optimizer
     from simple_hierarchical_transformer.training.sharded import full
 
@@ -157,7 +157,7 @@ SHARDED = textwrap.dedent(
         )
         if shard:
             mesh = init_device_mesh('cpu', (world,))
-            # blocks, and what is left as one: losses read weights from outside their modules
+            # each block by itself, and the rest together: losses read weights from outside their modules
             for block in [module for module in model.modules() if isinstance(module, HierarchicalBlock)]:
                 fully_shard(block, mesh=mesh)
             fully_shard(model, mesh=mesh)
@@ -179,17 +179,17 @@ SHARDED = textwrap.dedent(
         return norms
 
     def gather(model, optimizer, average):
-        # scored before, which leaves full weights behind
+        # scoring first leaves full weights behind
         with average.applied(), torch.no_grad():
             model(torch.ones(1, 8, dtype=torch.long))
-        weights, tensors = checkpoints.gather_all(model, optimizer, average, [], lambda x: x)
+        weights, tensors = run_tensors.gather_all(model, optimizer, average, [], lambda x: x)
         return {k: v.clone() for k, v in weights.items()}, {k: v.clone() for k, v in tensors.items()}
 
     def compare(ours, theirs):
         for mine, its in zip(ours, theirs, strict=True):
             assert mine.keys() == its.keys()
             for key in its:
-                # rows move as far however small their gradient is, and with it what rounding made of it
+                # updates of rows are normalised, so rounding errors of tiny gradients grow with them
                 atol = 1e-4 if 'ngram_emb' in key else 1e-5
                 torch.testing.assert_close(mine[key], its[key], rtol=0, atol=atol)
 
@@ -202,11 +202,11 @@ SHARDED = textwrap.dedent(
                 model(torch.ones(1, 8, dtype=torch.long))
     compare(gather(*spread), gather(*single))
 
-    # what one process wrote goes on spread over two, and the other way round
+    # a checkpoint of one process resumes on two, and the other way round
     from_single, from_spread = build(True), build(False)
     for again, held in ((from_single, single), (from_spread, spread)):
         weights, tensors = gather(*held)
-        checkpoints.restore_all(*again, weights, tensors)
+        run_tensors.restore_all(*again, weights, tensors)
         again[2].updates = held[2].updates
         compare(gather(*again), (weights, tensors))
     learn(*from_single, range(10, 15), rank, world)
