@@ -187,7 +187,7 @@ class Rotary(KeepsExact):
             # all groups of queries have the same factors
             cos, sin = (torch.cat((t[:1].expand(len(x) - 1, *t.shape[1:]), t[1:])) for t in (cos, sin))
         if is_exporting():
-            # the form of rotary-embedding-torch, in real products: ONNX has no complex numbers. It is slower when compiled
+            # the form of rotary-embedding-torch, in real products: ONNX has no complex numbers. Compiled, it is slower
             # than the form below, and slower in eager mode than one complex product.
             x = x if self.pairs == 'interleaved' else rearrange(x, '... (half d) -> ... (d half)', half=2)
             cos, sin = (repeat(t, '... d -> ... (d pair)', pair=2) for t in (cos, sin))

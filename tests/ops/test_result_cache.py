@@ -25,7 +25,7 @@ def test_cache_returns_the_result_of_the_present_values() -> None:
         x.data[1] = 5
         assert torch.equal(cache(double, (x,), 2), x * 2)
         # a copy is empty
-        assert deepcopy(kept)._last is None
+        assert deepcopy(cache)._last is None
     # a result with a graph is not cached
     assert cache(double, (x,), 2).requires_grad
     assert len(called) == 5
