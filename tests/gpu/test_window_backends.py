@@ -1,4 +1,4 @@
-"""All backends of windowed attention give one result, and FlexAttention stays compiled whatever the lengths."""
+"""All backends of windowed attention agree, and FlexAttention stays compiled for all lengths."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .compare import peak_memory
 pytestmark = pytest.mark.gpu
 
 WINDOW, HEADS, CHANNELS = 64, 2, 32
-# as a share of the norm
+# relative to the norm
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 backends = pytest.mark.parametrize('backend', BACKENDS)
 
 
 def draw(n: int, past: int, device: torch.device, dtype: torch.dtype = torch.float32, batch: int = 2) -> list[Tensor]:
-    """Queries of n tokens, keys and values of those and of `past` before, and what the result is multiplied with."""
+    """Queries of `n` tokens, keys and values of these and of `past` tokens before, and weights of the result."""
     lengths = (n, past + n, past + n, n)
     return [torch.randn(batch, HEADS, length, CHANNELS).to(device, dtype) for length in lengths]
 
@@ -43,7 +43,7 @@ def with_gradients(attend: object, q: Tensor, k: Tensor, v: Tensor, weights: Ten
 
 
 def compare(backend: Backend, drawn: list[Tensor]) -> None:
-    """The result and the gradients of queries, keys and values, with those in float64 on the CPU."""
+    """Compare the result and all gradients with those in float64 on the CPU."""
     tolerance = TOLERANCES[drawn[0].dtype]
     exact = with_gradients(attend_by_mask, *(t.double().cpu() for t in drawn))
     ours = with_gradients(lambda q, k, v: attend_window(q, k, v, WINDOW, backend), *drawn)
@@ -75,7 +75,7 @@ def test_backends_agree_in_half_precision(backend: Backend, dtype: torch.dtype, 
 
 @contextmanager
 def counted_compilations(most: int) -> Iterator[None]:
-    """Begins with nothing compiled, and ends with at most so many graphs. Hitting dynamo's limit is an error."""
+    """Starts without compiled graphs, and allows at most `most`. Exceeding the limit of dynamo is an error."""
     torch._dynamo.reset()
     counters.clear()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
@@ -86,10 +86,10 @@ def counted_compilations(most: int) -> Iterator[None]:
 
 @pytest.mark.parametrize('trains', [False, True])
 def test_many_lengths_stay_compiled(trains: bool, cuda: torch.device) -> None:
-    """As a model that scores and writes texts of all lengths has it.
+    """A model scores and generates texts of all lengths, with or without past tokens, in one block or several.
 
-    With a past and without one, of one block and of several: a few graphs. A graph for each length would exceed the
-    limit of dynamo, which then runs FlexAttention uncompiled. That forms all scores, n by n.
+    This takes a few graphs. One graph for each length would exceed the limit of dynamo, which then runs FlexAttention
+    uncompiled, with all `n` by `n` scores.
     """
     torch.cuda.empty_cache()
 
