@@ -22,8 +22,18 @@ from support.commands import ROOT, run, run_command  # noqa: F401
 from support.configs import SEQ_LEN, build, configs, loss_of_a_copy  # noqa: F401
 from support.golden import GOLDEN, Golden, load_golden
 
-# folders and files of tests that train models, start processes or run examples: `make fast` leaves them out
-SLOW = {'benchmarks', 'data', 'docs', 'test_package.py', 'training'}
+# folders and files of tests that train or compile models, start processes, or read and write files: `make fast` leaves
+# them out
+SLOW = {
+    'benchmarks',
+    'data',
+    'docs',
+    'pretrained',
+    'test_mixer_precision.py',
+    'test_mixers_in_models.py',
+    'test_package.py',
+    'training',
+}
 
 # the same examples on every machine, and no deadline: a busy machine must not fail a test
 settings.register_profile(
@@ -39,7 +49,7 @@ settings.load_profile('suite')
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tests = Path(__file__).parent
     for item in items:
-        if item.path.is_relative_to(tests) and item.path.relative_to(tests).parts[0] in SLOW:
+        if item.path.is_relative_to(tests) and SLOW.intersection(item.path.relative_to(tests).parts):
             item.add_marker(pytest.mark.slow)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.block import ACTIVATIONS
+from simple_hierarchical_transformer.config import Config
 from simple_hierarchical_transformer.levels import COMPRESSORS
 from simple_hierarchical_transformer.mixers import MIXERS
 from simple_hierarchical_transformer.ops.pattern_attention import MODES, PATTERNS
@@ -78,10 +79,6 @@ def options_of(function: Any) -> dict[str, tuple[Any, ...]]:
 
 def model_options() -> dict[str, tuple[Any, ...]]:
     """The fields of `Config`, one per constructor argument, each with the names that its annotation lists."""
-    try:
-        from simple_hierarchical_transformer.config import Config
-    except ImportError:
-        return options_of(HierarchicalTransformer.__init__)
     hints = get_type_hints(Config)
     return {field.name: tuple(names_in(hints[field.name])) for field in fields(Config)}
 

@@ -34,7 +34,7 @@ HOST = torch.device('cpu')
 
 
 def steps_of(name: str, device: torch.device, gradients: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """How far these gradients move the weights of one model."""
+    """The change of each weight of a model after steps with these gradients."""
     model = build(RECIPE).to(device)
     optimizer = build_optimizer(model, name, lr=1e-2, weight_decay=0.1, device=device)
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
@@ -46,10 +46,10 @@ def steps_of(name: str, device: torch.device, gradients: list[dict[str, Tensor]]
 
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
-def test_an_optimizer_moves_weights_as_on_the_cpu(
+def test_optimizers_take_the_same_steps_as_on_the_cpu(
     name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # the same iteration on both sides; that in bfloat16 is the next test's
+    # Muon iterates in float32 on both sides: the next test covers bfloat16
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda *_, **__: False)
     like = {key: p.detach() for key, p in build(RECIPE).named_parameters()}
     gradients = [{key: torch.randn_like(p) for key, p in like.items()} for _ in range(3)]
@@ -66,7 +66,7 @@ def test_muon_in_bfloat16_is_near_float32(device: torch.device) -> None:
         assert torch.linalg.matrix_norm(ours, 2).max() < 1.3
 
 
-def test_tables_of_ngrams_learn_alike_with_dense_and_sparse_gradients(device: torch.device) -> None:
+def test_ngram_tables_learn_the_same_with_dense_and_sparse_gradients(device: torch.device) -> None:
     ids, moved = words(2, LENGTH), []
     for sparse, where in ((False, HOST), (False, device), (True, device)):
         model = build(dict(WINDOW, **NO_LOSSES, ngrams=(2, 3), word_ngrams=(1,))).to(where)
@@ -111,7 +111,7 @@ def test_checkpointing_has_the_same_gradients_in_less_memory(device: torch.devic
 
 
 def test_reversible_layers_have_the_same_gradients_in_less_memory(device: torch.device) -> None:
-    """Against the plain form, which is what reads with a state."""
+    """The reference is the plain form, which runs when there is a state."""
     ids, model = words(8, LENGTH).to(device), build_deep(device, reversible=True)
     exact, exact_gradients = loss_and_gradients(model, model, ids, return_state=True)
     losses, gradients = loss_and_gradients(model, model, ids)
@@ -216,7 +216,7 @@ def scores(progress: dict[str, Any]) -> list[float]:
     return [row['valid_bits_per_byte'] for row in progress['rows'] if row.get('valid_bits_per_byte')]
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(corpus: Path, tmp_path: Path, device: torch.device) -> None:
+def test_a_killed_run_resumes_with_the_same_results(corpus: Path, tmp_path: Path, device: torch.device) -> None:
     """In float16 on CUDA. The scale of the loss is restored too."""
     whole, broken = tmp_path / 'whole', tmp_path / 'broken'
     settings = ('--mixed-precision', 'fp16' if device.type == 'cuda' else 'bf16', *RESUMED)

@@ -68,7 +68,7 @@ def test_losses_and_gradients(config: dict[str, Any], precision: Precision, devi
 @cases
 @precisions
 @torch.no_grad()
-def test_logits_chunks_and_what_is_written(config: dict[str, Any], precision: Precision, device: torch.device) -> None:
+def test_logits_chunks_and_generated_ids(config: dict[str, Any], precision: Precision, device: torch.device) -> None:
     on_cpu, on_device = (model.eval() for model in build_pair(config, precision, device))
     ids = words(2, LENGTH)
     logits = on_device(ids.to(device))
@@ -98,7 +98,7 @@ def test_random_configurations(config: dict[str, Any], device: torch.device) -> 
 
 @torch.no_grad()
 @pytest.mark.parametrize('config', [CASES['tables in training'], CASES['losses']], ids=['n-grams', 'reconstruction'])
-def test_what_is_left_out_by_chance_is_drawn_on_the_device(config: dict[str, Any], device: torch.device) -> None:
+def test_random_omissions_are_drawn_on_the_device(config: dict[str, Any], device: torch.device) -> None:
     """The same seed draws the same numbers, another seed draws others, and the mean loss is unbiased."""
     model, ids = build(config).to(device), words(2, LENGTH).to(device)
     without = model(ids, return_loss=True)[0].item()

@@ -40,7 +40,7 @@ def test_autocast_in_bfloat16_is_near_float32(name: str, device: torch.device) -
 
 @torch.no_grad()
 @pytest.mark.parametrize('config', [WINDOW, LEVELS, RECIPE], ids=['window', 'levels', 'recipe'])
-def test_a_model_of_bfloat16_reads_and_writes(config: dict[str, Any], device: torch.device) -> None:
+def test_a_bfloat16_model_scores_and_generates(config: dict[str, Any], device: torch.device) -> None:
     model, ids = build(config).eval().to(device), words(2, LENGTH).to(device)
     exact = model.score(ids)
     model.bfloat16()

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
+from gpu.compare import peak_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.configs import TWO_LEVELS, configs
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.mixers import MIXERS
@@ -53,14 +51,6 @@ STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     'half': ({}, dict(half=True)),
     'half-checkpointed': (dict(depth=4, gradient_checkpointing=True), dict(half=True)),
 }
-
-
-def real_peak(step: Callable[[], None]) -> int:
-    """The peak of allocated bytes during a step, minus those allocated before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step()
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == '[memory]']
-    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 def test_memory_is_planned_where_torch_does_not_count_uses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,9 +105,10 @@ def test_planned_memory_equals_the_memory_of_a_step(name: str) -> None:
     held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     moments = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
     assert (memory['weights'], memory['optimizer']) == (held, moments)
+    during = peak_memory(step, torch.device('cpu'))
     # states of segments existed before the step
-    real = real_peak(step) + batches.nbytes + held + moments + sum(state.nbytes for state in states if state)
-    assert sum(memory.values()) == pytest.approx(real, rel=TOLERANCE)
+    before = batches.nbytes + held + moments + sum(state.nbytes for state in states if state)
+    assert sum(memory.values()) == pytest.approx(before + during, rel=TOLERANCE)
 
 
 @given(config=configs(), position=st.sampled_from([None, 0, 40]), half=st.booleans())
