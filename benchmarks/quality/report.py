@@ -1,6 +1,6 @@
-"""A report of the race and of the other benchmarks of quality, with figures, and the table of the race in a README.
+"""A report of the race and of the other benchmarks of quality, with figures, and the table of the race in a page.
 
-    python benchmarks/quality/report.py --readme README.md                    the latest results of each benchmark
+    python benchmarks/quality/report.py --readme docs/results.md               the latest results of each benchmark
     python benchmarks/quality/report.py --folder mine --log-with wandb        the results in a folder, also to a tracker
 
 Trains nothing. Each section names the command that made its figures.
@@ -183,7 +183,7 @@ def update_readme(path: Path, runs: Runs, picture: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = new_parser(__doc__)
     parser.add_argument('--folder', type=Path, help='folder of the results and of the report')
-    parser.add_argument('--readme', type=Path, help='a README whose section of the race is replaced')
+    parser.add_argument('--readme', type=Path, help='a page whose section of the race is replaced')
     parser.add_argument('--log-with', nargs='+', choices=TRACKERS)
     args = parser.parse_args(argv)
     source, folder = args.folder, args.folder or new_folder('report')
