@@ -406,8 +406,15 @@ class Memory:
                 self.put_block(layer, i, value)
 
     def merge(self, k: int) -> tuple[Tensor | None, ...] | None:
-        """The state of the k-th merge. -1 is that of the logits."""
+        """The state of the k-th merge."""
         return None if self.state is None else self.state.merges[k]
+
+    def features(self) -> tuple[Tensor | None, ...] | None:
+        """The last token of each strided level that predicts, which the logits of the next positions read."""
+        return None if self.state is None else self.state.merges[-1]
+
+    def put_features(self, value: tuple[Tensor | None, ...] | None) -> None:
+        self.put_merge(-1, value)
 
     def put_merge(self, k: int, value: tuple[Tensor | None, ...] | None) -> None:
         if value is not None and self.state is not None:

@@ -41,7 +41,7 @@ class Request:
     """Whether merges run."""
     contributions: list[Contribution] | None = None
     """A list that gets the `Contribution` of each merge."""
-    ends: Collection[int] | None = None
+    final_levels: Collection[int] | None = None
     """The indices of the levels whose final tokens are used. None: all."""
 
 

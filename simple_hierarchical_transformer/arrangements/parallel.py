@@ -70,7 +70,7 @@ def run_layer(
     tokens, after = [x for x, _ in results], None
     if request.merge and len(model.hierarchical_merges):
         # the last merge need not add to tokens that are not used
-        wanted = request.ends if i == len(model.layers) - 1 else None
+        wanted = request.final_levels if i == len(model.layers) - 1 else None
         tokens, after = model.hierarchical_merges[i](
             tokens, memory.merge(i), memory.position, request.ablated, request.contributions, wanted
         )

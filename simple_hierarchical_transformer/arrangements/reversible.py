@@ -48,7 +48,7 @@ class Reversible(Parallel):
                 )
             if request.merge and len(model.hierarchical_merges):
                 merge = model.merge(i)
-                wanted = request.ends if i == len(model.layers) - 1 else None
+                wanted = request.final_levels if i == len(model.layers) - 1 else None
                 fn = merge_update(i, merge, wanted, memory, request)
                 couplings.append(Coupling(fn, second, merge.updated(wanted), [merge]))
 

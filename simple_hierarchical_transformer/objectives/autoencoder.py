@@ -11,7 +11,8 @@ from .base import Batch, CrossEntropy, Targets, past_windows
 
 if TYPE_CHECKING:
     from ..config import Config
-    from ..model import HierarchicalTransformer, Read
+    from ..model import HierarchicalTransformer
+    from ..read import Read
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,8 @@ from ..ops.cross_entropy import cross_entropy
 
 if TYPE_CHECKING:
     from ..config import Config
-    from ..model import HierarchicalTransformer, Read
+    from ..model import HierarchicalTransformer
+    from ..read import Read
 
 O = TypeVar('O', bound='Objective')  # noqa: E741
 
@@ -62,7 +63,7 @@ class Objective:
     kind: ClassVar[str]
     roles: ClassVar[Mapping[str, str]] = {}
     """The roles of its modules' weights for optimizers, by the names in `modules`: 'head' for a map to ids."""
-    trains_tokens: ClassVar[bool] = True
+    trains_final_tokens: ClassVar[bool] = True
     """Whether it reads the final tokens of its level."""
 
     weight: float

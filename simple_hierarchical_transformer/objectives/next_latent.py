@@ -20,7 +20,8 @@ from .base import Batch, Objective, Targets
 
 if TYPE_CHECKING:
     from ..config import Config
-    from ..model import HierarchicalTransformer, Read
+    from ..model import HierarchicalTransformer
+    from ..read import Read
 
 LatentLoss = Callable[[Tensor, Tensor], Tensor]
 

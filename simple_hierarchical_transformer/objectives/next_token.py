@@ -11,7 +11,8 @@ from .base import Batch, CrossEntropy, Targets
 
 if TYPE_CHECKING:
     from ..config import Config
-    from ..model import HierarchicalTransformer, Read
+    from ..model import HierarchicalTransformer
+    from ..read import Read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class NextToken(CrossEntropy):
         return Targets(batch.labels, batch.ignore_index)
 
     def tokens(self, model: HierarchicalTransformer, read: Read, batch: Batch) -> Tensor:
-        return read.predict_from
+        return read.features
 
     def head(self, model: HierarchicalTransformer) -> nn.Module:
         return model.to_logits

@@ -12,13 +12,14 @@ from .base import Batch, Objective, Targets
 
 if TYPE_CHECKING:
     from ..config import Config
-    from ..model import HierarchicalTransformer, Read
+    from ..model import HierarchicalTransformer
+    from ..read import Read
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ponder(Objective):
     kind: ClassVar[str] = 'ponder'
-    trains_tokens: ClassVar[bool] = False
+    trains_final_tokens: ClassVar[bool] = False
 
     @classmethod
     def from_config(cls, config: Config) -> list[Ponder]:

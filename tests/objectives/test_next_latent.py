@@ -74,7 +74,7 @@ def test_detach_summaries_controls_gradients_to_embeddings(detach: bool) -> None
     latents = torch.randn(2, 21, 8, dtype=torch.float64)
     [objective] = (each for each in model.objectives if each.kind == 'next_latent')
     read = replace(model.inspect(ids), embeds=embeds, tokens=[latents, latents])
-    loss = objective.loss(model, read, model.shift(ids, ids), None)
+    loss = objective.loss(model, read, model.make_batch(ids, ids), None)
     loss.backward()
     assert (model.token_emb.weight.grad is None) == detach
 

@@ -1,0 +1,32 @@
+"""What one pass of the model computes, up to the logits. Objectives read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .memory import State
+from .merges import Contribution
+
+
+@dataclass
+class Read:
+    """What a pass computes from ids `(batch, n)`, up to the logits."""
+
+    embeds: Tensor
+    """The embeddings, `(batch, n, max(dim))`."""
+    inputs: list[Tensor]
+    """Each level's tokens as its first block gets them, `(batch, ceil(n / stride), dim)`."""
+    tokens: list[Tensor]
+    """Each level's final tokens, likewise."""
+    features: Tensor
+    """The final tokens of the levels that predict, concatenated at each position: `(batch, n, sum of their dims)`."""
+    codes: Tensor | None
+    """The autoencoder's coarsest feature map, if there is one."""
+    pondered: dict[int, Tensor]
+    """The ponder cost of the tokens of levels that halt, `(batch, ceil(n / stride))`, by the index of the level."""
+    contributions: list[Contribution]
+    """What each level contributed to each merge, if that was asked for."""
+    state: State | None
+    """The state after these ids, if a state was given or asked for."""
