@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from support.resumed import PLAIN, assert_same, contents, copy_half, edit, outcome, train_whole
 
 from simple_hierarchical_transformer.training import checkpoints
+from simple_hierarchical_transformer.training.run import Run
 
 
 @pytest.fixture(scope='module')
@@ -190,7 +190,7 @@ def test_records_that_were_edited_are_refused_by_name(
     halfway: Path, refuse: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # records that pass the check must not start training here
-    monkeypatch.setattr(importlib.import_module('train').Run, 'train', lambda run: print('not refused'))
+    monkeypatch.setattr(Run, 'train', lambda run: print('not refused'))
     file = halfway / 'checkpoint-15' / 'training.json'
     whole = json.loads(file.read_text())
     before = contents(halfway)
