@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import MISSING, Field, field, fields
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar, get_type_hints
@@ -81,14 +81,16 @@ def default_of(each: Field[Any]) -> str:
     return '' if each.default is MISSING else repr(each.default)
 
 
-def describe(config: type[Any], width: int = 110) -> str:
-    """All options with their defaults and help, as the `Args` section of a docstring."""
+def describe(config: type[Any], indent: int = 8, skip: Collection[str] = ()) -> str:
+    """The options with their defaults and help, as in the `Args` section of a docstring, without those in `skip`."""
     lines = []
     for each in fields(config):
+        if each.name in skip:
+            continue
         text = f'{each.name}: {each.metadata["help"]}'
         if each.default is not MISSING:
             text += f' Default: {default_of(each)}.'
-        lines += textwrap.wrap(text, width, initial_indent=' ' * 8, subsequent_indent=' ' * 12)
+        lines += textwrap.wrap(text, 118, initial_indent=' ' * indent, subsequent_indent=' ' * (indent + 4))
     return '\n'.join(lines)
 
 

@@ -29,9 +29,13 @@ SLOW = {
     'data',
     'docs',
     'pretrained',
+    'test_adapters.py',
+    'test_captured.py',
     'test_mixer_precision.py',
     'test_mixers_in_models.py',
     'test_package.py',
+    'test_recipe.py',
+    'test_state_growth.py',
     'training',
 }
 

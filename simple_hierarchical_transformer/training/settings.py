@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 import torch
 
+from ..config import Config
 from ..data.batches import IGNORED, PAD
+from ..options import describe
 from ..terminal import Number
 from .optim import OPTIMIZERS, SCHEDULES
 from .sources import NAMED
@@ -188,7 +190,12 @@ def build_parser(
     data.add_argument('--workers', type=Number(int, 0, MOST_WORKERS), help='processes that load data')
 
     learning = parser.add_argument_group('learning')
-    learning.add_argument('--model', nargs='+', metavar='NAME=VALUE', help='arguments of the model: dim=256 depth=2')
+    learning.add_argument(
+        '--model',
+        nargs='+',
+        metavar='NAME=VALUE',
+        help='options of the model, as dim=256 depth=2; --model help lists them',
+    )
     learning.add_argument('--optimizer', choices=OPTIMIZERS)
     option(learning, 'lr', type=float, help='highest learning rate')
     option(learning, 'table-lr', type=float, help='learning rate of tables of ids and of maps to ids (default: --lr)')
@@ -229,6 +236,9 @@ def parse_args(argv: Sequence[str] | None, description: str | None, prog: str | 
         for name, value in vars(args).items():
             if value is not None and name not in scores:
                 parser.error(f'--{name.replace("_", "-")} is for training, --eval does none')
+    if args.model == ['help']:
+        print(describe(Config, indent=0, skip=ELSEWHERE))
+        parser.exit()
     if args.model:
         args.model = dict(parse_setting(parser, text) for text in args.model)
     return args

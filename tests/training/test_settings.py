@@ -8,6 +8,7 @@ import importlib
 import io
 import itertools
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ import torch
 from support.runs import FEW
 
 from simple_hierarchical_transformer import HierarchicalTransformer
+from simple_hierarchical_transformer.config import Config
 from simple_hierarchical_transformer.training import report
 from simple_hierarchical_transformer.training.optim import build_optimizer, learning_rate
 from simple_hierarchical_transformer.training.settings import (
+    ELSEWHERE,
     PRESETS,
     Number,
     build_parser,
@@ -128,3 +131,13 @@ def test_what_has_an_option_of_its_own_is_not_taken_for_the_model() -> None:
 def test_time_can_be_asked_for_either_way() -> None:
     assert new_settings(parse_args(['--preset', 'cpu', '--steps', '5'], None))['minutes'] is None
     assert new_settings(parse_args(['--preset', 'gpu', '--minutes', '5'], None))['steps'] is None
+
+
+def test_help_of_the_model_lists_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_args(['--model', 'help'], None)
+    assert end.value.code == 0
+    listed = capsys.readouterr().out
+    for option in fields(Config):
+        # options that the run sets have arguments of their own
+        assert (f'\n{option.name}: {option.metadata["help"][:20]}' in f'\n{listed}') == (option.name not in ELSEWHERE)
