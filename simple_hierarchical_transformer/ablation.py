@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from .arrangements import arrangement_of
 from .checks import is_int
 from .levels import Level
 
@@ -45,6 +46,7 @@ class Ablatable(nn.Module):
     levels: Sequence[Level]
     predict_from: Sequence[int]
     arrangement: str
+    reversible: bool
     ablations: Ablations
 
     @contextmanager
@@ -64,7 +66,7 @@ class Ablatable(nn.Module):
         if not hierarchies or any(not is_int(c) or c not in compressions for c in hierarchies):
             raise ValueError(f'ablate takes one or more of hierarchies {compressions}, got {hierarchies}')
         ablated = frozenset(hierarchies)
-        if self.arrangement == 'hourglass':
+        if arrangement_of(self).nested:
             ablated |= {c for c in compressions if c > min(hierarchies)}
         together = self.silent | ablated
         if all(compressions[i] in together for i in self.predict_from):

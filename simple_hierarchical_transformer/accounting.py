@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 
 from torch import nn
 
+from .arrangements import arrangement_of
 from .objectives import OBJECTIVES
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class Accountable:
         step_embeds='lookup',
         halting='head',
         to_logits='head',
-        **{name: role for kind in OBJECTIVES for name, role in kind.roles.items()},
+        **{name: role for kind in OBJECTIVES for name, role in kind.containers.items() if role is not None},
     )
 
     def by_level(self) -> Iterator[tuple[nn.Module | nn.Parameter, int]]:
@@ -43,7 +44,7 @@ class Accountable:
         """How many tokens parts process when the model reads n ids. Parts that are not named process n."""
         model = cast('HierarchicalTransformer', self)
         yield from ((part, n / model.levels[i].stride) for part, i in self.by_level())
-        if model.arrangement == 'hourglass':
+        if arrangement_of(model).nested:
             # a merge counts tokens of the finer of its two levels
             for i, merge in zip(model.order, model.hierarchical_merges, strict=False):
                 yield merge, n / model.levels[i].stride

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .levels import Level
+from .levels import Grid, Level
 from .memory import BlockState, keep
 from .mixers import build_mixer
 from .ops.linear import Chain, begin_at_zero, chain, register_plain
@@ -217,14 +217,14 @@ class HierarchicalBlock(nn.Module):
             return part(x, None, start)
         if state is None and torch.compiler.is_compiling():
             # one graph for all lengths: fill up the last round, which no earlier token depends on
-            filled = F.pad(x, (0, 0, 0, -n % p)).unflatten(1, (-1, p)).permute(2, 0, 1, 3)
+            filled = F.pad(x, (0, 0, 0, Grid(p).offset(n))).unflatten(1, (-1, p)).permute(2, 0, 1, 3)
             out, _ = part(filled.flatten(0, 1), None, start // p)
             return first_of(out.unflatten(0, (p, b)).permute(1, 2, 0, 3).flatten(1, 2), n), None
         outs: list[Tensor] = []
         parts: list[tuple[int, BlockState]] = []
         if state is not None and (with_room := getattr(self.attn, 'with_room', None)) is not None:
             # for all phases at once, before views of some are taken
-            mixer = with_room(state.mixer, -(-(start + n) // p))
+            mixer = with_room(state.mixer, Grid(p).count(start + n))
             # the compiler cannot trace the question
             if torch.compiler.is_compiling() or mixer is not state.mixer:
                 state = replace(state, mixer=mixer)

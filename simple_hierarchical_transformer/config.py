@@ -351,6 +351,10 @@ class Config:
         """The hierarchy levels, in the order of `hierarchies`."""
         return build_levels(self, MIXERS)
 
+    def values(self, name: str) -> tuple[Any, ...]:
+        """The value of a per-level option for each level."""
+        return per_level(name, getattr(self, name), len(self.levels))
+
     @cached_property
     def compressions(self) -> list[int]:
         return [level.compression for level in self.levels]
@@ -388,16 +392,15 @@ class Config:
 
     @cached_property
     def dim_embed(self) -> int:
-        """The width of embeddings. In an hourglass only the finest level reads them."""
-        if self.arrangement == 'hourglass':
+        """The width of embeddings. Of nested levels, only the finest one reads them."""
+        if arrangement_of(self).nested:
             return self.levels[self.order[0]].dim
         return max(level.dim for level in self.levels)
 
     @cached_property
     def compressor_modules(self) -> tuple[nn.Module | None, ...]:
         """The user's compressor of each level, None where the level names one."""
-        given = per_level('compressor', self.compressor, len(self.levels))
-        return tuple(each if isinstance(each, nn.Module) else None for each in given)
+        return tuple(each if isinstance(each, nn.Module) else None for each in self.values('compressor'))
 
     @cached_property
     def summarizers(self) -> tuple[nn.Module | None, ...]:
@@ -423,7 +426,7 @@ class Config:
                 )
 
     def check_layers(self) -> None:
-        if self.halting is not None and (not self.share_layers or self.arrangement == 'hourglass'):
+        if self.halting is not None and (not self.share_layers or arrangement_of(self).nested):
             raise ValueError(
                 f"halting is for share_layers = True and arrangement = 'parallel', got {self.share_layers} and "
                 f'{self.arrangement!r}'
@@ -435,7 +438,7 @@ class Config:
             if (given := getattr(self, name)) != allowed:
                 raise ValueError(f'reversible goes with {name} = {allowed!r}, got {given!r}')
         differ = any(level.depth < self.layers for level in self.levels)
-        if differ and (self.arrangement != 'hourglass' or self.share_layers):
+        if differ and (not arrangement_of(self).nested or self.share_layers):
             raise ValueError(
                 f"depth may differ between hierarchies with arrangement = 'hourglass' and share_layers = False alone, "
                 f'got {self.depth!r} with {self.arrangement!r} and {self.share_layers}'
@@ -462,9 +465,9 @@ class Config:
     def check_autoencoder(self) -> None:
         if not self.autoencoder:
             return
-        if self.arrangement == 'hourglass':
-            raise ValueError("autoencoder feeds levels side by side, and arrangement is 'hourglass'")
-        if set(per_level('compressor', self.compressor, len(self.levels))) != {'conv'}:
+        if arrangement_of(self).nested:
+            raise ValueError(f'autoencoder feeds levels side by side, and arrangement is {self.arrangement!r}')
+        if set(self.values('compressor')) != {'conv'}:
             raise ValueError(f"autoencoder takes the compressors' place, and compressor is {self.compressor!r}")
         if max(self.compressions) == 1:
             raise ValueError(f'autoencoder needs a hierarchy that compresses, got {self.compressions}')
@@ -477,10 +480,11 @@ class Config:
                 f'chunk_summarizers must have one module or None for each of the {len(self.levels)} hierarchies, '
                 f'got {len(self.summarizers)}'
             )
-        for level, summarizer in zip(self.levels, self.summarizers, strict=True):
+        weights = self.values('next_latent_loss_weight')
+        for level, summarizer, weight in zip(self.levels, self.summarizers, weights, strict=True):
             if summarizer is not None and not isinstance(summarizer, nn.Module):
                 raise ValueError(f'chunk_summarizers must be modules or None, got {summarizer!r}')
-            if summarizer is not None and level.next_latent_loss_weight == 0:
+            if summarizer is not None and weight == 0:
                 raise ValueError(
                     f'chunk_summarizers has a module for hierarchy {level.compression}, which has a '
                     'next_latent_loss_weight of 0 and would never use it'

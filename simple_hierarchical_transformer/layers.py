@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
-from .arrangements import MergeSpec
+from .arrangements import MergeSpec, arrangement_of
 from .block import HierarchicalBlock
+from .levels import Grid
 from .merges import MERGES, Merge
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def build_layer(config: Config, number: int) -> nn.ModuleList:
     blocks = (
         HierarchicalBlock(
             level,
-            length=-(-config.seq_len // level.compression),
+            length=Grid(level.compression).count(config.seq_len),
             layer=number,
             attn_backend=config.attn_backend,
             residual=config.residual,
@@ -48,7 +49,7 @@ def build_merges(config: Config, specs: Sequence[MergeSpec]) -> list[Merge]:
         members = [config.levels[i] for i in spec.members]
         return MERGES[config.merge](members, spec.recipients, spec.strides, window=config.merge_window)
 
-    if specs and config.share_layers and config.arrangement == 'parallel':
+    if specs and config.share_layers and not arrangement_of(config).nested:
         return [build(specs[0])] * len(specs)
     return [build(spec) for spec in specs]
 

@@ -58,9 +58,6 @@ class Level:
     heads: int
     ff_mult: float
     window: int | None
-    next_latent_loss_weight: float
-    prophet_loss_weight: float = 0.0
-    quantized_loss_weight: float = 0.0
     compressor: str = 'conv'
     mixer: str | type[nn.Module] = 'attention'
     mixer_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -159,7 +156,10 @@ def build_level(config: Config, c: int, given: dict[str, Any], mixers: Collectio
     window = find_window(given.pop('window_sizes'), c, config.seq_len)
     if mixer == 'attention' and window != 0 and given['dim_head'] % 2:
         raise ValueError(f'dim_head must be even (rotary embeddings turn pairs of channels), got {given["dim_head"]}')
-    return Level(compression=c, stride=stride, window=window, **given)
+    # options that no level module reads, as the weights of objectives, are not in it
+    names = {each.name for each in fields(Level)}
+    own = {name: value for name, value in given.items() if name in names}
+    return Level(compression=c, stride=stride, window=window, **own)
 
 
 def find_window(window: Any, c: int, seq_len: int) -> int | None:

@@ -28,7 +28,7 @@ from .memory import Memory, State
 from .merges import Merge, concat_levels, zero_columns
 from .objectives import Batch, LossParts, build_objectives, quantize, split_counts, total_loss
 from .ops.linear import begin_at_zero, chain
-from .options import describe, takes_options
+from .options import describe, list_per_level, takes_options
 from .pretrained import Pretrained
 from .published import adapt_published_keys
 from .read import Read
@@ -54,9 +54,8 @@ class HierarchicalTransformer(
     every layer a merge pools what the levels know into the level that predicts the next token. With one level, the
     model is a plain GPT: `HierarchicalTransformer(num_tokens = 256, dim = 512, depth = 6)`.
 
-    Options that list `Sequence` beside a single type take one value, or a tuple with one value for each level:
-    `dim`, `depth`, `dim_head`, `heads`, `ff_mult`, `window_sizes`, `hierarchical_stride`, `compressor`, `mixer`,
-    `mixer_kwargs` and the weights of the next-latent, prophet and quantized losses.
+    These options take one value, or a tuple with one value for each level:
+{list_per_level(Config)}
 
     Args:
 {describe(Config)}
@@ -166,7 +165,7 @@ class HierarchicalTransformer(
         """
         unread = [norm for i, norm in enumerate(self.norms) if i not in self.final_levels]
         last_merge_is_unshared = config.layers == 1 or not config.share_layers
-        if self.arrangement == 'parallel' and len(self.hierarchical_merges) and last_merge_is_unshared:
+        if not arrangement_of(self).nested and len(self.hierarchical_merges) and last_merge_is_unshared:
             unread += self.merge(-1).unread_modules(self.final_levels)
         for module in unread:
             make_buffers(module)
@@ -268,7 +267,7 @@ class HierarchicalTransformer(
         memory = self.open_memory(ids, state, return_state)
 
         wants_inputs = return_hierarchical_token_embeds or (return_quantized_ids and self.quantize_from == 'compressed')
-        if wants_inputs and memory.state is None and self.arrangement == 'parallel':
+        if wants_inputs and memory.state is None and not arrangement_of(self).nested:
             # without a state given or asked for, only the compressors need to run
             inputs, _ = compress_all(self, embed(self, ids, memory, readings), memory)
             return quantize(self, inputs) if return_quantized_ids else inputs

@@ -94,6 +94,12 @@ def describe(config: type[Any], indent: int = 8, skip: Collection[str] = ()) -> 
     return '\n'.join(lines)
 
 
+def list_per_level(config: type[Any], indent: int = 4) -> str:
+    """The names of the options that take one value for each level, as lines of a docstring."""
+    names = ', '.join(f'`{each.name}`' for each in fields(config) if each.metadata['per_level'])
+    return textwrap.fill(f'{names}.', 118, initial_indent=' ' * indent, subsequent_indent=' ' * indent)
+
+
 def takes_options(config: Callable[P, C]) -> Callable[[Callable[[M, C], None]], Callable[Concatenate[M, P], None]]:
     """Decorates a constructor that takes a `config`, so that callers give its options as keyword arguments."""
     given, owner = inspect.signature(config), config.__init__.__qualname__

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from .objectives import OBJECTIVES
 from .weights import shared_names
 
 # the rotary frequencies of windowed attention, under the published package's name
 WINDOWED_FREQS = re.compile(r'(layers\.\d+\.\d+\.attn\.)attn_fn\.rel_pos\.inv_freq')
-# modules that exist only if an objective uses them
+# modules that exist only if an objective uses them: those of objectives, and heads inside other modules
+CONTAINERS = '|'.join(name for kind in OBJECTIVES for name in kind.containers)
 OPTIONAL_KEYS = re.compile(
-    r'(latent_dynamics\.\d+|chunk_summarizers\.\d+|compressors\.\d+\.to_recon|to_prophet\.\d+|to_quantized\.\d+'
-    r'|quantizers\.\d+|autoencoder\.decoders\.\d+|autoencoder\.to_ids)\.'
+    rf'((?:{CONTAINERS})\.\d+|compressors\.\d+\.to_recon|autoencoder\.decoders\.\d+|autoencoder\.to_ids)\.'
 )
 
 

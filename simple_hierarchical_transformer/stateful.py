@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .checks import check_int
 from .embeddings import with_room
-from .levels import Level
+from .levels import Grid, Level
 from .memory import BlockState, Memory, State, room_for
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 def layout_of(config: Config) -> tuple[Any, ...]:
     """What the shape and the meaning of a state depend on, as far as options say it."""
-    # objectives do not change what a level remembers
-    untrained: dict[str, Any] = dict(next_latent_loss_weight=0.0, prophet_loss_weight=0.0, quantized_loss_weight=0.0)
     return (
         config.arrangement,
         config.autoencoder,
@@ -32,7 +30,7 @@ def layout_of(config: Config) -> tuple[Any, ...]:
         config.merge_window,
         tuple(config.receivers),
         tuple(config.predict_from),
-        *(replace(level, **untrained) for level in config.levels),
+        *config.levels,
     )
 
 
@@ -44,7 +42,7 @@ class Stateful:
 
         Attention with a window of w keeps w + 1 tokens in each phase, full attention `ceil(seq_len / c) + 1`. Other
         mixers keep what their docstrings say. `recall` also keeps the last `seq_len` ids, and a number for each context
-        that ended there. A cache of more than `state.ROOM` tokens grows with the text.
+        that ended there. A cache of more than `memory.ROOM` tokens grows with the text.
 
         Raises:
             ValueError: `batch_size` is no integer of at least 1.
@@ -106,7 +104,7 @@ class Stateful:
             grows = getattr(block and block.attn, 'with_room', None)
             if grows is None:
                 return held
-            return replace(held, mixer=grows(held.mixer, -(-level.length(state.position + n) // level.phases)))
+            return replace(held, mixer=grows(held.mixer, Grid(level.phases).count(level.length(state.position + n))))
 
         def layer_reserved(layer: Sequence[Any], held: Sequence[BlockState]) -> tuple[BlockState, ...]:
             return tuple(reserved(*each) for each in zip(model.levels, layer, held, strict=True))

@@ -284,7 +284,7 @@ def test_activations_written_out(activation: str) -> None:
 def test_linear_merge_written_out(into: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     dims, strides, n = (4, 6, 5), (1, 4, 2), 11
-    levels = [Level(c, s, d, 4, 2, 2, None, 0.0) for c, s, d in zip((1, 4, 2), strides, dims, strict=True)]
+    levels = [Level(c, s, d, 4, 2, 2, None) for c, s, d in zip((1, 4, 2), strides, dims, strict=True)]
     merge = LinearMerge(levels, into).double()
     tokens = [torch.randn(2, level.length(n), level.dim, dtype=torch.float64) for level in levels]
     merged, _ = merge(tokens)

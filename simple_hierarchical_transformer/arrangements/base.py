@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -61,6 +61,10 @@ class LevelOutputs:
 
 class Arrangement:
     """How the levels of a model run. It owns no weights: it declares what to build, and receives the model."""
+
+    nested: ClassVar[bool] = False
+    """Whether levels run one inside the other. Then a level reads the tokens of the next finer one, and a merge joins
+    two neighbors. Otherwise all levels read the embeddings, and a merge follows every layer."""
 
     def check(self, config: Config) -> None:
         """Raises ValueError where the options do not fit the arrangement."""

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 class Hourglass(Arrangement):
     """A level runs half of its layers, then the next coarser level on its tokens. It merges the result and goes on."""
 
+    nested = True
+
     def check(self, config: Config) -> None:
         levels = [config.levels[i] for i in config.order]
         predicts = config.compressions[config.predict_level]

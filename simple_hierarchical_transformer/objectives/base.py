@@ -61,8 +61,9 @@ class Objective:
     """
 
     kind: ClassVar[str]
-    roles: ClassVar[Mapping[str, str]] = {}
-    """The roles of its modules' weights for optimizers, by the names in `modules`: 'head' for a map to ids."""
+    containers: ClassVar[Mapping[str, str | None]] = {}
+    """The names of the `nn.ModuleDict`s that hold its modules by level, each with the role of its weights for
+    optimizers: 'head' for a map to ids, None if their shapes say it."""
     trains_final_tokens: ClassVar[bool] = True
     """Whether it reads the final tokens of its level."""
 
@@ -97,7 +98,7 @@ class Objective:
         ]
 
     def modules(self, config: Config) -> dict[str, nn.Module]:
-        """The modules that the model builds for it, by the name of the `nn.ModuleDict` that holds them by level."""
+        """The modules that the model builds for it, by the names of `containers`."""
         return {}
 
     def targets(self, batch: Batch) -> Targets:

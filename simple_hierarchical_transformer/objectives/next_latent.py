@@ -5,7 +5,7 @@ Teoh et al. 2025, arXiv 2511.05963.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
@@ -179,6 +179,7 @@ def rollout_counts(valid: Tensor, steps: int) -> list[Tensor]:
 @dataclass(frozen=True, kw_only=True)
 class NextLatent(Objective):
     kind: ClassVar[str] = 'next_latent'
+    containers: ClassVar[Mapping[str, str | None]] = dict(latent_dynamics=None, chunk_summarizers=None)
 
     loss_fn: LatentLoss = mse_and_cosine_sim
     rollout_weights: tuple[float, ...] = (1.0,)
@@ -189,7 +190,7 @@ class NextLatent(Objective):
     def from_config(cls, config: Config) -> list[NextLatent]:
         return cls.per_level(
             config,
-            [level.next_latent_loss_weight for level in config.levels],
+            config.values('next_latent_loss_weight'),
             loss_fn=find_latent_loss(config.next_latent_loss_type),
             rollout_weights=config.rollouts,
             decay=config.rollout_decay,

@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class Prophet(CrossEntropy):
     kind: ClassVar[str] = 'prophet'
-    roles: ClassVar[Mapping[str, str]] = dict(to_prophet='head')
+    containers: ClassVar[Mapping[str, str | None]] = dict(to_prophet='head')
 
     @classmethod
     def from_config(cls, config: Config) -> list[Prophet]:
         weights = [
             # here it would be the cross entropy once more
-            0.0 if level.compression == 1 and i in config.predict_from else level.prophet_loss_weight
-            for i, level in enumerate(config.levels)
+            0.0 if config.compressions[i] == 1 and i in config.predict_from else weight
+            for i, weight in enumerate(config.values('prophet_loss_weight'))
         ]
         objectives = cls.per_level(config, weights)
-        if any(level.prophet_loss_weight for level in config.levels) and not objectives:
+        if any(config.values('prophet_loss_weight')) and not objectives:
             warnings.warn(
                 'prophet_loss_weight builds nothing: that of level 1x, which predicts, is the cross entropy',
                 stacklevel=user_frame(),

@@ -57,13 +57,13 @@ class RandomProjectionQuantizer(nn.Module):
 @dataclass(frozen=True, kw_only=True)
 class Quantized(Objective):
     kind: ClassVar[str] = 'quantized'
-    roles: ClassVar[Mapping[str, str]] = dict(to_quantized='head')
+    containers: ClassVar[Mapping[str, str | None]] = dict(to_quantized='head', quantizers=None)
 
     codebooks: int = 1
 
     @classmethod
     def from_config(cls, config: Config) -> list[Quantized]:
-        weights = [level.quantized_loss_weight for level in config.levels]
+        weights = config.values('quantized_loss_weight')
         return cls.per_level(config, weights, codebooks=config.quantizer_codebooks)
 
     def modules(self, config: Config) -> dict[str, nn.Module]:

@@ -16,6 +16,7 @@ from torch import Tensor
 def test_losses_equal_their_definitions(config: dict[str, Any], n: int, seed: int) -> None:
     """The definitions loop over tokens and rollouts, without tensor operations over the sequence."""
     model = build(config, seed)
+    weights = model.loss_weights
     ids = torch.randint(0, 11, (2, n + 1))
     ids[torch.rand(ids.shape) < 0.2] = 0
     ignored = config['ignore_index']
@@ -56,7 +57,7 @@ def test_losses_equal_their_definitions(config: dict[str, Any], n: int, seed: in
             # its value has its own test
             others = others + 0.01 * parts.named[f'ponder/{c}x']
 
-        if level.prophet_loss_weight > 0 and (c > 1 or index not in model.predict_from):
+        if weights.get(f'prophet/{c}x', 0.0) > 0:
             foreseen = []
             for b in range(2):
                 for j in range(m):
@@ -66,9 +67,9 @@ def test_losses_equal_their_definitions(config: dict[str, Any], n: int, seed: in
                         if position <= n and ids[b, position] != ignored:
                             foreseen.append(-said[k, ids[b, position]])
             torch.testing.assert_close(parts.named[f'prophet/{c}x'], mean(foreseen))
-            others = others + level.prophet_loss_weight * mean(foreseen)
+            others = others + weights[f'prophet/{c}x'] * mean(foreseen)
 
-        if level.quantized_loss_weight > 0:
+        if weights.get(f'quantized/{c}x', 0.0) > 0:
             quantizer, named = model.quantizers[str(index)], []
             of = compressed[index] if config['quantize_from'] == 'compressed' else x
             for b in range(2):
@@ -84,9 +85,9 @@ def test_losses_equal_their_definitions(config: dict[str, Any], n: int, seed: in
                         near = [F.cosine_similarity(vector @ projection, code, dim=0) for code in codebook]
                         named.append(-said[k, torch.stack(near).argmax()])
             torch.testing.assert_close(parts.named[f'quantized/{c}x'], mean(named))
-            others = others + level.quantized_loss_weight * mean(named)
+            others = others + weights[f'quantized/{c}x'] * mean(named)
 
-        if level.next_latent_loss_weight > 0:
+        if weights.get(f'next_latent/{c}x', 0.0) > 0:
             dynamics, summarize = model.latent_dynamics[str(index)], model.chunk_summarizers[str(index)]
             steps: list[list[Tensor]] = [[] for _ in range(config['num_rollouts'])]
             for b in range(2):
@@ -109,7 +110,7 @@ def test_losses_equal_their_definitions(config: dict[str, Any], n: int, seed: in
                         before = before + element
             level_loss = sum(mean(step) for step in steps)
             torch.testing.assert_close(parts.next_latent_per_hierarchy[index], level_loss)
-            next_latent = next_latent + level.next_latent_loss_weight * level_loss
+            next_latent = next_latent + weights[f'next_latent/{c}x'] * level_loss
 
     torch.testing.assert_close(parts.ce, ce)
     torch.testing.assert_close(parts.recon, recon)

@@ -157,7 +157,7 @@ def level(
     compression: int = 1, stride: int = 1, dim: int = 6, window: int | None = None, compressor: str = 'conv'
 ) -> Level:
     """A level with two heads of 4 channels."""
-    return Level(compression, stride, dim, 4, 2, 2, window, 0.0, compressor=compressor)
+    return Level(compression, stride, dim, 4, 2, 2, window, compressor=compressor)
 
 
 def build(config: dict[str, Any], seed: int = 0) -> HierarchicalTransformer:
