@@ -1,22 +1,27 @@
 """Builds parts of the pages: included sections, the table of options, and pages that live beside the code.
 
 - `<!-- include: FILE -->` and `<!-- include: FILE#Heading -->` insert a file of the repository, or one section of it.
-- `<!-- options -->` inserts the table of the fields of `Config`.
+- `<!-- options -->` inserts the table of the fields of `Config`, `<!-- per-level options -->` the names of those that
+  take a value for each hierarchy.
 - Links such as `../benchmarks/report.md` lead to Markdown files and pictures outside docs/. These become pages too.
+- The API page shows the docstring that `HierarchicalTransformer` makes when it is imported.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import posixpath
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+import griffe
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.config import Config
 from simple_hierarchical_transformer.options import default_of
 
@@ -48,7 +53,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     def include(found: re.Match[str]) -> str:
         return relink(included(found[1], found[2]), page, files, '', keep_broken=False)
 
-    return INCLUDE.sub(include, markdown).replace('<!-- options -->', options_table())
+    markdown = INCLUDE.sub(include, markdown).replace('<!-- options -->', options_table())
+    return markdown.replace('<!-- per-level options -->', per_level_options())
 
 
 def relink(markdown: str, page: Page, files: Files, folder: str, *, keep_broken: bool = True) -> str:
@@ -84,11 +90,15 @@ def included(name: str, heading: str | None) -> str:
     return found[1].strip()
 
 
+def per_level_options() -> str:
+    *names, last = (f'`{each.name}`' for each in dataclasses.fields(Config) if each.metadata['per_level'])
+    return f'{", ".join(names)} and {last}'
+
+
 def options_table() -> str:
     options = [each for each in dataclasses.fields(Config) if each.init]
-    several = ', '.join(f'`{each.name}`' for each in options if each.metadata['per_level'])
     rows = [
-        f'These arguments take one value, or a tuple with one value for each hierarchy: {several}.',
+        f'These arguments take one value, or a tuple with one value for each hierarchy: {per_level_options()}.',
         '',
         '| argument | default | description |',
         '|---|---|---|',
@@ -101,3 +111,25 @@ def options_table() -> str:
         description = each.metadata['help'].replace('|', r'\|')
         rows.append(f'| `{each.name}` | {shown} | {description}<br><small><code>{annotation}</code></small> |')
     return '\n'.join(rows)
+
+
+class ImportedDocstring(griffe.Extension):
+    """Gives the API page the docstring and the arguments of the model, which are not in the source as they are."""
+
+    def on_class(self, *, cls: griffe.Class, **_: object) -> None:
+        if cls.path != f'{HierarchicalTransformer.__module__}.{HierarchicalTransformer.__qualname__}':
+            return
+        init = cls.members['__init__']
+        assert isinstance(init, griffe.Function)
+        init.parameters = griffe.Parameters(
+            *(
+                griffe.Parameter(
+                    each.name,
+                    annotation=str(each.type),
+                    kind=griffe.ParameterKind.keyword_only,
+                    default=default_of(each) or None,
+                )
+                for each in dataclasses.fields(Config)
+            )
+        )
+        cls.docstring = griffe.Docstring(inspect.getdoc(HierarchicalTransformer) or '', parent=cls)
