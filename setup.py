@@ -4,13 +4,15 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+# a package index has neither the picture nor the pages that README.md links to
+README = re.sub(r'!\[.*\)\n\n', '', (HERE / 'README.md').read_text(encoding='utf-8'))
 VERSION = (HERE / 'simple_hierarchical_transformer' / 'version.py').read_text(encoding='utf-8')
 
 setup(
     name='simple-hierarchical-transformer',
     version=re.findall("'(.+)'", VERSION)[0],
     description='A language model that reads a sequence at several resolutions at once',
-    long_description=(HERE / 'README.md').read_text(encoding='utf-8'),
+    long_description=re.sub(r'\[([^]]*)\]\((?!http)[^)]*\)', r'\1', README),
     long_description_content_type='text/markdown',
     license='MIT',
     license_files=['LICENSE'],

@@ -132,4 +132,4 @@ class ImportedDocstring(griffe.Extension):
                 for each in dataclasses.fields(Config)
             )
         )
-        cls.docstring = griffe.Docstring(inspect.getdoc(HierarchicalTransformer) or '', parent=cls)
+        cls.docstring = griffe.Docstring(inspect.getdoc(HierarchicalTransformer) or '', parent=cls, parser='google')
