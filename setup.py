@@ -12,7 +12,7 @@ setup(
     name='simple-hierarchical-transformer',
     version=re.findall("'(.+)'", VERSION)[0],
     description='A language model that reads a sequence at several resolutions at once',
-    long_description=re.sub(r'\[([^]]*)\]\((?!http)[^)]*\)', r'\1', README),
+    long_description=re.sub(r'\[([^]]*)\]\((?!http)[^)]*\)', r'*\1*', README),
     long_description_content_type='text/markdown',
     license='MIT',
     license_files=['LICENSE'],

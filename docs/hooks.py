@@ -1,8 +1,8 @@
 """Builds parts of the pages: included sections, the table of options, and pages that live beside the code.
 
 - `<!-- include: FILE -->` and `<!-- include: FILE#Heading -->` insert a file of the repository, or one section of it.
-- `<!-- options -->` inserts the table of the fields of `Config`, `<!-- per-level options -->` the names of those that
-  take a value for each hierarchy.
+- `<!-- options -->` inserts the table of the fields of `Config`.
+- `<!-- per-level options -->` inserts the names of those that take one value for each hierarchy.
 - Links such as `../benchmarks/report.md` lead to Markdown files and pictures outside docs/. These become pages too.
 - The API page shows the docstring that `HierarchicalTransformer` makes when it is imported.
 """
@@ -54,7 +54,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return relink(included(found[1], found[2]), page, files, '', keep_broken=False)
 
     markdown = INCLUDE.sub(include, markdown).replace('<!-- options -->', options_table())
-    return markdown.replace('<!-- per-level options -->', per_level_options())
+    return markdown.replace('<!-- per-level options -->', f'They are {per_level_options()}.')
 
 
 def relink(markdown: str, page: Page, files: Files, folder: str, *, keep_broken: bool = True) -> str:

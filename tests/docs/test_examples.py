@@ -74,6 +74,14 @@ def test_the_readme_table_is_the_one_of_the_results_page() -> None:
     assert set(rows) <= set((ROOT / 'docs' / 'results.md').read_text(encoding='utf-8').splitlines())
 
 
+def test_contributing_names_every_module() -> None:
+    package = ROOT / 'simple_hierarchical_transformer'
+    layout = (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8').split('## Layout')[1].split('```')[1]
+    modules = {path.name for path in package.glob('*.py')} - {'__init__.py', 'version.py'}
+    folders = {f'{path.parent.name}/' for path in package.glob('*/__init__.py')}
+    assert {*modules, *folders} <= set(layout.replace(',', ' ').split())
+
+
 def anchor(heading: str) -> str:
     """The id that GitHub and mkdocs give to a heading of these pages."""
     return '#' + re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-')
