@@ -15,6 +15,11 @@ from .base import Merge, MergeState, concat_levels, gain_of, normalised, zero_co
 
 
 class ConcatMerge(Merge):
+    """A feed-forward over the tokens of all levels at a position, concatenated: `(batch, n, sum of dims)`.
+
+    Each recipient gets the outputs at its own positions.
+    """
+
     def build(self, levels: Sequence[Level]) -> None:
         dim_in, dim_out = sum(self.dims), sum(self.dims[i] for i in self.recipients)
         self.net = Chain(
