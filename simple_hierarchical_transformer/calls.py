@@ -172,6 +172,7 @@ if TYPE_CHECKING:
             return_state: bool = False,
             logits_to_keep: int = 0,
             readings: Tensor | float | None = None,
+            return_read: bool = False,
         ) -> Any: ...
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
+from sys import _getframe
 from typing import Any, ParamSpec
 
 from torch import Tensor, nn
 
 P = ParamSpec('P')
 
+# modules whose frames are between a user's call and a warning of this package
+INTERNAL = (__name__.partition('.')[0], 'functools')
 # no tensor has a longer dimension
 MOST = 10**12
 # the most things that are built or run one after the other
@@ -105,3 +108,11 @@ def per_level(name: str, value: Any, count: int) -> tuple[Any, ...]:
     if len(value) != count:
         raise ValueError(f'{name} must be one value or one for each of the {count} hierarchies, got {value!r}')
     return tuple(value)
+
+
+def user_frame() -> int:
+    """The `stacklevel` at which the caller of this function warns about the first frame outside of this package."""
+    frame, level = _getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get('__name__', '').partition('.')[0] in INTERNAL:
+        frame, level = frame.f_back, level + 1
+    return level

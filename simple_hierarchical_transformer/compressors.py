@@ -264,7 +264,7 @@ class Compressor(nn.Module):
         """Finer tokens x `(batch, seq, dim_in)`, the first of index `position`, to level tokens; see `pool`."""
         if not self.pools:
             stride = self.windows.stride
-            return chain(x[:, Grid(stride).offset(position) :: stride], self.compress_fn), None
+            return chain(x[:, Grid(stride).at(position)], self.compress_fn), None
         return pool(self.compress_fn, self.windows, self.dim, x, state, position)
 
 
@@ -340,7 +340,7 @@ class Autoencoder(nn.Module):
         """Decodes the coarsest map x of a chunk at `position` to vectors of ids, `(batch, ids, dim)`, for `to_ids`."""
         grid = self.grids[self.order[-1]]
         step = self.coarsest // grid
-        x = x[:, Grid(step).offset(Grid(grid).count(position)) :: step]
+        x = x[:, Grid(step).at(Grid(grid).count(position))]
         for i in reversed(self.order):
             if str(i) in self.decoders:
                 x = F.silu(chain(x, self.decoders[str(i)])).unflatten(-1, (-1, x.shape[-1])).flatten(1, 2)

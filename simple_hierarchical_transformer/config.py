@@ -7,7 +7,7 @@ page of the documentation are made from `Config`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from .objectives.next_latent import find_latent_loss, normalise_rollout_weights
 from .ops.window_attention import BACKENDS
 from .options import (
     Check,
+    about,
     check_bool,
     check_id,
     check_power_of_two,
@@ -42,17 +43,21 @@ class Config:
     """The options of a `HierarchicalTransformer`. Raises ValueError where one is not allowed or two contradict."""
 
     # sizes
-    num_tokens: int = option(help='Size of the vocabulary.', check=integer())
-    dim: int | Sequence[int] = option(
-        help='Width of a level. Embeddings have the largest of them; in an hourglass, the width of the finest level.',
-        # the token shift moves half of the channels
-        check=integer(2),
-        per_level=True,
+    num_tokens: int = field(metadata=about(help='Size of the vocabulary.', check=integer()))
+    dim: int | Sequence[int] = field(
+        metadata=about(
+            help='Width of a level. Embeddings have the largest of them; in an hourglass, that of the finest level.',
+            # the token shift moves half of the channels
+            check=integer(2),
+            per_level=True,
+        )
     )
-    depth: int | Sequence[int] = option(
-        help="Number of layers. With `arrangement = 'hourglass'` it may differ between hierarchies.",
-        check=integer(1, MOST_PARTS),
-        per_level=True,
+    depth: int | Sequence[int] = field(
+        metadata=about(
+            help="Number of layers. With `arrangement = 'hourglass'` it may differ between hierarchies.",
+            check=integer(1, MOST_PARTS),
+            per_level=True,
+        )
     )
     seq_len: int = option(2048, help='Longest sequence that one pass reads.', check=integer())
     dim_head: int | Sequence[int] = option(

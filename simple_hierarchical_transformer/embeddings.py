@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_number
 from .memory import Memory, State, keep, room_for
-from .ops.tracing import is_exporting, stable_sort
+from .ops.tracing import is_exporting, is_traced, stable_sort
 
 if TYPE_CHECKING:
     from .model import HierarchicalTransformer
@@ -302,6 +303,7 @@ def embed(
 
     It puts the ids and contexts that later chunks look back to into `memory`.
     """
+    check_readings(readings, ids.shape[0])
     embeds = model.token_emb(ids)
     if not len(model.contexts):
         return embeds
@@ -309,7 +311,7 @@ def embed(
     # 0 stands for no id
     history = ids.long() + 1
     state = None if memory.state is None else with_room(model, memory.state, n)
-    before = history.new_zeros(len(ids), padding) if state is None else cast(Tensor, state.ids)
+    before = history.new_zeros(ids.shape[0], padding) if state is None else cast(Tensor, state.ids)
     history = torch.cat((before, history), dim=1)
     hashes = model.contexts.hashes(history[:, -n - padding :])
     if model.ngram_emb is not None:
@@ -325,6 +327,19 @@ def embed(
         kept = None if recalled is None else keep(state.contexts, recalled[:, n:])
         memory.put_ids(keep(state.ids, history[:, n:]), kept)
     return embeds
+
+
+def check_readings(readings: Tensor | float | None, batch: int) -> None:
+    """Raises ValueError where `readings` is no number of at least 0, and no tensor `()` or `(batch,)` of such."""
+    if not isinstance(readings, Tensor):
+        if readings is not None:
+            check_number('readings', readings)
+        return
+    if readings.shape not in ((), (batch,)):
+        raise ValueError(f'readings must be a number or a tensor of shape ({batch},), got {tuple(readings.shape)}')
+    # reading values would make an accelerator wait, or break a compiled graph
+    if readings.device.type == 'cpu' and not is_traced() and not (readings >= 0).all():
+        raise ValueError(f'readings must be at least 0, got {readings.tolist()}')
 
 
 def with_room(model: HierarchicalTransformer, state: State, n: int) -> State:

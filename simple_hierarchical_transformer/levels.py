@@ -5,19 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
-from sys import _getframe
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
-from .checks import MOST, MOST_IN_TURN, check_int, check_number, is_int, per_level
+from .checks import MOST, MOST_IN_TURN, check_int, check_number, is_int, per_level, user_frame
 
 if TYPE_CHECKING:
     from .config import Config
 
 COMPRESSORS = ('conv', 'attention', 'mean', 'linear')
-# modules whose frames lie between a user's call and a warning of this package
-INTERNAL = (__name__.partition('.')[0], 'functools')
 # stands for a user's module in `Level.compressor`
 OWN = 'module'
 
@@ -37,6 +34,10 @@ class Grid(NamedTuple):
     def offset(self, position: int) -> int:
         """The distance from `position` to the first grid position from there on."""
         return -position % self.stride
+
+    def at(self, position: int) -> slice:
+        """The grid positions of a chunk that starts at `position`, as a slice of it."""
+        return slice(self.offset(position), None, self.stride)
 
     def since(self, position: int) -> int:
         """The distance from the last grid position up to `position`."""
@@ -181,11 +182,3 @@ def find_window(window: Any, c: int, seq_len: int) -> int | None:
 
 def is_power_of_two(value: Any) -> bool:
     return is_int(value) and value >= 1 and not value & (value - 1)
-
-
-def user_frame() -> int:
-    """The `stacklevel` at which the caller of this function warns about the first frame outside of this package."""
-    frame, level = _getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get('__name__', '').partition('.')[0] in INTERNAL:
-        frame, level = frame.f_back, level + 1
-    return level

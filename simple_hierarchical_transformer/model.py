@@ -142,6 +142,9 @@ class HierarchicalTransformer(
         self.to_prophet, self.to_quantized, self.quantizers = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         for objective in self.objectives:
             for name, module in objective.modules(config).items():
+                if objective.level is None:
+                    self.add_module(name, module)
+                    continue
                 if not hasattr(self, name):
                     self.add_module(name, nn.ModuleDict())
                 cast(nn.ModuleDict, self.get_submodule(name))[str(objective.level)] = module
@@ -200,6 +203,7 @@ class HierarchicalTransformer(
         return_state: bool = False,
         logits_to_keep: int = 0,
         readings: Tensor | float | None = None,
+        return_read: bool = False,
     ) -> Any:
         """Reads ids `(batch, n)` of any integer dtype and returns next-token logits `(batch, n, num_tokens)`.
 
@@ -233,6 +237,7 @@ class HierarchicalTransformer(
                 1.
             readings: how often the text was read before (full epochs), a number or a tensor `(batch,)`. It scales
                 `ngram_dropout`. Default: 1.
+            return_read: return the `Read` of the pass, as `inspect` does.
 
         Raises:
             ValueError: ids or labels of the wrong rank, dtype, length or range; more than one thing to return; a
@@ -245,6 +250,7 @@ class HierarchicalTransformer(
             'return_logits_and_embeds': return_logits_and_embeds,
             'return_quantized_ids': return_quantized_ids,
             'return_contributions': return_contributions,
+            'return_read': return_read,
         }
         if sum(map(bool, wanted.values())) > 1:
             raise ValueError(f'forward returns one thing, got {", ".join(name for name in wanted if wanted[name])}')
@@ -254,8 +260,9 @@ class HierarchicalTransformer(
             if given is not None and not return_loss:
                 raise ValueError(f'{name} are for return_loss = True, which was not given')
         check_int('logits_to_keep', logits_to_keep, 0)
-        if logits_to_keep and return_loss:
-            raise ValueError(f'logits_to_keep is for logits, got {logits_to_keep} with return_loss = True')
+        for name, flag in wanted.items():
+            if logits_to_keep and flag and name not in ('return_logits_and_embeds', 'return_contributions'):
+                raise ValueError(f'logits_to_keep is for logits, got {logits_to_keep} with {name} = True')
 
         batch = None
         if return_loss:
@@ -272,12 +279,12 @@ class HierarchicalTransformer(
             inputs, _ = compress_all(self, embed(self, ids, memory, readings), memory)
             return quantize(self, inputs) if return_quantized_ids else inputs
         # the levels whose final tokens matter, None for all
-        all_levels = return_hierarchical_embeds or return_logits_and_embeds or return_contributions
+        all_levels = return_hierarchical_embeds or return_logits_and_embeds or return_contributions or return_read
         final_levels = self.final_levels if return_loss or return_quantized_ids else frozenset(self.predict_from)
         request = Request(
             ablated=self.silent,
             merge=not ablate_hierarchical_merge,
-            contributions=[] if return_contributions else None,
+            contributions=[] if return_contributions or return_read else None,
             final_levels=None if all_levels else final_levels,
         )
         read = self.read(ids, memory, request, readings)
@@ -285,6 +292,8 @@ class HierarchicalTransformer(
         output: tuple[Any, ...]
         if batch is not None:
             output = self.losses(read, batch, counts)
+        elif return_read:
+            output = (read,)
         elif return_hierarchical_token_embeds:
             output = (read.inputs,)
         elif return_hierarchical_embeds:
@@ -298,7 +307,7 @@ class HierarchicalTransformer(
                 output += (read.tokens,)
             elif return_contributions:
                 output += (read.contributions,)
-        if return_state:
+        if return_state and not return_read:
             output += (read.state,)
         return output if len(output) > 1 else output[0]
 
@@ -308,9 +317,8 @@ class HierarchicalTransformer(
         `model.to_logits(read.features)` are the logits. `state` and `return_state` are those of `forward`, which raises
         the same errors.
         """
-        ids = check_ids('ids', ids, self.num_tokens)
-        memory = self.open_memory(ids, state, return_state)
-        return self.read(ids, memory, Request(self.silent, contributions=[]))
+        read: Read = self(ids, state=state, return_state=return_state, return_read=True)
+        return read
 
     def read(self, ids: Tensor, memory: Memory, request: Request, readings: Tensor | float | None = None) -> Read:
         """Runs the model on checked ids, up to the logits."""

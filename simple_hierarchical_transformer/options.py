@@ -20,9 +20,14 @@ C = TypeVar('C')
 Check = Callable[[str, Any], object]
 
 
-def option(default: Any = MISSING, *, help: str, check: Check | None = None, per_level: bool = False) -> Any:
-    """A field of `Config`. With `per_level`, it takes one value, or one for each hierarchy, and `check` gets each."""
-    return field(default=default, metadata=dict(help=help, check=check, per_level=per_level))
+def about(*, help: str, check: Check | None = None, per_level: bool = False) -> dict[str, Any]:
+    """The metadata of an option. With `per_level`, it takes one value, or one for each hierarchy; `check` gets each."""
+    return dict(help=help, check=check, per_level=per_level)
+
+
+def option(default: Any, *, help: str, check: Check | None = None, per_level: bool = False) -> Any:
+    """A field of `Config` with a default. Required options are plain fields, so that type checkers require them."""
+    return field(default=default, metadata=about(help=help, check=check, per_level=per_level))
 
 
 def integer(minimum: int = 1, maximum: int = MOST) -> Check:
@@ -111,6 +116,8 @@ def takes_options(config: Callable[P, C]) -> Callable[[Callable[[M, C], None]], 
             try:
                 made = config(*args, **kwargs)
             except TypeError as error:
+                if owner not in str(error):
+                    raise
                 # of a wrong name, or a missing option
                 raise TypeError(str(error).replace(owner, init.__qualname__)) from None
             init(self, made)

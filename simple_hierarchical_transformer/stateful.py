@@ -25,7 +25,6 @@ def layout_of(config: Config) -> tuple[Any, ...]:
         config.arrangement,
         config.autoencoder,
         config.halting is not None,
-        config.reversible,
         config.merge,
         config.merge_window,
         tuple(config.receivers),
@@ -92,6 +91,8 @@ class Stateful:
             len(model.layers),
             None if ngrams is None else ngrams.contexts,
             None if recall is None else recall.contexts,
+            # a user may switch it
+            model.reversible,
             model.layout,
         )
 

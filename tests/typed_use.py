@@ -10,6 +10,9 @@ from simple_hierarchical_transformer.generation.loop import Stream, TextStream
 from simple_hierarchical_transformer.memory import State
 from simple_hierarchical_transformer.merges.base import Contribution
 
+# required options are required by type checkers too: an ignore that is not needed is an error
+HierarchicalTransformer(num_tokens=256)  # type: ignore[call-arg]
+
 
 class Wider(HierarchicalTransformer):
     pass

@@ -27,4 +27,5 @@ class Arranged(Protocol):
 
 def arrangement_of(arranged: Arranged) -> Arrangement:
     """The arrangement of a configuration or a model. Reversible layers are an arrangement of parallel levels."""
-    return ARRANGEMENTS['reversible' if arranged.reversible else arranged.arrangement]
+    reversible = arranged.reversible and arranged.arrangement == 'parallel'
+    return ARRANGEMENTS['reversible' if reversible else arranged.arrangement]

@@ -48,9 +48,11 @@ class Parallel(Arrangement):
         # nothing to look at, and a compiler cannot
         stops = len(pondered) == len(tokens) and memory.state is None and request.contributions is None
         stops = stops and not tokens[0].is_meta and not torch.compiler.is_compiling()
-        for i in range(len(model.layers)):
+        merges = list(model.hierarchical_merges)
+        for i in range(last + 1):
             before = tokens
-            modules = [model.layers[i], *model.hierarchical_merges[i : i + 1], model.step_embeds]
+            # a list of modules takes longer to make than a small layer to run
+            modules = [model.layers[i], *merges[i : i + 1], model.step_embeds] if model.gradient_checkpointing else ()
             tokens, blocks, merge = checkpointed(model, modules, run_layer, model, i, tokens, memory, request)
             memory.put_blocks(i, blocks)
             memory.put_merge(i, merge)

@@ -111,7 +111,10 @@ def takes_logits_to_keep(model: StatefulModel) -> bool:
     `**kwargs` alone do not count: a wrapper may pass them to a model that does not know the argument.
     """
     try:
-        return 'logits_to_keep' in signature(getattr(model, 'forward', model)).parameters
+        forward = getattr(model, 'forward', model)
+        outer = signature(forward, follow_wrapped=False).parameters
+        passes = 'logits_to_keep' in outer or any(each.kind is each.VAR_KEYWORD for each in outer.values())
+        return passes and 'logits_to_keep' in signature(forward).parameters
     except (TypeError, ValueError):
         # functions of compiled languages may have no signature
         return False

@@ -47,7 +47,7 @@ class ConcatMerge(Merge):
         joined, position = gathered
         joined = zero_columns(joined, self.dims, ablated)
         dims, strides = [self.dims[i] for i in self.recipients], [self.strides[i] for i in self.recipients]
-        positions = [slice(Grid(stride).offset(position), None, stride) for stride in strides]
+        positions = [Grid(stride).at(position) for stride in strides]
         # a strided level has no use for what is pooled between its tokens
         matrix = matrix_of(self.net[-1]) if max(strides) > 1 and is_plain(self.net) and len(self.net) == 4 else None
         if matrix is None:

@@ -52,7 +52,7 @@ class LinearMerge(Merge):
         for j, (column, listeners) in enumerate(zip(columns, self.listeners, strict=True)):
             pieces = column.split([self.dims[i] for i in listeners], dim=-1) if listeners else ()
             for i, piece in zip(listeners, pieces, strict=True):
-                mapped[i, j] = piece[:, Grid(self.strides[i]).offset(position) :: self.strides[i]]
+                mapped[i, j] = piece[:, Grid(self.strides[i]).at(position)]
         return (mapped, tokens), state
 
     def updates(self, gathered: Any, ablated: Collection[int]) -> list[Tensor]:

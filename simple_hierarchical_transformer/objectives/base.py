@@ -38,6 +38,10 @@ class Batch(NamedTuple):
         """The index of the first id at which a level of this stride has a token."""
         return Grid(stride).offset(self.position)
 
+    def at_tokens(self, stride: int) -> Tensor:
+        """The ids at which a level of this stride has tokens, `(batch, tokens)`."""
+        return self.ids[:, Grid(stride).at(self.position)]
+
 
 class Targets(NamedTuple):
     """What one objective predicts."""
@@ -154,4 +158,4 @@ def future_windows(labels: Tensor, *, compression: int, stride: int, ignore_inde
 
 def id_windows(ids: Tensor, size: int, stride: int) -> Tensor:
     """Windows of `size` ids, one every `stride`: `(batch, windows, size)`. None where `(batch, n)` has fewer."""
-    return ids.unfold(1, size, stride) if ids.shape[1] >= size else ids.new_empty(len(ids), 0, size)
+    return ids.unfold(1, size, stride) if ids.shape[1] >= size else ids.new_empty(ids.shape[0], 0, size)

@@ -205,14 +205,16 @@ class NextLatent(Objective):
         assert self.level is not None
         dim = config.levels[self.level].dim
         dynamics = LatentDynamics(dim, hidden_dim=config.dynamics_hidden_dim, num_layers=config.dynamics_num_layers)
-        summarizer = config.summarizers[self.level] or ChunkSummarizer(
-            dim_embed=config.dim_embed, dim=dim, compression=self.compression, stride=self.stride
-        )
+        summarizer = config.summarizers[self.level]
+        if summarizer is None:
+            summarizer = ChunkSummarizer(
+                dim_embed=config.dim_embed, dim=dim, compression=self.compression, stride=self.stride
+            )
         return {'latent_dynamics': dynamics, 'chunk_summarizers': summarizer}
 
     def targets(self, batch: Batch) -> Targets:
         # tokens that end in an ignored id do not count
-        return Targets(batch.ids[:, batch.offset(self.stride) :: self.stride], batch.ignore_index)
+        return Targets(batch.at_tokens(self.stride), batch.ignore_index)
 
     def counts(self, targets: Targets) -> list[Tensor]:
         return rollout_counts(targets.counted, self.terms)

@@ -28,7 +28,7 @@ class Ponder(Objective):
 
     def targets(self, batch: Batch) -> Targets:
         # every token counts: no id is below 0
-        return Targets(batch.ids[:, batch.offset(self.stride) :: self.stride], -1)
+        return Targets(batch.at_tokens(self.stride), -1)
 
     def loss(self, model: HierarchicalTransformer, read: Read, batch: Batch, counts: Sequence[Tensor] | None) -> Tensor:
         assert self.level is not None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from ..levels import user_frame
+from ..checks import user_frame
 from .base import Batch, CrossEntropy, Targets, future_windows
 
 if TYPE_CHECKING:

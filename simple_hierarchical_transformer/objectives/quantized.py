@@ -51,7 +51,7 @@ class RandomProjectionQuantizer(nn.Module):
                 )
                 for p, c in zip(self.projection, self.codebook, strict=True)
             ]
-        return torch.stack(ids, dim=-1).view(*x.shape[:-1], -1)
+        return torch.stack(ids, dim=-1).view(*x.shape[:-1], len(self.codebook))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class Quantized(Objective):
 
     def targets(self, batch: Batch) -> Targets:
         """Which tokens count: -1 for one that ends in an ignored id, else 0. The ids depend on what was read."""
-        last = batch.ids[:, batch.offset(self.stride) :: self.stride][:, 1:, None].expand(-1, -1, self.codebooks)
+        last = batch.at_tokens(self.stride)[:, 1:, None].expand(-1, -1, self.codebooks)
         return Targets(torch.where(last == batch.ignore_index, -1, 0), -1)
 
     def loss(self, model: HierarchicalTransformer, read: Read, batch: Batch, counts: Sequence[Tensor] | None) -> Tensor:
@@ -86,6 +86,11 @@ class Quantized(Objective):
         values, ignored = self.targets(batch)
         source = (read.inputs if model.quantize_from == 'compressed' else read.tokens)[self.level]
         ids: Tensor = model.quantizers[str(self.level)](source.detach())
+        if ids.shape[-1] != self.codebooks:
+            raise ValueError(
+                f'quantizers of hierarchy {self.compression} must return {self.codebooks} ids for each token, as '
+                f'quantizer_codebooks says, got {ids.shape[-1]}'
+            )
         return cross_entropy(
             read.tokens[self.level][:, :-1],
             model.to_quantized[str(self.level)],
