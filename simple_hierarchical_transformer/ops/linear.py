@@ -124,7 +124,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, after: Part | 
     float32 on a CPU runs on faster kernels than those of `F.linear`. A step of generation multiplies each weight by one
     vector or a few, so its time is the time to read the weights. The BLAS reads them at half the memory bandwidth or
     less. A batched product, whose batches are slices of the weight, reaches the memory bandwidth for one row or two.
-    oneDNN's kernel reaches it for more rows, and is also faster than the BLAS for many rows (benchmarks/linear.py).
+    oneDNN's kernel reaches it for more rows, and is also faster than the BLAS for many rows (benchmarks/speed/linear.py).
 
     Args:
         x: `(..., dim)`.

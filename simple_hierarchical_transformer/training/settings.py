@@ -54,7 +54,8 @@ ELSEWHERE = {
     'recon_ignore_index': 'no byte is ignored; --documents fills up with an id of its own',
 }
 
-# the model settings of both presets, found at the size of 'cpu' (benchmarks/notes.md)
+# the model settings of both presets, found at the size of 'cpu'
+# (benchmarks/results/recipe_search/2026-11-26-x86_64-1-thread/notes.md)
 RECIPE: dict[str, Any] = dict(
     arrangement='hourglass',
     compressor='linear',
@@ -71,7 +72,7 @@ RECIPE: dict[str, Any] = dict(
     next_latent_loss_weight=0.0,
 )
 PRESETS: dict[str, dict[str, Any]] = {
-    # benchmarks/race.py measures it
+    # benchmarks/quality/race.py measures it
     'cpu': dict(
         model=dict(
             RECIPE,
@@ -95,12 +96,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         minutes=10.0,
         valid_bytes=1 << 14,
     ),
-    # the smallest model of benchmarks/plan.py. Most operations go to the fine level and its small window, which
-    # benchmarks/scaling.py found to gain most from them; the coarse level reads the whole context for 3 % more
-    # operations. Muon's rate is that of 'cpu' over the square root of how much wider the levels are: this keeps the
-    # spectral norm of its steps, 0.2 * lr * sqrt(width), at what it was (Yang et al. 2023, arXiv 2310.17813). The rate
-    # of tables and of the map to logits is that of 'cpu' over the ratio of widths. Weights decay, since a run is long
-    # (Liu et al. 2025, arXiv 2502.16982). The steps are twelve passes over enwik8
+    # the smallest model of benchmarks/speed/plan.py. Most operations go to the fine level and its small window, which
+    # benchmarks/quality/scaling.py found to gain most from them. The coarse level reads the whole context for 3 % more
+    # operations. Muon's rate is that of 'cpu' divided by the square root of the ratio of widths: this keeps the
+    # spectral norm of its steps, 0.2 * lr * sqrt(width), unchanged (Yang et al. 2023, arXiv 2310.17813). The rate of
+    # tables and of the map to logits is that of 'cpu' divided by the ratio of widths. Weights decay, since a run is
+    # long (Liu et al. 2025, arXiv 2502.16982). The steps are twelve passes over enwik8
     'gpu': dict(
         model=dict(
             RECIPE,
