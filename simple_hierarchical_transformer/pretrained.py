@@ -280,7 +280,7 @@ class Pretrained(HubModule):
             # The hub cannot be reached, and its cache does not have the file.
             raise
         except (FileNotFoundError, EntryNotFoundError) as error:
-            raise ValueError(f'{source} is no saved model: there is no {CONFIG_FILE} in it') from error
+            raise ValueError(f'{source} is not a saved model: there is no {CONFIG_FILE} in it') from error
         settings = check_config(config, source, names) | settings
 
         path = find(WEIGHTS_FILE)

@@ -54,11 +54,11 @@ def main(argv: list[str] | None = None, prog: str = 'python -m simple_hierarchic
 
     try:
         if not (args.checkpoint / CONFIG_FILE).is_file():
-            raise ValueError(f'{args.checkpoint} is no saved model: there is no {CONFIG_FILE} in it')
+            raise ValueError(f'{args.checkpoint} is not a saved model: there is no {CONFIG_FILE} in it')
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device('cpu')
         model = HierarchicalTransformer.from_pretrained(args.checkpoint, map_location=str(device))
         if model.num_tokens not in BYTE_VOCABULARIES:
-            raise ValueError(f'{args.checkpoint} has {model.num_tokens} tokens: it is no model of bytes')
+            raise ValueError(f'{args.checkpoint} has {model.num_tokens} tokens: it is not a model of bytes')
 
         text = (
             args.prompt_file.read_bytes()

@@ -85,7 +85,7 @@ def test_the_config_says_who_wrote_it_and_newer_formats_are_refused(tmp_path: Pa
         HierarchicalTransformer.from_pretrained(tmp_path)
 
     (tmp_path / 'config.json').unlink()
-    with pytest.raises(ValueError, match=r'is no saved model: there is no config\.json in it'):
+    with pytest.raises(ValueError, match=r'is not a saved model: there is no config\.json in it'):
         HierarchicalTransformer.from_pretrained(tmp_path)
 
 

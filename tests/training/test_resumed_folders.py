@@ -35,7 +35,7 @@ def test_a_finished_run_is_trained_longer(
     whole, broken = (shutil.copytree(unbroken, tmp_path / name) for name in ('whole', 'broken'))
     for args, message in (
         (('--steps', 20), 'has 24 steps and'),
-        (('--steps', 20), '--steps 20 is no longer (it counts all of the run'),
+        (('--steps', 20), '--steps 20 is not longer (it counts the whole run'),
         (('--steps', 30, '--lr', 0.1), '--lr 0.1, not 0.006'),
     ):
         assert message in refuse('--resume', whole, *args)
@@ -59,7 +59,7 @@ def test_a_finished_run_is_trained_longer(
     assert contents(broken) == before
 
     # a run in steps may be continued in minutes
-    assert 'is no longer' in refuse('--resume', broken, '--minutes', 1e-6)
+    assert 'is not longer' in refuse('--resume', broken, '--minutes', 1e-6)
 
 
 def weights_of(run: Path, step: int) -> Path:

@@ -181,14 +181,14 @@ def test_refuses_before_work_is_lost(
         (('--data', corpus, '--valid-bytes', 10, '--out', new), '--valid-bytes must be at least 16, got 10'),
         (('--workers', -1), 'argument --workers: must be from 0 to 1024, got -1'),
         (('--split', 'test'), '--split is for --eval, which was not given'),
-        (('--eval', out / 'final', '--lr', 1), '--lr is for training, --eval does none'),
-        (('--eval', out / 'final', '--dry-run'), '--dry-run is for training, --eval does none'),
-        (('--eval', out / 'final', '--resume', out), '--resume is for training, --eval does none'),
+        (('--eval', out / 'final', '--lr', 1), '--lr is for training, and cannot be given with --eval'),
+        (('--eval', out / 'final', '--dry-run'), '--dry-run is for training, and cannot be given with --eval'),
+        (('--eval', out / 'final', '--resume', out), '--resume is for training, and cannot be given with --eval'),
         (('--eval', out / 'final', '--seq-len', 256, '--data', corpus), '--seq-len must be at most the 128'),
         (('--data', corpus, '--segment-length', 10**6, '--out', new), 'too few'),
         (('--data', corpus, '--segment-length', 3, '--out', new), 'must be at least the largest stride, 4, got 3'),
         (('--lr', 'fast'), "argument --lr: invalid float value: 'fast'"),
-        (('--eval', tmp_path, '--data', corpus), f'--eval: {tmp_path} is no saved model'),
+        (('--eval', tmp_path, '--data', corpus), f'error: {tmp_path} is not a saved model'),
         (('--resume', '--out', new, '--data', tmp_path / 'missing'), 'is no file'),
         (('--data', corpus, '--out', tmp_path / '\udcff', *FEW), 'must have a name in UTF-8'),
     ]
@@ -210,7 +210,7 @@ def test_the_sampling_command_refuses_too(
         else:
             file.unlink()
     for args, message in (
-        ((tmp_path,), 'is no saved model'),
+        ((tmp_path,), 'is not a saved model'),
         ((tmp_path / 'torn',), 'is torn'),
         ((tmp_path / 'weightless',), 'No such file'),
         ((tmp_path / 'garbage',), 'error: '),
