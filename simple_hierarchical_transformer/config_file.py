@@ -76,7 +76,7 @@ def read_config(path: str | Path) -> dict[str, object]:
     try:
         config = json.loads(Path(path).read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f'{path} is no JSON: {error}') from error
+        raise ValueError(f'{path} is not JSON: {error}') from error
     if not isinstance(config, dict):
         raise ValueError(f'{path} must hold a JSON object of settings, got {type(config).__name__}')
     return config
@@ -105,7 +105,7 @@ def check_config(config: Mapping[str, object], source: str, names: set[str]) -> 
 def check_file(path: str | Path) -> None:
     """Raises ValueError unless `path` is a regular file. A pipe or a device could block the reader forever."""
     if not S_ISREG(os.stat(path).st_mode):
-        raise ValueError(f'{path} is no regular file')
+        raise ValueError(f'{path} is not a regular file')
 
 
 def shorten(text: str, limit: int = 2000) -> str:

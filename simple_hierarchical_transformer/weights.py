@@ -64,7 +64,7 @@ def held_weights(model: nn.Module, state_dict: Mapping[str, Tensor] | None = Non
     for name, tensor in held.items():
         if type(tensor) not in DENSE:
             raise ValueError(
-                f'{name} is no plain tensor, got {type(tensor).__name__}: quantize after loading, gather shards'
+                f'{name} is not a plain tensor, got {type(tensor).__name__}: quantize after loading, gather shards'
             )
         if tensor.shape != expected[name].shape:
             raise ValueError(
@@ -104,7 +104,7 @@ def read_tensors(path: str | Path, device: str = 'cpu') -> tuple[dict[str, Tenso
         with safe_open(path, 'pt', device=device) as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f'{path} is torn, or no safetensors file: {error}') from error
+        raise ValueError(f'{path} is damaged, or not a safetensors file: {error}') from error
 
 
 def read_aliases(metadata: Mapping[str, str], path: str | Path) -> dict[str, str]:
@@ -112,7 +112,7 @@ def read_aliases(metadata: Mapping[str, str], path: str | Path) -> dict[str, str
     try:
         aliases = json.loads(metadata.get(SHARED, '{}'))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f'{path} has metadata that are no JSON: {error}') from error
+        raise ValueError(f'{path} has metadata that are not JSON: {error}') from error
     if not isinstance(aliases, dict) or not all(isinstance(first, str) for first in aliases.values()):
         raise ValueError(f'{path} has metadata {SHARED!r} that do not map names to names')
     return aliases

@@ -152,7 +152,9 @@ def load_download(
 
     algorithm, _, expected = download.content.partition(':')
     if len(corpus) != download.content_size:
-        raise ValueError(f'data: {path} has {len(corpus):,} bytes; {name} has {download.content_size:,}, so it is torn')
+        raise ValueError(
+            f'data: {path} has {len(corpus):,} bytes; {name} has {download.content_size:,}, so it is damaged'
+        )
     if (digest := file_digest(corpus.path, algorithm)) != expected:
         raise ValueError(f'data: {path} is not {name}: its {algorithm} is {digest}, not {expected}')
     return corpus

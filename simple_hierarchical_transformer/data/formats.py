@@ -139,7 +139,7 @@ def named_errors(name: str, kind: str) -> Iterator[None]:
         # reader seek to a negative position.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
-        raise UnreadableError(f'data: {name} is torn, or not a {kind} file: {error}') from error
+        raise UnreadableError(f'data: {name} is damaged, or not a {kind} file: {error}') from error
 
 
 class NamedStream(io.RawIOBase):

@@ -138,7 +138,7 @@ class TextWriter:
         elif kind == '.jsonl':
             self.add_rows(jsonl_rows(source, name, self.text_key), name)
         elif not head:
-            raise UnreadableError(f'data: {name} is torn, or not a {kind} file: it is empty')
+            raise UnreadableError(f'data: {name} is damaged, or not a {kind} file: it is empty')
         elif kind == '.tar':
             self.add_tar(source, name, layers)
         elif kind in STREAMS:

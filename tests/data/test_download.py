@@ -78,7 +78,7 @@ def test_named_corpora_are_found_fetched_and_checked(
     assert (folder / 'text8.zip').is_file()
 
     (folder / 'text8').write_bytes(content[:-1])
-    with pytest.raises(ValueError, match=r'has 10,239 bytes; text8 has 10,240, so it is torn'):
+    with pytest.raises(ValueError, match=r'has 10,239 bytes; text8 has 10,240, so it is damaged'):
         load_download('text8', folder, cache)
     (folder / 'text8').write_bytes(bytes(len(content)))
     with pytest.raises(ValueError, match=r'is not text8: its sha1 is [0-9a-f]{40}, not'):
