@@ -1,4 +1,4 @@
-"""Paths of the text files that a source stands for, and digests of files."""
+"""Paths of the files that a source stands for, and digests of files."""
 
 from __future__ import annotations
 

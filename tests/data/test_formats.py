@@ -272,7 +272,7 @@ def test_a_locked_archive_is_named(tmp_path: Path) -> None:
 )
 def test_formats_that_are_not_read_are_refused_by_name(tmp_path: Path, kind: str, head: bytes) -> None:
     for name in ('a.txt', 'a', f'a{kind}', f'a{kind.upper()}'):
-        assert f'is packed as {kind}, which is not read here: unpack it first' in refused(tmp_path / name, head + TEXT)
+        assert f'is packed as {kind}, which is not supported: unpack it first' in refused(tmp_path / name, head + TEXT)
     assert f'is packed as {kind}' in refused(tmp_path / 'b.tar', tarred(c=head + TEXT))
     assert 'is packed as .br' in refused(tmp_path / 'a.br', b'text')
 
