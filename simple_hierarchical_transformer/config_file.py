@@ -14,7 +14,7 @@ from .version import __version__
 
 CONFIG_FILE = 'config.json'
 
-# To be increased when older versions would misread a folder.
+# Increase this when older versions would misread a folder.
 FORMAT = 1
 HEADER = ('format', 'library_version')
 
@@ -33,7 +33,7 @@ def record_arguments(
         The values for config.json by name, without defaults, and the names of the arguments that it cannot hold.
     """
     names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    # Arguments for `*args` have no name, so they cannot be passed as keywords again.
+    # Arguments for `*args` have no name, so they cannot be passed as keywords later.
     given = {'*args': object()} if len(args) > len(names) else dict(zip(names, args, strict=False))
     given = {name: plain(value) for name, value in {**given, **kwargs}.items()}
     lost = sorted(name for name, value in given.items() if name in HEADER or not is_json(value))

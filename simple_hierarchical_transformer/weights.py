@@ -24,7 +24,7 @@ SHARED = 'shared'
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the parameters and buffers of a model by name. A shared tensor is there under each of its names."""
+    """Returns the parameters and buffers of a model by name. A shared tensor appears under each of its names."""
     return {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -79,7 +79,7 @@ def held_weights(model: nn.Module, state_dict: Mapping[str, Tensor] | None = Non
 def save_weights(weights: Mapping[str, Tensor], shared: Mapping[str, str], path: Path) -> None:
     """Writes weights, with the further names of shared tensors in the metadata. Raises OSError if it fails."""
     held = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
-    # A single entry, since safetensors writes several in an order that differs between processes.
+    # A single entry, because safetensors writes several in an order that differs between processes.
     write_tensors(held, path, {SHARED: json.dumps(shared, sort_keys=True)} if shared else {'format': 'pt'})
 
 
@@ -152,7 +152,7 @@ def load_weights(
         found = f'missing {", ".join(missing) or "none"}; unknown here {", ".join(unexpected) or "none"}'
         warnings.warn(f'{path} does not fit its {CONFIG_FILE}: {shorten(found)}', stacklevel=3)
     if shared:
-        # load_state_dict assigned a new tensor to each name, which broke the ties.
+        # load_state_dict assigned a new tensor to each name, so shared tensors must be tied again.
         named = named_tensors(model)
         for name, first in shared.items():
             tie(model, named, name, first)
