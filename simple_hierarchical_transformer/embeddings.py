@@ -151,8 +151,8 @@ class Contexts:
 
     def of(self, hashes: Hashes) -> Tensor:
         """The hashes of these contexts, from those of more contexts: `(batch, n, contexts)`."""
-        own = [('ids', order) for order in self.orders] + [('words', count) for count in self.words]
-        return torch.stack([hashes[name] for name in own], dim=-1)
+        names = [('ids', order) for order in self.orders] + [('words', count) for count in self.words]
+        return torch.stack([hashes[name] for name in names], dim=-1)
 
 
 class ContextEmbedding(nn.EmbeddingBag):

@@ -32,7 +32,7 @@ def find_files(source: str | Path) -> list[Path]:
     else:
         files = [file for file in map(Path, expand_glob(path)) if file.is_file()]
         kind = 'not a file or folder, and matches no file as a glob'
-    # Prefer a file's own path over links to it.
+    # Prefer the real path of a file over links to it.
     unique: dict[str, Path] = {}
     for file in sorted(files, key=lambda file: (file.is_symlink(), file)):
         unique.setdefault(os.path.realpath(file), file)

@@ -227,7 +227,7 @@ class Attention(nn.Module):
     def attend_far(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Full attention over more tokens than the factors of xPos can span at once.
 
-        Each block of queries uses its first token as the origin, and keys are rotated anew for it. The decay of keys
+        Each block of queries uses its first token as the origin, and keys are rotated again for it. The decay of keys
         too far away underflows to zero, as it should. The backward pass computes blocks again, so that memory is that
         of one block.
 

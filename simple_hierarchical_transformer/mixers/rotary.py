@@ -35,7 +35,7 @@ def frequencies(dim: int, device: str | None = None) -> Tensor:
 def decay(dim: int, distance: Tensor) -> Tensor:
     """The factor of xPos for each distance and pair of channels: `(n,)` to `(n, dim / 2)`.
 
-    `RotaryEmbedding.get_scale` of rotary-embedding-torch has a base in float32 and its own origin. Caches need float64
+    `RotaryEmbedding.get_scale` of rotary-embedding-torch has a base in float32 and a fixed origin. Caches need float64
     and another origin.
     """
     channel = torch.arange(0, dim, 2, device=distance.device, dtype=distance.dtype)

@@ -200,7 +200,7 @@ class RecomputingLinear(torch.autograd.Function):
         x = x if fn is None else fn(x, *params)
         if dtype is None:
             return product(x, weight, bias)
-        # cast by hand: autocast would cache its own cast of the weight, here without a gradient, for later uses
+        # cast explicitly: autocast would cache its cast of the weight, which has no gradient here, and use it later
         with no_autocast(x.device):
             return product(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 

@@ -166,7 +166,7 @@ def compiled_flex(dtype: torch.dtype, heads: int, dim_head: int, has_past: bool,
     """FlexAttention, compiled for tensors of this kind, of any length and batch size.
 
     The compiler falls back to a kernel with `n` by `n` memory for functions that it compiles more than 8 times.
-    Therefore lengths are dynamic, each kind of tensors has a function of its own, and `fullgraph` forbids the fallback.
+    Therefore lengths are dynamic, each kind of tensors has a separate function, and `fullgraph` forbids the fallback.
     """
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:

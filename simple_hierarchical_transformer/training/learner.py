@@ -74,10 +74,10 @@ class Learner:
         set_seed(s.seed)
         model = make_model(s, 'cpu', self.device)
         if accelerator.is_fsdp2 and model.reversible:
-            raise ValueError('reversible layers run parts of a block on their own, which cannot be sharded with it')
+            raise ValueError('reversible layers call the parts of a block separately, so FSDP2 cannot shard the block')
         if accelerator.is_fsdp2 and (shared := shared_names(model)):
             name, first = next(iter(shared.items()))
-            raise ValueError(f'weights that blocks share, as {name} and {first}, cannot be sharded with their blocks')
+            raise ValueError(f'FSDP2 cannot shard weights that blocks share, such as {name} and {first}')
         self.wrapped, self.optimizer = accelerator.prepare(model, make_optimizer(s, model, accelerator))
         self.model: Any = accelerator.unwrap_model(self.wrapped)
         # gradient clipping skips row-wise tables

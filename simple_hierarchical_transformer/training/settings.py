@@ -51,8 +51,8 @@ ELSEWHERE = {
     'seq_len': 'give --seq-len',
     'gradient_checkpointing': 'give --gradient-checkpointing',
     'num_tokens': 'train.py reads bytes',
-    'ignore_index': 'no byte is ignored; --documents fills up with an id of its own',
-    'recon_ignore_index': 'no byte is ignored; --documents fills up with an id of its own',
+    'ignore_index': 'no byte is ignored; --documents pads with a separate id',
+    'recon_ignore_index': 'no byte is ignored; --documents pads with a separate id',
 }
 
 # the model settings of both presets, found at the size of 'cpu'
