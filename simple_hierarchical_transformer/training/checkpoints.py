@@ -50,7 +50,7 @@ def save(
 ) -> Path:
     """Writes `checkpoint-<step>`. If this run already has a complete one, that one stays.
 
-    Raises OSError where it cannot be written, or where a folder of that name belongs to another run. Older checkpoints
+    Raises OSError if it cannot be written, or where a folder of that name belongs to another run. Older checkpoints
     stay as they are.
     """
     folder = run / f'checkpoint-{step}'
@@ -75,7 +75,7 @@ def save(
 def save_final(run: Path, step: int, write_model: Callable[[Path], object], *, identity: str, scratch: Path) -> Path:
     """Writes only the model, to `final`. Replaces that of this run from before it was trained longer.
 
-    Raises OSError where it cannot be written, or where `final` belongs to another run.
+    Raises OSError if it cannot be written, or where `final` belongs to another run.
     """
     folder = run / FINAL
     written = refuse_foreign(folder, identity) if folder.exists() else None
@@ -103,7 +103,7 @@ def write_folder(folder: Path, write: Callable[[Path], object], *, scratch: Path
     An existing folder stays. With `instead`, it is replaced once the new one is written. `scratch` is removed before
     and after, because only this run uses its name.
 
-    Raises OSError where that fails, and removes what it wrote.
+    Raises OSError if that fails, and removes what it wrote.
     """
     shutil.rmtree(scratch, ignore_errors=True)
     if folder.exists() and not instead:
@@ -205,7 +205,7 @@ def refuse_foreign(folder: Path, identity: object, *, whole: bool = False) -> di
 def check_own(run: Path, identity: str, step: int, *, trains: bool) -> None:
     """Checks everything that a run at `step` would overwrite.
 
-    Raises OSError where a checkpoint of a later step, or `final`, belongs to another run. If the run `trains` on,
+    Raises OSError if a checkpoint of a later step, or `final`, belongs to another run. If the run `trains` on,
     `final` must also be unchanged.
     """
     for each, folder in steps_of(run).items():

@@ -23,7 +23,7 @@ from .watch import counted
 def evaluate(args: argparse.Namespace, data_folder: Path) -> None:
     """Prints bits per byte over a split in windows. If the model reads across ends of texts, also in one stream.
 
-    Raises ValueError where there is no saved model, where several processes run, or where the data does not fit.
+    Raises ValueError if there is no saved model, where several processes run, or where the data does not fit.
     """
     if not (args.eval / CONFIG_FILE).is_file():
         raise ValueError(f'{args.eval} is not a saved model (a folder with config.json and model.safetensors)')
@@ -54,7 +54,7 @@ def evaluate(args: argparse.Namespace, data_folder: Path) -> None:
 def load_evaluated(args: argparse.Namespace, data_folder: Path) -> list[Corpus]:
     """Loads the corpora to score: --data, else the data of the run that trained the model, else the default.
 
-    Raises ValueError where the run's data is gone or has changed.
+    Raises ValueError if the run's data is gone or has changed.
     """
     found = run_of(args.eval.resolve()) if args.data is None else None
     if found is None:

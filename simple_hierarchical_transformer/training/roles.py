@@ -68,7 +68,7 @@ def walk(module: nn.Module, tokens: float = 1.0) -> Iterator[Visit]:
 
     A module that stands in several places is visited in each of them. The declaration closest to a parameter wins.
 
-    Raises ValueError where a class declares a role that does not exist.
+    Raises ValueError if a class declares a role that does not exist.
     """
     yield from _walk(module, tokens, None, None, {}, {})
 

@@ -305,7 +305,7 @@ def as_json(value: Any) -> Any:
 
 
 def new_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings of a new run. Raises ValueError where an argument is not allowed."""
+    """The settings of a new run. Raises ValueError if an argument is not allowed."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     name = given.get('preset', 'auto')
     if name == 'auto':
@@ -328,7 +328,7 @@ def new_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def old_settings(args: argparse.Namespace, record: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The settings of a resumed run. Raises ValueError where an argument differs from them."""
+    """The settings of a resumed run. Raises ValueError if an argument differs from them."""
     settings, changed, unlike = {**DEFAULTS, **record['settings']}, [], []
     length = {name: value for name in LENGTH if (value := getattr(args, name)) is not None}
     if length and any(settings[name] != value for name, value in length.items()) and is_finished(record):
@@ -372,7 +372,7 @@ def reached(record: dict[str, Any]) -> str:
 def share_rows(settings: dict[str, Any], rows: int, args: argparse.Namespace, processes: int) -> None:
     """Sets batch_size so that a step has `rows` sequences over all processes, as before the run stopped.
 
-    Raises ValueError where that is impossible.
+    Raises ValueError if that is impossible.
     """
     accum = settings['grad_accum']
     if args.batch_size is None:
