@@ -9,7 +9,9 @@ train: $(VENV)/train
 	$(RUN) train.py $(ARGS)
 
 sample: $(VENV)/train
-	$(RUN) -m simple_hierarchical_transformer.sample "$$(ls -td runs/*/final | head -n 1)" $(ARGS)
+	@model="$$(ls -td runs/*/final 2>/dev/null | head -n 1)"; \
+	if [ -z "$$model" ]; then echo 'runs/ holds no trained model yet: run make train first' >&2; exit 1; fi; \
+	$(RUN) -m simple_hierarchical_transformer.sample "$$model" $(ARGS)
 
 lint: $(VENV)/test
 	$(RUN) -m ruff check .

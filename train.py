@@ -19,7 +19,7 @@ from simple_hierarchical_transformer.training.progress import Workspace
 from simple_hierarchical_transformer.training.run import execute
 from simple_hierarchical_transformer.training.settings import parse_args
 
-# downloads go to data/ and runs to runs/, next to this file
+# downloads go to data/ and runs to runs/, beside this file
 WORKSPACE = Workspace(Path(__file__).resolve().parent)
 
 

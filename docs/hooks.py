@@ -3,7 +3,7 @@
 - `<!-- include: FILE -->` and `<!-- include: FILE#Heading -->` insert a file of the repository, or one section of it.
 - `<!-- options -->` inserts the table of the fields of `Config`.
 - `<!-- per-level options -->` inserts the names of those that take one value for each hierarchy.
-- Links such as `../benchmarks/report.md` lead to Markdown files and pictures outside docs/. These become pages too.
+- Links such as `../benchmarks/README.md` lead to Markdown files and pictures outside docs/. These become pages too.
 - The API page shows the docstring that `HierarchicalTransformer` makes when it is imported.
 """
 

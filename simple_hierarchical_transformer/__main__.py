@@ -11,8 +11,8 @@ from .terminal import prepare
 
 MODULE = 'python -m simple_hierarchical_transformer'
 COMMANDS = {
-    'train': 'train a byte-level model, or resume a run; data and runs lie in ./data and ./runs',
-    'plan': 'print what a run would cost, and do not start it',
+    'train': 'train a byte-level model, or resume a run; data goes to ./data and runs to ./runs',
+    'plan': 'print what a run would cost without starting it',
     'eval': 'score a saved model on a split of its data, in bits per byte',
     'sample': 'continue a text with a saved model',
 }
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command that the first argument names.
 
     Args:
-        argv: the command and its arguments; by default those of the process.
+        argv: the command and its arguments. By default, those of the process.
     """
     prepare()
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command, rest = parser.parse_args(argv[:1]).command, argv[1:]
     prog = f'{program} {command}'
 
-    # imported here: --help is to be quick
+    # imported here so that --help is fast
     if command == 'sample':
         from .sample import main as sample
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if command == 'eval':
         args = parse_eval_args(rest, COMMANDS[command], prog)
     else:
-        args = parse_args(rest if command == 'train' else ['--dry-run', *rest], COMMANDS[command], prog)
+        args = parse_args(rest, COMMANDS[command], prog, task='plan' if command == 'plan' else 'train')
     execute(args, Workspace(Path(), f'{program} train', f'{program} eval', f'{program} sample'))
 
 

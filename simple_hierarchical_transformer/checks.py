@@ -1,4 +1,4 @@
-"""Validators of arguments, with the texts of their errors."""
+"""Validation of arguments, with error messages."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ P = ParamSpec('P')
 INTERNAL = (__name__.partition('.')[0], 'functools')
 # no tensor has a longer dimension
 MOST = 10**12
-# the most things that are built or run one after the other
+# the largest number of parts that are built or run one after another
 MOST_IN_TURN = 1 << 16
 # products of two such numbers still fit into float32
 LARGEST = 1e30
-# the most layers, rollout steps or codebooks of a model: more take minutes to build, and are surely a mistake
+# the largest number of layers, rollout steps or codebooks: more take minutes to build, and are surely a mistake
 MOST_PARTS = 4096
 
 

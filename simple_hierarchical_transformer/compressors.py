@@ -1,7 +1,7 @@
 """Compressors: from token embeddings to a level's tokens.
 
-A level token is a function of the tokens in its window, which ends at its position. So every kind of compressor is
-causal. Its state holds the earlier tokens that later windows still contain.
+A level token depends only on the tokens in its window, which ends at its position. So every kind of compressor is
+causal. Its state holds the earlier tokens that later windows contain.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Source(NamedTuple):
     dim_in: int
     """Their width."""
     taps: int
-    """The number of them in a window."""
+    """The number of tokens in a window."""
     stride: int
-    """The number of them from one window to the next."""
+    """The number of tokens from one window to the next."""
     dilation: int = 1
-    """The number of them from one tap of a window to the next."""
+    """The number of tokens from one tap of a window to the next."""
 
 
 @register_plain
@@ -78,7 +78,7 @@ def by_window(conv: nn.Module, taps: int) -> Part:
     """A Conv1d as a part of a `chain`: windows `(batch, windows, dim * taps)` to `(batch, windows, dim_out)`.
 
     A plain Conv1d runs as one matrix product, because the backward pass of a strided conv1d is very slow on a CPU. Any
-    other is called with all windows as a batch, `(batch * windows, dim, taps)`.
+    other module is called with all windows as a batch, `(batch * windows, dim, taps)`.
     """
     if matrix_of(conv) is not None:
         return conv
@@ -118,8 +118,8 @@ class LinearPool(nn.Module):
 class MeanPool(nn.Module):
     """The mean of the window, projected to the level's width if that differs.
 
-    Positions before the first token count as zeros. The norm that follows in the model rescales that to the mean over
-    the tokens that exist, up to its eps.
+    Positions before the first token count as zeros. The norm that follows in the model rescales the result to the mean
+    over existing tokens, up to its eps.
     """
 
     def __init__(self, windows: Windows, dim_in: int, dim: int) -> None:
@@ -134,9 +134,9 @@ class MeanPool(nn.Module):
 class AttentionPool(nn.Module):
     """Learned queries, one for each head, attend to the tokens of the window, with a learned bias for each tap.
 
-    Only the product of a learned query and the key matrix matters. So that product is the parameter, which gives a
+    Only the product of a learned query and the key matrix matters. So the parameter is that product, which gives one
     score for each head and token. A pass computes scores and values once for each token, not once for each window. With
-    a state, it computes those of the tokens before the chunk again. This is Perceiver's cross-attention on a window:
+    a state, it recomputes those of the tokens before the chunk. This is Perceiver's cross-attention on a window:
     Jaegle et al. 2021, arXiv 2103.03206.
     """
 
@@ -160,7 +160,7 @@ class AttentionPool(nn.Module):
         scores = (scores + self.place_bias).masked_fill(~exists[:, None], -torch.inf)
         values = self.windows.unfolded(chain(x, self.to_values), offset).unflatten(2, (self.heads, -1))
         weights = scores.softmax(dim=-1).to(values.dtype)
-        # tap by tap from views, because one product would copy every window
+        # tap by tap on views, because a single product would copy every window
         places = zip(values.unbind(dim=-1), weights.unbind(dim=-1), strict=True)
         pooled: Any = sum(value * weight[..., None] for value, weight in places)
         return chain(pooled.flatten(2), self.to_out)
@@ -169,7 +169,7 @@ class AttentionPool(nn.Module):
 class ModulePool(nn.Module):
     """A user's module: windows `(windows, taps, dim_in)`, oldest token first, to `(windows, dim)`.
 
-    It gets all windows of all sequences as rows. It is causal if it treats each row by itself.
+    Its rows are all windows of all sequences. It is causal if it treats each row separately.
     """
 
     def __init__(self, windows: Windows, dim: int, module: nn.Module) -> None:
@@ -191,12 +191,12 @@ def pool(
     """Applies `fn`, one of the kinds above, to tokens x `(batch, seq, dim_in)`, the first of index `position`.
 
     Returns the pooled tokens whose windows end in the chunk, `(batch, ceil(seq / windows.stride), dim)` at position 0,
-    and the next state. The state holds the last `windows.before` tokens. Without a state, zeros are before the sequence
+    and the next state. The state holds the last `windows.before` tokens. Without a state, zeros precede the sequence
     and nothing is kept.
     """
     padded = F.pad(x, (0, 0, windows.before, 0)) if state is None else torch.cat((state, x), dim=1)
     offset = Grid(windows.stride).offset(position)
-    # no window may end in a short chunk
+    # a short chunk may contain no end of a window
     tokens = (
         fn(padded, offset, max(windows.before - position, 0))
         if offset < x.shape[1]
@@ -313,7 +313,7 @@ class Autoencoder(nn.Module):
             if str(i) in self.encoders:
                 yield self.encoders[str(i)], n / self.grids[i]
             if str(i) in self.decoders:
-                # it splits each token of its level's map
+                # it splits each token of the map of its level
                 yield self.decoders[str(i)], n / self.compressions[i]
 
     def sources(self, levels: Sequence[Level]) -> list[Source]:

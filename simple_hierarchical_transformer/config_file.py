@@ -14,7 +14,7 @@ from .version import __version__
 
 CONFIG_FILE = 'config.json'
 
-# To be increased when older versions would misread a folder.
+# Increase this when older versions would misread a folder.
 FORMAT = 1
 HEADER = ('format', 'library_version')
 
@@ -33,7 +33,7 @@ def record_arguments(
         The values for config.json by name, without defaults, and the names of the arguments that it cannot hold.
     """
     names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    # Arguments for `*args` have no name, so they cannot be passed as keywords again.
+    # Arguments for `*args` have no name, so they cannot be passed as keywords later.
     given = {'*args': object()} if len(args) > len(names) else dict(zip(names, args, strict=False))
     given = {name: plain(value) for name, value in {**given, **kwargs}.items()}
     lost = sorted(name for name, value in given.items() if name in HEADER or not is_json(value))
@@ -76,7 +76,7 @@ def read_config(path: str | Path) -> dict[str, object]:
     try:
         config = json.loads(Path(path).read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f'{path} is no JSON: {error}') from error
+        raise ValueError(f'{path} is not JSON: {error}') from error
     if not isinstance(config, dict):
         raise ValueError(f'{path} must hold a JSON object of settings, got {type(config).__name__}')
     return config
@@ -105,7 +105,7 @@ def check_config(config: Mapping[str, object], source: str, names: set[str]) -> 
 def check_file(path: str | Path) -> None:
     """Raises ValueError unless `path` is a regular file. A pipe or a device could block the reader forever."""
     if not S_ISREG(os.stat(path).st_mode):
-        raise ValueError(f'{path} is no regular file')
+        raise ValueError(f'{path} is not a regular file')
 
 
 def shorten(text: str, limit: int = 2000) -> str:

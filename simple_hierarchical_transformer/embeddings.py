@@ -28,7 +28,7 @@ GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 INVERSE = pow(GOLDEN, -1, 1 << 64) - (1 << 64)
 # by the kind of a context, 'ids' or 'words', and its length
 Hashes = dict[tuple[str, int], Tensor]
-# the number of ids in which words are looked for
+# words are searched for among this many last ids
 WORD_REACH = 64
 # a history has less than 2^32 ids
 PLACE_BITS = 32
@@ -56,7 +56,7 @@ def powers_of(base: int, places: Tensor) -> Tensor:
     """`base ** (place + 1)` modulo 2^64 for the places 0, 1, 2, ..., `(n,)`."""
     if not is_exporting():
         return torch.full_like(places, base).cumprod(0)
-    # ONNX has no cumulative product, so square and multiply
+    # ONNX has no cumulative product: square and multiply instead
     power = torch.ones_like(places)
     for bit in range(PLACE_BITS):
         power = torch.where(((places + 1) >> bit) % 2 == 1, power * base, power)
@@ -65,10 +65,10 @@ def powers_of(base: int, places: Tensor) -> Tensor:
 
 
 def latest(places: Tensor) -> Tensor:
-    """The cumulative maximum of places `(batch, n)`. Only the last `WORD_REACH` places need to be covered."""
+    """The cumulative maximum of places `(batch, n)`. It only has to cover the last `WORD_REACH` places."""
     if not is_exporting():
         return places.cummax(1).values
-    # ONNX has no cumulative maximum, so take that of the last 2, 4, 8, ...
+    # ONNX has no cumulative maximum: take the maximum of the last 2, 4, 8, ... places
     back = 1
     while back < WORD_REACH:
         places = places.maximum(F.pad(places[:, :-back], (back, 0)))
@@ -92,10 +92,10 @@ def word_hashes(history: Tensor, n: int, orders: Sequence[int]) -> list[Tensor]:
     letters = upper | (ids >= ord('a')) & (ids <= ord('z')) | (ids >= 128) & (ids < 256)
     folded = torch.where(upper, history + 32, history)
     places = torch.arange(history.shape[1], device=history.device)
-    # the hash of the ids from one place to another is a scaled difference of sums, so it does not depend on the place
+    # the hash of the ids between two places is a scaled difference of sums, so that it does not depend on the place
     powers, inverses = powers_of(GOLDEN, places), powers_of(INVERSE, places)
     sums = F.pad((folded * powers).cumsum(1), (1, 0))
-    # at each place: the start of the word that ends there, and the place after the last complete word
+    # for each place: the start of the word that ends there, and the place after the last complete word
     begun = latest(torch.where(letters, 0, places + 1))
     over = F.pad(letters[:, :-1], (1, 0)) & ~letters
     ended = latest(torch.where(over, places, 0))
@@ -107,7 +107,7 @@ def word_hashes(history: Tensor, n: int, orders: Sequence[int]) -> list[Tensor]:
     for order in range(1, max(orders) + 1):
         start = begun.gather(1, at).maximum(lowest).minimum(end)
         word = (sums.gather(1, end) - sums.gather(1, start)) * inverses[start.clamp(max=places.shape[0] - 1)]
-        # mixed, since the polynomials of two words may add up to those of two other words
+        # mixed, because the polynomials of two words may have the same sum as those of two other words
         hashed = (hashed + mixed(word)) * GOLDEN
         if order in orders:
             found.append(hashed)
@@ -152,8 +152,8 @@ class Contexts:
 
     def of(self, hashes: Hashes) -> Tensor:
         """The hashes of these contexts, from those of more contexts: `(batch, n, contexts)`."""
-        own = [('ids', order) for order in self.orders] + [('words', count) for count in self.words]
-        return torch.stack([hashes[name] for name in own], dim=-1)
+        names = [('ids', order) for order in self.orders] + [('words', count) for count in self.words]
+        return torch.stack([hashes[name] for name in names], dim=-1)
 
 
 class ContextEmbedding(nn.EmbeddingBag):
@@ -188,20 +188,21 @@ class NGramEmbedding(ContextEmbedding):
     There is one table for each n. The n-gram is hashed to a row of it, so n-grams may share a row (Pagnoni et al. 2024,
     arXiv 2412.09871; here the hash is multiplicative). Time is `O(seq * len(orders) * dim)` for any number of rows.
 
-    n-grams of words reach further back than a few bytes, and ignore what is between words. They are the word contexts
-    of compressors (Mahoney 2005, PAQ8) as embeddings.
+    n-grams of words reach further back than a few bytes, and ignore the characters between words. They are the word
+    contexts of data compressors (Mahoney 2005, PAQ8) as embeddings.
 
     With `sparse`, the gradient is a sparse tensor of the rows that were read. `training.optim.build_optimizer` turns
-    this on for a CPU and updates these rows only. torch.optim.AdamW and others do not take sparse gradients.
+    this on for a CPU and updates only these rows. torch.optim.AdamW and other optimizers do not accept sparse
+    gradients.
 
     Args:
         dim: the width of the embeddings.
         orders: the lengths of the n-grams, each at least 2.
         rows: the number of rows of each table, a power of two.
-        dropout: the share of embeddings that training drops at random; the others are scaled up. A table memorizes what
-            followed each rare n-gram. When a text is read again, the model would mistake that memory for knowledge.
-            So its odds are multiplied by how often the text was read before, the `readings` of a call. Default: 1. At
-            0, the first reading, nothing is left out.
+        dropout: the share of embeddings that training drops at random; the others are scaled up. A table memorizes
+            which id followed each rare n-gram. When a text is read again, the model would rely on that memory. So the
+            odds of dropping are multiplied by how often the text was read before, the `readings` of a call. Default:
+            1. At 0, the first reading, nothing is dropped.
         words: the lengths of the n-grams of words, the incomplete last word included, each at least 1. Ids must be
             bytes.
     """
@@ -233,15 +234,15 @@ class NGramEmbedding(ContextEmbedding):
     def find(self, hashes: Tensor) -> Tensor:
         """The rows of n-grams, `(batch, n, contexts)`, from their hashes in the same shape."""
         bits = self.rows.bit_length() - 1
-        # the shift of a negative number fills with ones, so mask them
+        # shifting a negative number fills in ones, which are masked out
         return self.in_table((mixed(hashes) >> (64 - bits)) & (self.rows - 1))
 
 
 class RecallEmbedding(ContextEmbedding):
     """For each n in `orders`, the embedding of the id that followed the last n ids when they occurred before.
 
-    This looks up what an induction head (Olsson et al. 2022, arXiv 2209.11895) learns with two layers of long
-    attention. It is the match model of compressors (Mahoney 2005, PAQ8) as an embedding. If the n ids did not occur in
+    An induction head (Olsson et al. 2022, arXiv 2209.11895) learns the same with two layers of long attention. This is
+    the match model of data compressors (Mahoney 2005, PAQ8) as an embedding. If the n ids did not occur in
     the last `reach` ids, it is the embedding of "not found". Time is `O(seq * log(seq) * len(orders))`. The result is
     `(batch, n, dim)`.
 
@@ -272,23 +273,24 @@ class RecallEmbedding(ContextEmbedding):
         return self.look_up(self.in_table(self.find(read, hashes, n)))
 
     def find(self, read: Tensor, hashes: Tensor, n: int) -> Tensor:
-        """The ids plus 1 that followed the last time, 0 for "not found": `(batch, n, contexts)`."""
+        """The ids plus 1 that followed at the last occurrence. 0 means "not found". `(batch, n, contexts)`."""
         return self.find_next(read, hashes) if n == 1 else self.find_all(read, hashes)[:, -n:]
 
     def find_all(self, read: Tensor, hashes: Tensor) -> Tensor:
         found = []
         for hashed in hashes.unbind(-1):
-            # sorting puts equal contexts side by side in reading order, so the neighbor is the previous occurrence
+            # sorting puts equal contexts next to each other in reading order, so the neighbor is the previous
+            # occurrence
             hashed, places = stable_sort(hashed)
             before, place = places[:, :-1], places[:, 1:]
             last = (hashed[:, 1:] == hashed[:, :-1]) & (place - before <= self.reach)
-            # n-grams cut short by the start differ in their zeros. The very last place precedes none
+            # n-grams cut off by the start differ in their zeros. The last place precedes none
             ids = read.gather(1, (before + 1).clamp(max=read.shape[1] - 1))
             found.append(torch.zeros_like(places).scatter(1, place, ids.where(last, 0)))
         return torch.stack(found, dim=-1)
 
     def find_next(self, read: Tensor, hashes: Tensor) -> Tensor:
-        """The same for the last id only, by comparison with all earlier ids instead of a sort."""
+        """Like `find_all`, for the last id only: compares it with all earlier ids instead of sorting."""
         same = hashes == hashes[:, -1:]
         # the place of the id that followed, from 1 on; none followed the last
         places = torch.arange(1, read.shape[1] + 1, device=read.device) % read.shape[1]
@@ -299,16 +301,16 @@ class RecallEmbedding(ContextEmbedding):
 def embed(
     model: HierarchicalTransformer, ids: Tensor, memory: Memory, readings: Tensor | float | None = None
 ) -> Tensor:
-    """The embeddings `(batch, n, dim_embed)` of ids `(batch, n)`: of each id, of its n-grams, and of what is recalled.
+    """The embeddings `(batch, n, dim_embed)` of ids `(batch, n)`: of each id, its n-grams, and recall.
 
-    It puts the ids and contexts that later chunks look back to into `memory`.
+    Also puts the ids and contexts that later chunks need into `memory`.
     """
     check_readings(readings, ids.shape[0])
     embeds = model.token_emb(ids)
     if not len(model.contexts):
         return embeds
     n, padding = ids.shape[1], model.contexts.padding
-    # 0 stands for no id
+    # 0 means no id
     history = ids.long() + 1
     state = None if memory.state is None else with_room(model, memory.state, n)
     before = history.new_zeros(ids.shape[0], padding) if state is None else cast(Tensor, state.ids)
@@ -343,7 +345,7 @@ def check_readings(readings: Tensor | float | None, batch: int) -> None:
 
 
 def with_room(model: HierarchicalTransformer, state: State, n: int) -> State:
-    """`state` with room for `n` more ids, if the model recalls. Blocks make room in their own parts of it."""
+    """`state` with room for `n` more ids, if the model has recall. Blocks make room in their own parts of the state."""
     if model.recall_emb is None:
         return state
     ids, contexts = cast(Tensor, state.ids), cast(Tensor, state.contexts)
@@ -352,7 +354,7 @@ def with_room(model: HierarchicalTransformer, state: State, n: int) -> State:
     more_contexts = room - contexts.shape[1]
     if more_ids <= 0 and more_contexts <= 0:
         return state
-    # the newest are last
+    # the newest ids are last
     return replace(
         state,
         ids=F.pad(ids, (max(more_ids, 0), 0)),

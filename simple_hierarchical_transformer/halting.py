@@ -1,4 +1,4 @@
-"""Adaptive computation time: each token decides how many layers it takes."""
+"""Adaptive computation time: each token decides how many layers it passes through."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ class Pondered(NamedTuple):
 
 
 class AdaptiveHalting(nn.Module):
-    """Halts tokens whose halting probabilities sum to 1. Their output is the mean of their steps, weighted by these.
+    """Halts tokens whose halting probabilities sum to 1. Their output is the mean of their steps, weighted by these
+    probabilities.
 
-    A halted token stays as it is, and other tokens still attend to it. A token's probability depends on that token
-    only, which keeps the model causal. Graves 2016, arXiv 1603.08983; per position: Dehghani et al. 2019, arXiv
+    A halted token no longer changes, and other tokens still attend to it. The probability of a token depends only on
+    that token, which keeps the model causal. Graves 2016, arXiv 1603.08983; per position: Dehghani et al. 2019, arXiv
     1807.03819.
     """
 
@@ -42,9 +43,9 @@ class AdaptiveHalting(nn.Module):
         return Pondered(torch.zeros_like(x), zeros, torch.ones_like(zeros, dtype=torch.bool), zeros)
 
     def forward(self, old: Tensor, new: Tensor, pondered: Pondered, last: bool) -> tuple[Tensor, Pondered]:
-        """The tokens `(batch, seq, dim)` that the next step gets, from those before and after a step; and the progress.
+        """Halts tokens after a step. `old` and `new` are the tokens before and after it, `(batch, seq, dim)`.
 
-        With `last`, all tokens halt.
+        With `last`, all tokens halt. Returns the tokens for the next step, and the progress.
         """
         output, halted, running, cost = pondered
         probability = self.to_halt(new)[..., 0].to(halted.dtype).sigmoid()

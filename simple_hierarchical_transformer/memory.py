@@ -16,34 +16,35 @@ from torch import Tensor
 
 from .checks import is_int, plain
 
-# the initial size of a cache, in tokens: small enough to be cheap, and large enough for many models
+# the initial size of a cache in tokens: small enough to cost little, and large enough for many models
 ROOM = 1024
 
 
 class Clock:
-    """What the positions of one captured step share.
+    """Shared by all positions of one captured step.
 
     Args:
         rounds: int64 `()`, on the device. A replay reads it.
-        alike: maps modules whose results agree to the one that computes the result for all.
+        equivalents: maps modules with equal results to the one that computes the result for all of them.
     """
 
-    def __init__(self, rounds: Tensor, alike: Mapping[Any, Any] | None = None) -> None:
+    def __init__(self, rounds: Tensor, equivalents: Mapping[Any, Any] | None = None) -> None:
         self.rounds = rounds
-        self.alike = {} if alike is None else alike
+        self.equivalents = {} if equivalents is None else equivalents
         self.results: dict[Any, Any] = {}
 
 
 class Position(int):
     """A position whose value is also in device memory: `clock.rounds * scale + offset`.
 
-    It is an int. A CUDA graph captured with it is valid for every value of `rounds`, if the captured work depends on
-    `tensor` or on remainders by divisors of `scale`, and not on the int. Sums with ints, products, and quotients by
-    divisors of `scale` are positions again. A remainder that depends on `rounds` raises NotImplementedError.
+    It is an int. A CUDA graph captured with it is valid for every value of `rounds`, provided that the captured work
+    depends only on `tensor` and on remainders by divisors of `scale`, and not on the int. Sums with ints, products, and
+    quotients by divisors of `scale` are also positions. A remainder that depends on `rounds` raises
+    NotImplementedError.
 
     Args:
         value: the int.
-        clock: what the position shares with other positions of the step.
+        clock: the clock of the step, which all its positions share.
         scale: the distance between positions with the same remainder.
         offset: the remainder.
     """
@@ -64,11 +65,11 @@ class Position(int):
         return self.once('tensor', lambda: torch.full((1,), self.offset, device=rounds.device) + rounds * self.scale)
 
     def once(self, what: Hashable, make: Callable[[], Any], module: Any = None) -> Any:
-        """The result of `make()`, which depends on the position and on `what`, computed once in a step.
+        """The result of `make()`, computed once in a step. It must depend only on the position and on `what`.
 
-        With `module`, the result depends on that too, and modules that are `alike` share it.
+        With `module`, the result also depends on the module. Modules that are `equivalents` share it.
         """
-        key = (self.scale, self.offset, what, self.clock.alike.get(module, module))
+        key = (self.scale, self.offset, what, self.clock.equivalents.get(module, module))
         if key not in self.clock.results:
             self.clock.results[key] = make()
         return self.clock.results[key]
@@ -78,7 +79,7 @@ class Position(int):
 
     def __add__(self, other: Any) -> Any:
         if isinstance(other, Position) or not isinstance(other, int):
-            # tensors treat it as an int
+            # with a tensor it acts as an int
             return NotImplemented
         return Position(int(self) + other, self.clock, self.scale, self.offset + other)
 
@@ -108,8 +109,8 @@ class Position(int):
 def room_for(tokens: int, limit: int) -> int:
     """The size of a cache that holds `tokens` tokens now, and at most `limit` later.
 
-    It is `limit`, halved as long as the half has room for `tokens` and `ROOM`. So caches grow geometrically, are at
-    most twice as large as needed, and their size depends on the position only.
+    It is `limit`, halved as long as the half has room for `tokens` and `ROOM`. So caches grow geometrically and are at
+    most twice as large as needed. Their size depends only on the position.
     """
     room = limit
     while room > (half := -(-room // 2)) >= ROOM and half >= tokens:
@@ -135,7 +136,7 @@ def keep(old: Tensor, new: Tensor) -> Tensor: ...
 
 
 def keep(old: Tensor | None, new: Tensor) -> Tensor | None:
-    """`new` as the next state: written into `old` without gradients, else a new tensor.
+    """Returns `new` as the next state. Without gradients, it is written into `old`.
 
     If `old` is None, there is no state, and the result is None.
     """
@@ -143,13 +144,13 @@ def keep(old: Tensor | None, new: Tensor) -> Tensor | None:
         return None
     if not torch.is_grad_enabled():
         return old.copy_(new)
-    # a copy in the dtype of the state, also under autocast
+    # a copy in the dtype of the state, even under autocast
     return new.to(old.dtype, copy=True)
 
 
 @dataclass(frozen=True)
 class BlockState:
-    """The state of a block, phase by phase.
+    """The state of a block for all its phases.
 
     The phase is the first dimension, so the phases of a chunk are a slice: a view, not a copy.
     """
@@ -171,7 +172,7 @@ class BlockState:
         return [self.mixer_shift, self.ff_shift, *self.mixer]
 
     def after(self, **kept: Any) -> BlockState:
-        """The state after a chunk, from its new fields. Without gradients, these were written in place already."""
+        """The state after a chunk, from its new fields. Without gradients, they have already been written in place."""
         return replace(self, **kept) if torch.is_grad_enabled() else self
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> BlockState:
@@ -212,7 +213,7 @@ class State:
     position: int
     """The number of ids that each row has read."""
     spec: tuple[Any, ...]
-    """The layout of the model that made it. A model of another layout refuses it."""
+    """The layout of the model that made it. A model with another layout refuses it."""
     ids: Tensor | None
     """The last ids plus 1, 0 before the first id, for n-grams and recall: `(batch, before)`."""
     contexts: Tensor | None
@@ -227,7 +228,7 @@ class State:
     a strided level, `(batch, 1, dim)`. A merge by attention keeps for each recipient and level the last keys and
     values, `(batch, kept, 2 * heads * dim_head)`."""
     overwritten: list[bool] = field(default_factory=lambda: [False], compare=False, repr=False)
-    """A flag that all states with these tensors share: see `consumed`."""
+    """A flag that all states with these tensors share. See `consumed`."""
 
     @property
     def consumed(self) -> bool:
@@ -235,7 +236,7 @@ class State:
         return self.overwritten[0]
 
     def consume(self) -> None:
-        """Marks it as consumed. Call this before the first write: a failed chunk leaves tensors half written."""
+        """Marks it as consumed. Call this before the first write: a failed chunk leaves tensors partly written."""
         self.overwritten[0] = True
 
     def check_valid(self) -> None:
@@ -243,7 +244,7 @@ class State:
         if self.consumed:
             raise ValueError(
                 f'state at position {self.position} was consumed by a chunk that came after it, or that failed '
-                'halfway: state.clone() keeps one'
+                'halfway: state.clone() keeps a copy'
             )
 
     def writable(self) -> State:
@@ -252,7 +253,7 @@ class State:
         Without gradients, tensors of a graph must not be overwritten. Outside of inference mode, tensors created in it
         can neither be overwritten nor saved for a gradient.
         """
-        # torch.compile cannot trace questions about inference mode
+        # torch.compile cannot trace queries of inference mode
         asks = not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
         writes = not torch.is_grad_enabled()
         for tensor in self.tensors():
@@ -263,7 +264,7 @@ class State:
 
     @property
     def _any(self) -> Tensor:
-        """A tensor that is in every state."""
+        """A tensor that every state has."""
         tensor = self.blocks[0][0].ff_shift
         if tensor is None:
             raise ValueError('state holds no tensors')
@@ -279,7 +280,7 @@ class State:
 
     @property
     def requires_grad(self) -> bool:
-        """Whether it has a graph."""
+        """Whether its tensors are part of an autograd graph."""
         return any(tensor.requires_grad for tensor in self.tensors())
 
     @property
@@ -368,7 +369,7 @@ class State:
 class Memory:
     """Reads the state before a chunk and collects the state after it, during one pass.
 
-    Without a state, every part is None, and nothing is collected. Parts that no one puts stay as they were.
+    Without a state, every part is None, and nothing is collected. Parts that are not put stay unchanged.
     """
 
     def __init__(self, state: State | None) -> None:
@@ -392,7 +393,7 @@ class Memory:
         return None if self.state is None else self.state.blocks[layer][i]
 
     def latest_block(self, layer: int, i: int) -> BlockState | None:
-        """The same, with what was put since."""
+        """Like `block`, but with the states that were put since."""
         return None if self.state is None else self.next_blocks[layer][i]
 
     def put_block(self, layer: int, i: int, value: BlockState | None) -> None:

@@ -1,4 +1,4 @@
-"""A model as a folder, on the disk or on the Hugging Face hub: config.json, safetensors weights and a model card."""
+"""A model saved as a folder, on disk or on the Hugging Face hub: config.json, safetensors weights and a model card."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from .weights import (
 if TYPE_CHECKING:
 
     class HubModule(ModelHubMixin, nn.Module):
-        """What a saved model is. At runtime, the model class inherits nn.Module before this mixin."""
+        """The base classes of a saved model. At runtime, the model class inherits nn.Module before this mixin."""
 
 else:
     HubModule = ModelHubMixin
@@ -72,9 +72,9 @@ model = HierarchicalTransformer.from_pretrained('this folder, or its name on the
 {{ training }}
 {% endif %}"""
 
-# Limits the calls of PyTorch's functions in a constructor: a constant, and as many for each name in the weights.
+# The limit on calls of PyTorch's functions in a constructor: a constant, plus a number for each name in the weights.
 CALLS, CALLS_PER_NAME = 10_000, 100
-# Errors that constructors raise for settings that they were not written for.
+# Errors that constructors raise for unexpected settings.
 BUILD_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 
 Device = str | int | torch.device
@@ -141,7 +141,7 @@ class Pretrained(HubModule):
                 'loaded again: save the state dict instead'
             )
         if config is not None:
-            raise ValueError('config is made of the arguments of the model, and was given')
+            raise ValueError('config must be None: config.json is made of the arguments of the model')
 
         if changed := self.changed_modules():
             raise ValueError(
@@ -169,7 +169,7 @@ class Pretrained(HubModule):
         return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
 
     def changed_modules(self) -> list[str]:
-        """Returns the names of modules that the constructor would not make, makes differently, or makes in addition."""
+        """Returns the names of modules that differ from those that the constructor makes."""
 
         def describe(model: nn.Module) -> dict[str, tuple[type, str]]:
             named = model.named_modules(remove_duplicate=False)
@@ -193,7 +193,7 @@ class Pretrained(HubModule):
         ]
 
     def generate_model_card(self, *_: object, **kwargs: Any) -> ModelCard:
-        """Returns the model card: what the model is, how it is loaded and how it was trained."""
+        """Returns the model card: a description of the model, how to load it and how it was trained."""
         return ModelCard.from_template(
             self._hub_mixin_info.model_card_data,
             template_str=MODEL_CARD,
@@ -222,12 +222,12 @@ class Pretrained(HubModule):
     ) -> Model:
         """Loads what `save_pretrained` wrote, in evaluation mode.
 
-        The model is first built on 'meta' and compared with the weights. A folder from a stranger therefore cannot take
-        more memory than its weights do.
+        The model is first built on 'meta' and compared with the weights. A folder from an untrusted source
+        therefore cannot take more memory than its weights do.
 
         Args:
             pretrained_model_name_or_path: the folder, or the name of a repository on the hub.
-            force_download: download files again that are in the hub's cache.
+            force_download: download files again even if they are in the hub's cache.
             token: the token for the hub.
             cache_dir: the folder of the hub's cache.
             local_files_only: read only the hub's cache.
@@ -237,15 +237,15 @@ class Pretrained(HubModule):
             dtype: the floating point dtype to convert the model to, or its name. By default, and with 'auto', the model
                 keeps the dtype of the file.
             torch_dtype: the older name of `dtype`.
-            strict: False accepts weights that lack some tensors or have others in addition, and names these in a
-                warning. Missing tensors are initialized by the constructor. Memory is then not bounded by the weights.
+            strict: False accepts weights with missing or additional tensors, and names these in a warning. Missing
+                tensors are initialized by the constructor. Memory is then not bounded by the weights.
             settings: arguments of the constructor that override those in config.json.
 
         Returns:
             The model.
 
         Raises:
-            ValueError: config.json or the weights are damaged, do not fit each other, or are of a newer version; an
+            ValueError: config.json or the weights are damaged, do not match, or are of a newer version; an
                 argument has a value that is not allowed.
             TypeError: the constructor has no argument of this name.
             OSError: a file cannot be read or downloaded.
@@ -277,17 +277,17 @@ class Pretrained(HubModule):
         try:
             config = read_config(find(CONFIG_FILE))
         except LocalEntryNotFoundError:
-            # The hub cannot be reached, and its cache does not have the file.
+            # The hub cannot be reached, and the file is not in its cache.
             raise
         except (FileNotFoundError, EntryNotFoundError) as error:
-            raise ValueError(f'{source} is no saved model: there is no {CONFIG_FILE} in it') from error
+            raise ValueError(f'{source} is not a saved model: there is no {CONFIG_FILE} in it') from error
         settings = check_config(config, source, names) | settings
 
         path = find(WEIGHTS_FILE)
         weights, metadata = read_tensors(path)
         aliases = read_aliases(metadata, path)
 
-        # Every tensor of the model has a name in the weights, so their number bounds what a constructor has to do.
+        # Every tensor of the model has a name in the weights, so their number bounds the work of a constructor.
         limit = CALLS + CALLS_PER_NAME * (len(weights) + len(aliases)) if strict else math.inf
 
         def build(on: torch.device) -> Model:
@@ -313,7 +313,7 @@ class Pretrained(HubModule):
             model.to(device=device, dtype=main_dtype(weights))
             load_weights(model, weights, aliases, path, strict)
         if device.type == 'cpu':
-            # Views of the file would change with it, or end the process once it is truncated.
+            # Views of the file would change with it, and a truncated file would end the process.
             for tensor in chain(model.parameters(), model.buffers()):
                 tensor.data = tensor.data.clone()
         return model.to(device=device, dtype=wanted).eval()

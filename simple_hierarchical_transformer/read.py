@@ -1,4 +1,4 @@
-"""What one pass of the model computes, up to the logits. Objectives read it."""
+"""The result of one pass of the model up to the logits, which objectives read."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .merges import Contribution
 
 @dataclass
 class Read:
-    """What a pass computes from ids `(batch, n)`, up to the logits."""
+    """The result of a pass over ids `(batch, n)`, up to the logits."""
 
     embeds: Tensor
     """The embeddings, `(batch, n, max(dim))`."""
     inputs: list[Tensor]
     """Each level's tokens as its first block gets them, `(batch, ceil(n / stride), dim)`."""
     tokens: list[Tensor]
-    """Each level's final tokens, likewise."""
+    """Each level's final tokens, of the same shape."""
     features: Tensor
     """The final tokens of the levels that predict, concatenated at each position: `(batch, n, sum of their dims)`."""
     codes: Tensor | None
@@ -27,6 +27,6 @@ class Read:
     pondered: dict[int, Tensor]
     """The ponder cost of the tokens of levels that halt, `(batch, ceil(n / stride))`, by the index of the level."""
     contributions: list[Contribution]
-    """What each level contributed to each merge, if that was asked for."""
+    """The contribution of each level to each merge, if requested."""
     state: State | None
-    """The state after these ids, if a state was given or asked for."""
+    """The state after these ids, if a state was given or requested."""

@@ -29,13 +29,13 @@ def main(argv: list[str] | None = None, prog: str = 'python -m simple_hierarchic
     prompt.add_argument('--prompt', help='text to continue (default: a new line)')
     prompt.add_argument('--prompt-file', type=Path, help='file with the text to continue')
     lengths = Number(int, 0, MOST)
-    parser.add_argument('--length', type=lengths, default=256, help='how many bytes to write at most')
+    parser.add_argument('--length', type=lengths, default=256, help='the maximum number of bytes to write')
     parser.add_argument(
         '--stop', action='append', metavar='TEXT', help='stop after this text; may be given several times'
     )
     parser.add_argument('--temperature', type=float, default=1.0, help='0 always takes the most likely byte')
     parser.add_argument(
-        '--filter-thres', type=float, default=0.9, help='share of the bytes that is never drawn, the least likely ones'
+        '--filter-thres', type=float, default=0.9, help='share of the least likely bytes, which are never drawn'
     )
     parser.add_argument('--top-k', type=int, help='draw from the K most likely bytes')
     parser.add_argument(
@@ -54,11 +54,11 @@ def main(argv: list[str] | None = None, prog: str = 'python -m simple_hierarchic
 
     try:
         if not (args.checkpoint / CONFIG_FILE).is_file():
-            raise ValueError(f'{args.checkpoint} is no saved model: there is no {CONFIG_FILE} in it')
+            raise ValueError(f'{args.checkpoint} is not a saved model: there is no {CONFIG_FILE} in it')
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device('cpu')
         model = HierarchicalTransformer.from_pretrained(args.checkpoint, map_location=str(device))
         if model.num_tokens not in BYTE_VOCABULARIES:
-            raise ValueError(f'{args.checkpoint} has {model.num_tokens} tokens: it is no model of bytes')
+            raise ValueError(f'{args.checkpoint} has num_tokens = {model.num_tokens}: it is not a model of bytes')
 
         text = (
             args.prompt_file.read_bytes()
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None, prog: str = 'python -m simple_hierarchic
             generator=None if args.seed is None else torch.Generator(device).manual_seed(args.seed),
         )
 
-        # a character may arrive in pieces; bytes that are no UTF-8 are shown as escapes
+        # a character may arrive in pieces. Bytes that are not valid UTF-8 are shown as escapes
         decoder = codecs.getincrementaldecoder('utf-8')(errors='backslashreplace')
         sys.stdout.write(decoder.decode(text))
         start, count, first = time.perf_counter(), 0, 0.0
@@ -93,8 +93,8 @@ def main(argv: list[str] | None = None, prog: str = 'python -m simple_hierarchic
         spent = time.perf_counter() - start - first
         sys.stdout.write(decoder.decode(b'', final=True) + '\n')
         sys.stdout.flush()
-        # the time to the first byte is that of reading the prompt
-        rate = f', {(count - 1) / spent:.0f} a second' if count > 1 else ''
+        # the time to the first byte is the time to read the prompt
+        rate = f', {(count - 1) / spent:.0f} per second' if count > 1 else ''
         sys.stderr.write(f'{count} bytes{rate}, the first after {first:.2f} s\n')
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""A model in a few lines: `repr(model)`."""
+"""A summary of a model in a few lines, for `repr(model)`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList)
 
 
 def summary(model: HierarchicalTransformer) -> str:
-    """A line for the model, one for each level, and one for each part."""
+    """One line for the model, one for each level, and one for each part."""
     like = model.token_emb.weight
     lines = [
         f'num_tokens={model.num_tokens}, seq_len={model.seq_len}, arrangement={model.arrangement!r}, '
@@ -33,7 +33,7 @@ def count_parameters(module: nn.Module) -> str:
 
 
 def describe(module: nn.Module) -> str:
-    """A module in one line. A container names the number and the classes of its parts."""
+    """Describes a module in one line. For a container, it is the number and the classes of its parts."""
 
     def kind(part: nn.Module) -> str:
         if not isinstance(part, (nn.ModuleList, nn.ModuleDict)):

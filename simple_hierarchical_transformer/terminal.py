@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from typing import IO, Any
 
-# the exit code of a process whose output is closed
+# the exit code of a process whose output was closed
 UNREAD = 128 + getattr(signal, 'SIGPIPE', 13)
 
 
@@ -25,44 +25,44 @@ class Number:
 
     @property
     def __name__(self) -> str:
-        # argparse names the type by it in errors
+        # argparse shows this name in errors
         return self.kind.__name__
 
     def __call__(self, text: str) -> Any:
         value = self.kind(text)
-        # nan fails this comparison, too
+        # this comparison is also false for nan
         if not self.least <= value <= self.most:
             raise argparse.ArgumentTypeError(f'must be from {self.least:g} to {self.most:g}, got {text}')
         return value
 
 
 def prepare() -> None:
-    """Makes stdout and stderr write escapes for characters that the terminal cannot show, where Python would raise."""
+    """Makes stdout and stderr write escapes for characters that the terminal cannot show. Python would raise."""
     for name in ('stdout', 'stderr'):
         stream: Any = getattr(sys, name)
         if stream is None:
-            # the parent process closed it
+            # the parent process closed this stream
             setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')
 
 
 def printable(text: str) -> str:
-    """Text that UTF-8 can encode.
+    """Converts a text to one that UTF-8 can encode.
 
-    In names of files, Python represents bytes that the locale does not know by surrogates. This function decodes these
-    bytes as UTF-8, and writes escapes for those that are not valid.
+    In file names, Python represents bytes that the locale cannot decode by surrogates. This function decodes these
+    bytes as UTF-8, and writes escapes for invalid ones.
     """
     try:
         raw = text.encode('utf-8', 'surrogateescape')
     except UnicodeEncodeError:
-        # surrogates that represent no byte
+        # surrogates that do not represent a byte
         raw = text.encode('utf-8', 'backslashreplace')
     return raw.decode('utf-8', 'backslashreplace')
 
 
 def unread(error: OSError) -> bool:
-    """Whether a write failed because its reader is gone: `| head -1`, or a closed terminal."""
+    """Whether a write failed because its reader has ended, such as `| head -1` or a closed terminal."""
     return error.errno in (errno.EPIPE, errno.EIO)
 
 

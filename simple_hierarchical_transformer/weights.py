@@ -24,7 +24,7 @@ SHARED = 'shared'
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the parameters and buffers of a model by name. A shared tensor is there under each of its names."""
+    """Returns the parameters and buffers of a model by name. A shared tensor appears under each of its names."""
     return {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -64,7 +64,7 @@ def held_weights(model: nn.Module, state_dict: Mapping[str, Tensor] | None = Non
     for name, tensor in held.items():
         if type(tensor) not in DENSE:
             raise ValueError(
-                f'{name} is no plain tensor, got {type(tensor).__name__}: quantize after loading, gather shards'
+                f'{name} is not a plain tensor, got {type(tensor).__name__}: quantize after loading, gather shards'
             )
         if tensor.shape != expected[name].shape:
             raise ValueError(
@@ -79,7 +79,7 @@ def held_weights(model: nn.Module, state_dict: Mapping[str, Tensor] | None = Non
 def save_weights(weights: Mapping[str, Tensor], shared: Mapping[str, str], path: Path) -> None:
     """Writes weights, with the further names of shared tensors in the metadata. Raises OSError if it fails."""
     held = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
-    # A single entry, since safetensors writes several in an order that differs between processes.
+    # A single entry, because safetensors writes several in an order that differs between processes.
     write_tensors(held, path, {SHARED: json.dumps(shared, sort_keys=True)} if shared else {'format': 'pt'})
 
 
@@ -104,7 +104,7 @@ def read_tensors(path: str | Path, device: str = 'cpu') -> tuple[dict[str, Tenso
         with safe_open(path, 'pt', device=device) as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f'{path} is torn, or no safetensors file: {error}') from error
+        raise ValueError(f'{path} is damaged, or not a safetensors file: {error}') from error
 
 
 def read_aliases(metadata: Mapping[str, str], path: str | Path) -> dict[str, str]:
@@ -112,7 +112,7 @@ def read_aliases(metadata: Mapping[str, str], path: str | Path) -> dict[str, str
     try:
         aliases = json.loads(metadata.get(SHARED, '{}'))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f'{path} has metadata that are no JSON: {error}') from error
+        raise ValueError(f'{path} has metadata that are not JSON: {error}') from error
     if not isinstance(aliases, dict) or not all(isinstance(first, str) for first in aliases.values()):
         raise ValueError(f'{path} has metadata {SHARED!r} that do not map names to names')
     return aliases
@@ -152,7 +152,7 @@ def load_weights(
         found = f'missing {", ".join(missing) or "none"}; unknown here {", ".join(unexpected) or "none"}'
         warnings.warn(f'{path} does not fit its {CONFIG_FILE}: {shorten(found)}', stacklevel=3)
     if shared:
-        # load_state_dict assigned a new tensor to each name, which broke the ties.
+        # load_state_dict assigned a new tensor to each name, so shared tensors must be tied again.
         named = named_tensors(model)
         for name, first in shared.items():
             tie(model, named, name, first)

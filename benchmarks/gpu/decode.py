@@ -3,7 +3,7 @@
     python benchmarks/gpu/decode.py
     python benchmarks/gpu/decode.py --models preset --batches 1 16 64 256 --context 4096
 
-Weights are bfloat16. The context is read beforehand. Each way then generates bytes:
+Weights are bfloat16. The context is read first. Each way then generates bytes:
 
 generate    `model.generate` with sampling; steps are replays of CUDA graphs
 eager       the same without graphs
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--models', nargs='+', choices=OURS, default=DEFAULT)
     parser.add_argument('--ways', nargs='+', choices=WAYS, default=WAYS)
     parser.add_argument('--batches', nargs='+', type=int, default=[1, 64])
-    parser.add_argument('--context', type=int, default=1024, help='bytes that are read beforehand')
+    parser.add_argument('--context', type=int, default=1024, help='bytes to read first')
     parser.add_argument('--width', type=int, default=WIDTH, help=f'a multiple of {HEAD}')
     args, given = parse_args(parser, argv)
     if min(args.batches) < 1:

@@ -1,4 +1,4 @@
-"""Where a training step spends its time: kernels, gaps between them, and places where the host waits for the device.
+"""The time of a training step: kernels, gaps between them, and places where the host waits for the device.
 
     python benchmarks/gpu/profile.py                                     the preset and the flat model, eager
     python benchmarks/gpu/profile.py --models 'flat, window 64' --modes eager compiled

@@ -1,4 +1,4 @@
-"""What each option of the hierarchy is worth: bits per byte after the same training time, with several seeds.
+"""The value of each option of the hierarchy: bits per byte after the same training time, with several seeds.
 
     python benchmarks/quality/ablations.py --data enwiki-articles.xml.bz2
 

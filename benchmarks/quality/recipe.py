@@ -1,4 +1,4 @@
-"""What each part of the cpu preset is worth: bits per byte after the same training time without that part.
+"""The value of each part of the cpu preset: bits per byte after the same training time without that part.
 
     python benchmarks/quality/recipe.py --data enwiki-articles.xml.bz2
 

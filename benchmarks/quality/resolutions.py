@@ -1,4 +1,4 @@
-"""What compression costs: a flat model against a second level of 1/2, 1/4 and 1/8, at equal steps and at equal time.
+"""The cost of compression: a flat model against a second level of 1/2, 1/4 and 1/8, at equal steps and at equal time.
 
     python benchmarks/quality/resolutions.py --data enwiki-articles.xml.bz2
 

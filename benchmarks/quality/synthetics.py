@@ -104,7 +104,7 @@ def accuracy(name: str, task: str, seed: int, steps: int) -> float:
 
 def report(held: dict[str, Any], folder: Path) -> None:
     lines = [
-        '# What mixers can find again',
+        '# Recall by mixers',
         '',
         f'Share of correct answers after {held["steps"]:,} steps of {BATCH} sequences of {LENGTH} tokens out of '
         f'{TOKENS}, {held["seeds"]} seeds, mean and range. A guess is right once in {TOKENS // 2} (recall) or '

@@ -1,4 +1,4 @@
-"""Which kernel multiplies by a weight fastest. The package module `ops/linear.py` chooses by these figures.
+"""A comparison of kernels for products with a weight. `ops/linear.py` chooses kernels by these figures.
 
     python benchmarks/speed/linear.py
 

@@ -1,4 +1,4 @@
-"""What each mixer costs: the time of a layer by the length of the sequence, and the speed of generation.
+"""The cost of each mixer: the time of a layer by the length of the sequence, and the speed of generation.
 
     python benchmarks/speed/mixer_costs.py
 
@@ -61,7 +61,7 @@ def report(costs: dict[str, Any], folder: Path) -> None:
         wrote = cost['writing']
         rows.append((name, *times, f'{wrote["bytes_a_second"]:.0f}', f'{wrote["state"] / 1000:,.0f}'))
     lines = [
-        '# What each mixer costs',
+        '# Cost of each mixer',
         '',
         f'One layer of width {BASE["dim"]}, forward and backward, in milliseconds by the length of the sequence. Bytes '
         'per second that the whole model generates, and the kilobytes of its state, after a context of '

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from .corpus import Corpus
 
 SPLITS = ('train', 'valid', 'test')
-# Ids above those of bytes. END follows the last byte of a text and is predicted. PAD follows END and is not.
+# Ids above those of bytes. END follows the last byte of a text and is predicted. PAD follows END and is not predicted.
 END, PAD = 256, 257
 IGNORED = -1
 MIN_SHARE = 1e-6
@@ -68,9 +68,9 @@ def scale_weights(weights: Sequence[float]) -> list[float]:
 class Batches(Dataset[Tensor]):
     """The sequences of each step of a training run: `batches[step]` is int64 `(rows, seq_len + 1)`.
 
-    A span is read in passes. Each pass cuts it into stretches at other places, and reads each stretch once. A stretch
-    is `segments` sequences long, and is read in as many consecutive steps, for a model that carries its state from step
-    to step. The last id of a sequence is the first id of the next one of its stretch.
+    A span is read in passes. Each pass cuts it into stretches at different places, and reads each stretch once. A
+    stretch is `segments` sequences long, and is read in as many consecutive steps, for a model that carries its state
+    from step to step. The last id of a sequence is the first id of the next one of its stretch.
 
     Args:
         corpora: the corpora to read.
@@ -79,11 +79,11 @@ class Batches(Dataset[Tensor]):
         seq_len: number of bytes that are predicted in a sequence.
         weights: for each corpus, how often to read it. The default is the length of its span.
         segments: number of sequences of a stretch. Fewer are used if the shortest span has no room for them.
-        documents: keep texts apart. No sequence then crosses from one text into the next: `END` follows the last byte
-            of a text, then `PAD`. A text is read wherever a pass without this option would start a stretch in it, so
-            longer texts are read proportionally more often.
-        seed: another seed gives other sequences in another order.
-        part: `(i, n)` reads the i-th of n equal parts of the rows, those of one of n processes.
+        documents: keep texts separate. No sequence then crosses from one text into the next: `END` follows the last
+            byte of a text, then `PAD`. A text is read wherever a pass without this option would start a stretch in it,
+            so longer texts are read proportionally more often.
+        seed: determines the sequences and their order.
+        part: `(i, n)` reads the i-th of n equal parts of the rows: those of process i of n.
 
     Raises:
         ValueError: a span has no room for a sequence; `rows` is not divisible by the number of parts; `weights` has the
@@ -133,7 +133,7 @@ class Batches(Dataset[Tensor]):
         number = step // self.segments * self.rows + torch.arange(self.rows)
         which, free = torch.full_like(number, -1), torch.ones_like(number, dtype=torch.bool)
         left = self.weights.flip(0).cumsum(0).flip(0)
-        # Each corpus takes its share of the rows that the previous corpora left, evenly spaced.
+        # Each corpus takes its share of the rows that previous corpora have not taken, evenly spaced.
         for i, share in enumerate((self.weights / left).tolist()):
             before, after = ((k.double() * share).floor().long() for k in (number, number + 1))
             taken = free & (after > before)
@@ -145,14 +145,14 @@ class Batches(Dataset[Tensor]):
 
     def local_schedule(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the `schedule` of this process's rows."""
-        # Computed for all rows first, so that the number of processes has no influence.
+        # Computed for all rows first, so that the result does not depend on the number of processes.
         index, count = self.part
         local = slice(self.rows // count * index, self.rows // count * (index + 1))
         which, passed, number = self.schedule(step)
         return which[local], passed[local], number[local]
 
     def readings(self, step: int) -> Tensor:
-        """Returns how often the bytes of each of this process's rows were read before: int64 `(rows,)`."""
+        """Returns how often each of this process's rows was read before: int64 `(rows,)`."""
         return self.local_schedule(step)[1]
 
     def __getitem__(self, step: int) -> Tensor:
@@ -182,7 +182,7 @@ class Batches(Dataset[Tensor]):
         length = self.segments * self.seq_len
         generator = torch.Generator().manual_seed(seed_of(self.seed, which, passes))
         first, offset = (int(torch.randint(high, (), generator=generator)) for high in (count, length))
-        # The golden ratio spreads any number of consecutive stretches evenly over the span, far from each other.
+        # Steps of the golden ratio spread any number of consecutive stretches evenly over the span.
         stride = next(a for a in range(round(count * GOLDEN), 2 * count + 1) if math.gcd(a, count) == 1)
         position = span.start + (first + number * stride) % count * length + offset
         if not self.documents:
@@ -216,7 +216,7 @@ def find_windows(corpus: Corpus, span: range, seq_len: int, documents: bool) -> 
         The start and the stop of each window: int64 `(windows,)` each.
     """
     if not documents:
-        # The first byte of a corpus has no byte before it to be predicted from.
+        # The first byte of a corpus cannot be predicted, because no byte precedes it.
         start = torch.arange(max(span.start, 1), span.stop, seq_len)
         return start, (start + seq_len).clamp(max=span.stop)
     first, last = torch.searchsorted(corpus.ends, torch.tensor([span.start, span.stop - 1]), right=True)
@@ -273,7 +273,7 @@ def evaluation_batches(
     index, parts = part
     for begin in range(0, len(start), batch_size * parts):
         row = torch.arange(begin + index, begin + batch_size * parts, parts)
-        # A part that has no window left yields an empty one.
+        # A part without a window left yields an empty one.
         beyond = row >= len(start)
         row = row[~beyond] if not beyond.all() else row[:1].clamp(max=len(start) - 1)
         first, last = start[row], stop[row]
@@ -297,7 +297,7 @@ def streaming_rows(corpus: Corpus, span: range, *, rows: int, size: int) -> Tens
     Returns:
         Ids, int64 `(rows, size // rows)`.
     """
-    # A row needs two bytes, to predict one from the other.
+    # A row needs at least two bytes, to predict one from the other.
     rows = max(min(rows, len(span) // 2), 1)
     length = min(size, len(span)) // rows
     start = torch.tensor([span.start + i * (len(span) // rows) for i in range(rows)])

@@ -1,7 +1,7 @@
 """The cache of unpacked corpora: one folder each, with the bytes and the ends of the texts.
 
 Several processes may use a cache at the same time. A process holds a shared lock on the bytes that it reads, and an
-exclusive lock on those that it writes. Nobody removes a folder whose bytes are locked.
+exclusive lock on those that it writes. No process removes a folder whose bytes are locked.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CACHE_LIMIT = 32 << 30
 SAMPLE = 1 << 12  # bytes at each end of a file that are part of its cache key
 UNFINISHED = 'unpacking-'
 ENTRY = re.compile('[0-9a-f]{16}')
-# What earlier versions left behind. Nothing reads it any more.
+# Names of files from earlier versions, which nothing reads any more.
 OLD_ENTRY, OLD_UNFINISHED, DAY = re.compile(r'[0-9a-f]{16}\.(bytes|ends)'), re.compile('tmp.{8}'), 86400
 
 
@@ -35,7 +35,7 @@ def cache_key(files: Sequence[Path], text_key: str) -> str:
 
 
 def file_facts(path: Path) -> tuple[object, ...]:
-    """Returns facts that differ once a file is written or replaced, even by one of the same size and time."""
+    """Returns facts that change if a file is written or replaced, even by one of the same size and time."""
     digest = hashlib.sha256()
     with open(path, 'rb') as file:
         stat = os.fstat(file.fileno())
@@ -122,7 +122,7 @@ def unpack(files: Sequence[Path], folder: Path, text_key: str) -> None:
                 try:
                     os.rename(unfinished, folder)
                 except OSError:
-                    # Without locks, another process may have been faster.
+                    # Without locks, another process may have created it meanwhile.
                     if not is_complete(folder):
                         raise
 
@@ -142,7 +142,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_unused(folder: Path) -> bool:
-    """Removes a folder of the cache unless a process uses it. Returns whether no process does."""
+    """Removes a folder of the cache unless a process uses it. Returns whether no process uses it."""
     if not (folder / BYTES).exists():
         remove_folder(folder)
         return True

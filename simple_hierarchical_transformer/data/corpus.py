@@ -1,4 +1,4 @@
-"""Byte corpora, read from the disk on demand, so that they may be larger than memory."""
+"""Byte corpora that are read from disk on demand, so that they may be larger than memory."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .files import CHUNK
 from .formats import display_name, display_names, kind_of_file
 
 FINGERPRINT = 1 << 28
-# Guards the seek and the read where the system cannot do both at once.
+# Guards a seek and a read if the system cannot do both in one call.
 SEEK_LOCK = threading.Lock()
 
 
 def map_file(path: Path, dtype: torch.dtype) -> Tensor:
     """Returns a file as a 1-D tensor of `dtype` whose pages are read on demand. Writing to it ends the process."""
     with open(path, 'rb') as file:
-        # Not torch.from_file: a writable map needs as much memory as the file is long.
+        # Not torch.from_file: its writable map needs as much memory as the file has bytes.
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='The given buffer is not writable')
@@ -38,7 +38,7 @@ class TruncatedError(ValueError):
     """A file is shorter than when it was opened."""
 
     def __str__(self) -> str:
-        # A data loader's worker passes on its traceback, which ends with the message.
+        # A data loader's worker passes on its whole traceback, which ends with the message.
         last = super().__str__().strip().splitlines()[-1]
         return last[max(last.find('data: '), 0) :]
 

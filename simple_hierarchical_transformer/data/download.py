@@ -1,4 +1,4 @@
-"""Corpora that are known by name: downloaded once, verified on every use."""
+"""Corpora with names: downloaded once, and verified on every use."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ DOWNLOADS = {
 }
 
 
-# Own code, since users would lose something with each library at hand: torch.hub.download_url_to_file and fsspec cannot
-# resume, and huggingface_hub's http_get refuses to connect in the hub's offline mode, which is about models.
+# No available library does all of this: torch.hub.download_url_to_file and fsspec cannot resume, and
+# huggingface_hub's http_get does not connect in the hub's offline mode, which is meant for models.
 def fetch(
     download: Download, path: Path, *, timeout: float = 5.0, progress: Callable[[int], object] | None = None
 ) -> Path:
@@ -90,7 +90,7 @@ def fetch(
         if not partial.exists() or partial.stat().st_size <= size:
             got = partial.stat().st_size if partial.exists() else 0
             raise OSError(
-                f'{download.url} broke off after {got:,} of {download.size:,} bytes; fetch again to go on'
+                f'{download.url} broke off after {got:,} of {download.size:,} bytes; fetch again to continue'
             ) from broken
 
     digest = file_digest(partial)
@@ -108,7 +108,7 @@ def fetch(
 def transfer(
     download: Download, partial: Path, start: int, *, timeout: float, progress: Callable[[int], object] | None
 ) -> None:
-    """Appends the bytes from `start` on to `partial`, or rewrites it if the server does not support ranges."""
+    """Appends the bytes from position `start` on to `partial`. Rewrites it if the server does not support ranges."""
     request = urllib.request.Request(download.url, headers={'Range': f'bytes={start}-'} if start else {})
     with urllib.request.urlopen(request, timeout=timeout) as response:
         resumes = response.status == http.client.PARTIAL_CONTENT
@@ -152,7 +152,9 @@ def load_download(
 
     algorithm, _, expected = download.content.partition(':')
     if len(corpus) != download.content_size:
-        raise ValueError(f'data: {path} has {len(corpus):,} bytes; {name} has {download.content_size:,}, so it is torn')
+        raise ValueError(
+            f'data: {path} has {len(corpus):,} bytes; {name} has {download.content_size:,}, so it is damaged'
+        )
     if (digest := file_digest(corpus.path, algorithm)) != expected:
         raise ValueError(f'data: {path} is not {name}: its {algorithm} is {digest}, not {expected}')
     return corpus

@@ -1,4 +1,4 @@
-"""Paths of the text files that a source stands for, and digests of files."""
+"""Paths of the files that a source stands for, and digests of files."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def find_files(source: str | Path) -> list[Path]:
         files, kind = [file for folder in folders_below(path) for file in files_in(folder)], 'a folder without files'
     else:
         files = [file for file in map(Path, expand_glob(path)) if file.is_file()]
-        kind = 'no file, no folder, and matches none as a glob'
-    # Prefer a file's own path over links to it.
+        kind = 'not a file or folder, and matches no file as a glob'
+    # Prefer the real path of a file over links to it.
     unique: dict[str, Path] = {}
     for file in sorted(files, key=lambda file: (file.is_symlink(), file)):
         unique.setdefault(os.path.realpath(file), file)

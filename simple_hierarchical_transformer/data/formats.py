@@ -1,4 +1,4 @@
-"""File formats: which one a file has, and streams of what compressed files and tars hold.
+"""File formats: detection, and streams of the contents of compressed files and tars.
 
 The first bytes of a file decide its format. The suffix decides if they match no format.
 """
@@ -83,12 +83,12 @@ def display_name(name: str | PurePath) -> str:
 
 
 def display_names(files: Sequence[Path]) -> str:
-    """Returns a short text that stands for all of these files in a message."""
+    """Returns a short text for all of these files, for use in messages."""
     return display_name(files[0]) + (' and the files beside it' if len(files) > 1 else '')
 
 
 def is_hidden(path: PurePath) -> bool:
-    """Returns whether a path below a folder or in an archive is hidden, or is what macOS adds to archives."""
+    """Returns whether a path in a folder or an archive is hidden, or is an entry that macOS adds to archives."""
     return any(part == '__MACOSX' or (part.startswith('.') and part != '..') for part in path.parts)
 
 
@@ -117,7 +117,7 @@ def kind_of_file(path: Path) -> str | None:
 
 
 def inner_name(name: str) -> str:
-    """Returns the name of what a compressed file holds: `a.jsonl` for `a.jsonl.gz`, `a.tar` for `a.tgz`."""
+    """Returns the name of the contents of a compressed file: `a.jsonl` for `a.jsonl.gz`, `a.tar` for `a.tgz`."""
     suffix = PurePath(name).suffix
     if suffix.lower() in TARS:
         return name.removesuffix(suffix) + '.tar'
@@ -126,7 +126,7 @@ def inner_name(name: str) -> str:
 
 @contextmanager
 def named_errors(name: str, kind: str) -> Iterator[None]:
-    """Raises `UnreadableError` in place of the errors that a format's reader raises for damaged files."""
+    """Converts the errors that a format's reader raises for damaged files to `UnreadableError`."""
     try:
         yield
     except (UnreadableError, MemoryError):
@@ -139,7 +139,7 @@ def named_errors(name: str, kind: str) -> Iterator[None]:
         # reader seek to a negative position.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
-        raise UnreadableError(f'data: {name} is torn, or not a {kind} file: {error}') from error
+        raise UnreadableError(f'data: {name} is damaged, or not a {kind} file: {error}') from error
 
 
 class NamedStream(io.RawIOBase):
@@ -164,8 +164,7 @@ class NamedStream(io.RawIOBase):
 class Decompressed:
     """The contents of concatenated compressed streams.
 
-    Reading raises an error if a stream is followed by something else than another stream. `bz2.open` and `lzma.open`
-    ignore that.
+    Reading raises an error if anything but another stream follows a stream. `bz2.open` and `lzma.open` ignore that.
     """
 
     def __init__(self, file: Readable, make: Callable[[], Decompressor]) -> None:
@@ -215,7 +214,7 @@ class Tar(tarfile.TarFile):
 
 
 def import_pyarrow(name: str, kind: str) -> ModuleType:
-    """Returns the module pyarrow. Raises `UnreadableError`, which names the file that needs it, without it."""
+    """Returns the module pyarrow. If it is missing, raises `UnreadableError`, which names the file that needs it."""
     try:
         import pyarrow.parquet
     except ImportError as error:

@@ -34,7 +34,7 @@ from .formats import (
 
 MAX_LAYERS = 8
 MAX_ROW = 1 << 28
-# Reading of a table stops if none of its first rows has the wanted column.
+# A table is refused if none of this many first rows has the wanted column.
 ROWS_WITHOUT_COLUMN = 1000
 
 
@@ -122,7 +122,7 @@ class TextWriter:
             stream: the stream to read.
             name: its name in messages.
             base: the name whose suffix may tell its format.
-            layers: the number of compressed files and archives that it is inside of.
+            layers: the number of compressed files and archives around it.
             file: the seekable file that `stream` reads, if there is one.
         """
         if layers > MAX_LAYERS:
@@ -131,14 +131,14 @@ class TextWriter:
         head = source.peek(HEAD)[:HEAD]
         kind = kind_of(head, base)
         if kind in REFUSED:
-            raise UnreadableError(f'data: {name} is packed as {kind}, which is not read here: unpack it first')
+            raise UnreadableError(f'data: {name} is packed as {kind}, which is not supported: unpack it first')
         if kind is None:
             shutil.copyfileobj(source, self.output, CHUNK)
             self.end_text()
         elif kind == '.jsonl':
             self.add_rows(jsonl_rows(source, name, self.text_key), name)
         elif not head:
-            raise UnreadableError(f'data: {name} is torn, or not a {kind} file: it is empty')
+            raise UnreadableError(f'data: {name} is damaged, or not a {kind} file: it is empty')
         elif kind == '.tar':
             self.add_tar(source, name, layers)
         elif kind in STREAMS:

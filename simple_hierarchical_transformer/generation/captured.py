@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from ..block import HierarchicalBlock
     from ..levels import Level
 
-# with more residues, capturing would take longer than writing most texts
+# with more residues, capturing would take longer than generating most texts
 MOST_RESIDUES = 64
-# steps per residue from which capturing saves time
+# capturing saves time from this many steps per residue on
 MIN_ROUNDS = 3
 CAPTURING = threading.Lock()
 PACKAGE = __name__.partition('.')[0]
@@ -51,7 +51,7 @@ class CapturableModel(StatefulModel, Protocol):
 
     @property
     def silent(self) -> frozenset[int]:
-        """Compressions of the levels that are ablated."""
+        """The compressions of the ablated levels."""
 
     def reserve(self, state: State, n: int) -> State:
         """`state` with room for `n` more ids, so that its tensors stay at the same address."""
@@ -93,7 +93,7 @@ def pays_to_capture(model: StatefulModel, steps: int) -> TypeGuard[CapturableMod
 
 
 def fingerprint(model: CapturableModel) -> list[object]:
-    """What replays depend on: modules, their modes and settings, addresses of weights, ablations and autocast."""
+    """All that replays depend on: modules, their modes and settings, addresses of weights, ablations and autocast."""
     tensors = chain(model.parameters(), model.buffers())
     modules = [(module, module.training, module.extra_repr()) for module in model.modules()]
     return [model.silent, autocast_dtype(next(model.parameters()).device), *modules, *(t.data_ptr() for t in tensors)]
@@ -102,7 +102,7 @@ def fingerprint(model: CapturableModel) -> list[object]:
 def share_angles(model: CapturableModel) -> dict[Rotary, Rotary]:
     """Maps each rotary embedding to the first one that rotates by the same angles.
 
-    Layers of a level do, unless somebody changed one. Each comparison synchronizes with the device.
+    All layers of a level do, unless a user changed one. Each comparison synchronizes with the device.
     """
     rotaries = [module for module in model.modules() if isinstance(module, Rotary)]
     return {module: next((other for other in rotaries if other.agrees(module)), module) for module in rotaries}
@@ -117,7 +117,7 @@ class CapturedSteps:
 
     Args:
         model: the model to run.
-        watched: whether the model may change between two steps. Each step then looks for changes.
+        watched: whether the model may change between two steps. Each step then checks for changes.
     """
 
     def __init__(self, model: CapturableModel, *, watched: bool = False) -> None:
@@ -125,10 +125,10 @@ class CapturedSteps:
         self.watched = watched
         device = model.token_emb.weight.device
         self.cycle = cycle_of(model.levels)
-        # before this position, windows still reach back beyond the first token
+        # before this position, windows still reach beyond the first token
         windows = [getattr(merge, 'window', 0) for merge in model.hierarchical_merges]
         self.settled = 2 * self.cycle * (1 + max(windows, default=0))
-        # a step does more at positions where full attention moves the origin of its decay
+        # a step does extra work at positions where full attention moves the origin of its decay
         self.blocks = {
             BLOCK * level.compression
             for layer in model.layers
@@ -136,7 +136,7 @@ class CapturedSteps:
             if block is not None and getattr(getattr(block.attn, 'rotary_emb', None), 'xpos', False)
         }
         self.rounds = torch.zeros((), dtype=torch.long, device=device)
-        # formed by the first step that needs it. A watched model may change one layer's angles at any time
+        # computed by the first step that needs it. A watched model may change the angles of a layer at any time
         self.shared_angles: dict[Rotary, Rotary] | None = {} if watched else None
         self.stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
         self.reserved = 0
@@ -154,7 +154,7 @@ class CapturedSteps:
 
     def forget(self) -> None:
         """Discards all graphs."""
-        # memory that no graph uses is freed together with its pool
+        # memory is freed with its pool, once no graph uses it
         self.pool = torch.cuda.graph_pool_handle() if self.stream is not None else None
         self.warm: set[int] = set()
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -172,7 +172,7 @@ class CapturedSteps:
         state.check_valid()
         state = state.writable()
         if not position < self.reserved:
-            # not for all steps: only a few of them may be taken
+            # not for all steps, because only a few of them may be taken
             more = max(min(steps, ROOM), 1)
             state, self.reserved = self.model.reserve(state, more), position + more
         addresses = [tensor.data_ptr() for tensor in state.tensors()]
@@ -205,7 +205,7 @@ class CapturedSteps:
         assert self.ids is not None
         clock = Clock(self.rounds, self.shared_angles)
         position = Position(state.position, clock, self.cycle, state.position % self.cycle)
-        # the cache of autocast would keep copies of weights from inside the graph for later operations
+        # the cache of autocast would keep copies of weights from inside the graph and use them in later operations
         dtype = autocast_dtype(self.rounds.device)
         kind = self.rounds.device.type
         uncached = nullcontext() if dtype is None else torch.autocast(kind, dtype=dtype, cache_enabled=False)
@@ -230,10 +230,10 @@ class CapturedSteps:
     def capture(self, state: State) -> torch.cuda.CUDAGraph:
         """Captures a step without running it."""
         graph = torch.cuda.CUDAGraph()
-        # one thread at a time, because garbage collection is disabled for all of them
+        # one thread at a time, because garbage collection is disabled for the whole process
         with CAPTURING:
             collects = gc.isenabled()
-            # a graph must not contain what a collection frees
+            # a graph must not contain the frees of a garbage collection
             gc.disable()
             try:
                 with self.side_stream():

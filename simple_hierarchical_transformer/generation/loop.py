@@ -52,7 +52,7 @@ class Reader:
         model: the model to read with.
         ids: the first ids to read, int64 `(batch, n)`.
         state: the state before these ids. None is the beginning of a sequence.
-        use_cache: whether to keep a state. Without one, each read starts again at position 0.
+        use_cache: whether to keep a state. If not, each read starts again at position 0.
         steps: an upper bound on how many reads of a single id will follow.
         watched: whether the caller may change the model between two reads.
     """
@@ -92,7 +92,7 @@ class Reader:
             seen = self.unread if self.seen is None else torch.cat((self.seen, self.unread), dim=1)
             logits, state = self.model(seen)
             self.seen = seen
-        # both at once: if anything fails later, no id is read twice
+        # assigned together, so that no id is read twice if anything fails later
         self.state, self.unread = state, None
         return logits[:, -1]
 
@@ -108,7 +108,7 @@ class Reader:
 def takes_logits_to_keep(model: StatefulModel) -> bool:
     """Whether the model's `forward` names the argument `logits_to_keep`.
 
-    `**kwargs` alone do not count: a wrapper may pass them to a model that does not know the argument.
+    `**kwargs` do not count: a wrapper may pass them to a model that does not accept the argument.
     """
     try:
         forward = getattr(model, 'forward', model)
@@ -116,18 +116,18 @@ def takes_logits_to_keep(model: StatefulModel) -> bool:
         passes = 'logits_to_keep' in outer or any(each.kind is each.VAR_KEYWORD for each in outer.values())
         return passes and 'logits_to_keep' in signature(forward).parameters
     except (TypeError, ValueError):
-        # functions of compiled languages may have no signature
+        # functions of extension modules may have no signature
         return False
 
 
 class Generation(NamedTuple):
-    """What `generate` and `stream` run on: their checked arguments."""
+    """The checked arguments of `generate` and `stream`."""
 
     reader: Reader
-    """Has yet to read the prompt, up to the length of its shortest row."""
+    """Its unread ids are the prompt, up to the length of the shortest row."""
     prompt: Prompt
     seq_len: int
-    """How many new ids each row gets at most."""
+    """The maximum number of new ids of each row."""
     sampler: Sampler
     stops: Sequence[Sequence[int]]
     """The sequences of ids that end a row."""
@@ -186,8 +186,8 @@ def find_stops(new: Tensor, stops: Tensor) -> Tensor:
 def draw(generation: Generation) -> Generator[tuple[Tensor, Tensor | None], None, None]:
     """Draws ids until each row has `seq_len` new ones or ends with a stop.
 
-    All rows start at the end of the shortest prompt. As long as a longer prompt lasts, its own ids are read instead of
-    drawn ones, so each row gets the ids it would get alone.
+    All rows start at the end of the shortest prompt. In rows with longer prompts, the ids of the prompt replace the
+    drawn ids until it ends. So each row gets the ids that it would get alone.
 
     Yields, for each step, the ids `(batch,)` and a bool mask `(batch,)` of the rows for which the id is new. The mask
     is None if it is new for all rows. A stopped row repeats its last id. The last ids are not read.
@@ -340,7 +340,7 @@ def stream(
 ) -> Stream:
     """Yields what `generate` returns as it is drawn. See `Generative.stream`."""
     if unknown := sorted(set(settings) - set(Settings.__annotations__)):
-        raise ValueError(f'stream takes the settings of generate but return_state, got {", ".join(unknown)}')
+        raise ValueError(f'stream takes the settings of generate except return_state, got {", ".join(unknown)}')
     generation = prepare(model, prompt, seq_len, watched=True, **settings)
     if not generation.prompt.equal:
         raise ValueError('prompt must have rows of equal length: stream yields their ids together')

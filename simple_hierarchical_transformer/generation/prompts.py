@@ -12,19 +12,19 @@ from ..checks import check_int_list, is_int, plain
 from ..ops.tracing import is_traced
 
 NUM_BYTES = 256
-# vocabularies of bytes: the bytes alone, with an end of text, with an end of text and padding
+# sizes of byte vocabularies: bytes only, bytes and an end of text, bytes with an end of text and padding
 BYTE_VOCABULARIES = range(NUM_BYTES, NUM_BYTES + 3)
 TEXT = (str, bytes, bytearray)
 
 PromptLike = Tensor | str | bytes | Sequence[Any]
-"""Ids as a tensor, an array or nested sequences; a text; or a list of texts or of rows of ids."""
+"""A prompt: ids as a tensor, an array or nested sequences; a text; or a list of texts or of rows of ids."""
 Decoded = str | bytes | Sequence[str | bytes]
 
 
 def check_ids(name: str, ids: object, num_tokens: int, also: int | None = None) -> Tensor:
     """Checks ids `(batch, n)` of any integer dtype and returns them as int64.
 
-    Values are checked on the CPU only: elsewhere the host would have to wait for the device.
+    Values are checked only on the CPU. On other devices the host would have to wait for them.
 
     Args:
         name: the argument that errors name.
@@ -43,7 +43,7 @@ def check_ids(name: str, ids: object, num_tokens: int, also: int | None = None) 
         raise ValueError(f'{name} must hold at least one token, got shape {tuple(ids.shape)}')
     ids = ids.long()
 
-    # reading values would also break a compiled graph
+    # reading values would also cause a graph break in compiled code
     if ids.device.type == 'cpu' and not is_traced():
         allowed = ids if also is None else ids[ids != also]
         if allowed.numel():
@@ -88,7 +88,7 @@ def check_text(name: str, text: str | bytes | bytearray, num_tokens: int) -> Ten
     Raises ValueError if ids of this vocabulary are not bytes.
     """
     if num_tokens not in BYTE_VOCABULARIES:
-        raise ValueError(f'{name} can be text only where num_tokens is 256, 257 or 258, and it is {num_tokens}')
+        raise ValueError(f'{name} can be text only if num_tokens is 256, 257 or 258, got {num_tokens}')
     return as_bytes(name, text).long()
 
 
@@ -98,9 +98,9 @@ class Prompt(NamedTuple):
     rows: list[Tensor]
     """The ids of each row, int64 `(n,)`."""
     text: type | None
-    """`str` or `bytes` if the prompt is text and the output must be, too. None for ids."""
+    """The type of the output if the prompt is text: `str` or `bytes`. None for ids."""
     many: bool
-    """Whether the prompt is a sequence of prompts."""
+    """Whether the prompt is a list of prompts."""
 
     @property
     def equal(self) -> bool:

@@ -92,18 +92,18 @@ class Sampler:
         return ids.gather(-1, (probs / arrivals).argmax(dim=-1, keepdim=True)).squeeze(-1)
 
     def candidates(self, num_tokens: int) -> int:
-        """How many of the most likely ids can be drawn, before `top_p` and `min_p`."""
+        """The number of most likely ids that can be drawn, before `top_p` and `min_p` apply."""
         if self.top_k is not None:
             return min(int(self.top_k), num_tokens)
         if self.top_p is not None or self.min_p is not None:
             return num_tokens
-        # rounded first: (1 - 0.9) * 30 is slightly above 3, and the ceiling would be 4
+        # rounded first, because (1 - 0.9) * 30 is slightly above 3 and its ceiling would be 4
         return max(math.ceil(round((1 - self.filter_thres) * num_tokens, 6)), 1)
 
 
 def check_largest(logits: Tensor) -> None:
     """Raises ValueError if the largest logit of a row of `(batch, n)` is not finite. NaN counts as the largest."""
-    # a finite sum proves all finite. It may still overflow, or include ids that -inf excludes
+    # a finite sum proves that all are finite. A sum may also overflow, or include ids that are excluded by -inf
     if math.isfinite(logits.sum(dtype=torch.float32).item()):
         return
     largest = logits.amax(dim=-1)

@@ -1,4 +1,4 @@
-"""How well a model predicts given ids."""
+"""Scores: how well a model predicts given ids."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def score(
     read = as_bytes('ids', ids) if isinstance(ids, TEXT) else as_tensor(ids)
     single = isinstance(read, Tensor) and read.ndim == 1
     rows = read[None] if isinstance(read, Tensor) and single else read
-    # values are checked chunk by chunk: as int64, a long text of bytes takes eight times its memory
+    # values are checked chunk by chunk, because a long text of bytes takes eight times its memory as int64
     check_ids('ids', rows[:, :2] if isinstance(rows, Tensor) and rows.ndim == 2 else rows, model.num_tokens)
     assert isinstance(rows, Tensor)
     if rows.shape[1] < 2:
@@ -44,7 +44,7 @@ def score(
             log_probs.append(picked)
 
     if not count:
-        raise ValueError(f'ids must hold more than ignore_index = {model.ignore_index}, got nothing else to predict')
+        raise ValueError(f'ids must hold more than ignore_index = {model.ignore_index}, got no other id to predict')
     bits = total / count / math.log(2)
     if not return_log_probs:
         return bits

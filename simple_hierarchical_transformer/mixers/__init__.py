@@ -1,4 +1,4 @@
-"""Token mixers: one file each, one contract for all, and a registry by name."""
+"""Token mixers: one file for each, a common interface, and a registry by name."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ MIXERS: dict[str, type[nn.Module]] = {
 
 
 def build_mixer(level: Level, *, length: int, layer: int, backend: str) -> Any:
-    """The mixer of a block. None for attention with a window of 0, which a level leaves out.
+    """The mixer of a block. None for attention with a window of 0: such a level has no attention.
 
     The result is both an `nn.Module` and a `Mixer`. Python has no type for that.
 
     Args:
         level: settings of the block's level.
-        length: number of tokens that a phase has in a pass over `seq_len` ids.
+        length: number of tokens of a phase in a pass over `seq_len` ids.
         layer: number of the block, from 0.
         backend: the model's `attn_backend`.
 

@@ -67,7 +67,7 @@ class Attention(nn.Module):
         qk_norm: normalise queries and keys by their root mean square, with one learned gain for each channel (Henry et
             al. 2020, arXiv 2010.04245; with a gain as in Dehghani et al. 2023, arXiv 2302.05442).
         pattern: 'strided' or 'fixed' makes full attention sparse, in time `O(seq * sqrt(seq))` (Child et al. 2019,
-            arXiv 1904.10509). Rotary embeddings then have no xPos, whose decay would silence distant tokens.
+            arXiv 1904.10509). Rotary embeddings then have no xPos, because its decay would remove distant tokens.
         pattern_mode: which parts of a pattern a head has. 'interleave': near tokens in even layers, far tokens in odd
             layers. 'union': both. 'heads': near tokens in the first half of the heads, far tokens in the second half.
         stride: l of the pattern. By default the power of two nearest to `sqrt(length)`.
@@ -137,7 +137,7 @@ class Attention(nn.Module):
         stride = 2 ** round(math.log2(length) / 2) if stride is None else check_int('stride', stride)
         if summary is not None and pattern != 'fixed':
             raise ValueError(f"summary is for pattern = 'fixed', got {summary} for {pattern!r}")
-        # bounded: with a fixed share of the stride, the cost would be quadratic in the length
+        # bounded, because with a fixed share of the stride the cost would be quadratic in the length
         summary = max(min(stride // 8, MAX_SUMMARY), 1) if summary is None else check_int('summary', summary)
         if summary > stride:
             raise ValueError(f'summary must be at most the stride of {stride}, got {summary}')
@@ -180,12 +180,12 @@ class Attention(nn.Module):
         """x: `(batch, seq, dim)`, tokens `start` to `start + seq` of the sequence."""
         # Query heads form groups, and each group uses all key heads. qk: (groups + 1, batch, kv_heads, seq, dim_head),
         # keys last. The gradient of `split` is one copy, those of slices one each. einops would cost microseconds here,
-        # which steps of generation feel.
+        # which would slow down steps of generation.
         qkv = chain(x, self.norm, self.to_qkv).unflatten(-1, (self.groups + 2, self.kv_heads, -1))
         qk, v = (part.permute(2, 0, 3, 1, 4) for part in qkv.split((self.groups + 1, 1), dim=-3))
         v = v[0]
         if self.qk_norm is not None:
-            # under autocast this has the dtype of the norm's weight, until it is rotated
+            # under autocast, this has the dtype of the norm's weight until it is rotated
             qk = self.qk_norm(qk)
 
         if cache is not None:
@@ -227,7 +227,7 @@ class Attention(nn.Module):
     def attend_far(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Full attention over more tokens than the factors of xPos can span at once.
 
-        Each block of queries uses its first token as the origin, and keys are rotated anew for it. The decay of keys
+        Each block of queries uses its first token as the origin, and keys are rotated again for it. The decay of keys
         too far away underflows to zero, as it should. The backward pass computes blocks again, so that memory is that
         of one block.
 
@@ -275,7 +275,7 @@ class Attention(nn.Module):
 
         is_recorded = torch.compiler.is_compiling() or isinstance(start, Position)
         if n == 1 and in_place and is_recorded and self.patterns is None:
-            # one graph serves every position: only the contents of tensors depend on `start`
+            # one graph is valid for every position: only the contents of tensors depend on `start`
             if isinstance(start, Position):
                 slot, mask = start.once(('slots', slots, q.dtype), lambda: cache_slot(start.tensor, slots, q.dtype))
             else:
@@ -302,7 +302,7 @@ class Attention(nn.Module):
         )
         out = self.attend(q, self.repeat_groups(all_keys), self.repeat_groups(all_values), start)
 
-        # later tokens can reach only the newest ones
+        # later tokens can only reach the newest keys
         new = torch.arange(max(start, start + n - slots), start + n, device=k.device) % slots
         write = Tensor.index_copy_ if in_place else Tensor.index_copy
         k, v = (t[:, :, -len(new) :].to(cache_dtype) for t in (k, v))

@@ -1,4 +1,4 @@
-"""The contract of a token mixer."""
+"""The interface of a token mixer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 MixerState = tuple[Tensor, ...]
-"""What a mixer keeps of the tokens before: tensors `(batch, ...)`."""
+"""The state of a mixer after some tokens: tensors `(batch, ...)`."""
 
 
 class Mixer(Protocol):
@@ -16,15 +16,15 @@ class Mixer(Protocol):
     A block builds it with those of these arguments that its constructor names, and with the level's `mixer_kwargs`:
 
     - `dim`, `dim_head`, `heads`, `window`: settings of the level;
-    - `length`: number of tokens that a phase has in a pass over `seq_len` ids;
+    - `length`: number of tokens of a phase in a pass over `seq_len` ids;
     - `layer`: number of the block, from 0;
     - `backend`: the model's `attn_backend`.
 
     Optional members:
 
-    - `products(n)`: number of operations of a pass over `n` tokens, without products with weights. Training reports
-      its cost with it.
-    - `to_out`: the part that `zero_init` sets to zero.
+    - `products(n)`: number of operations of a pass over `n` tokens, without products with weights. Training uses it to
+      report costs.
+    - `to_out`: the module that `zero_init` sets to zero.
     - `with_room(state, tokens)`: for a state that grows, returns the state with room for that many tokens. A block
       calls it first, with phases as the leading axis of each tensor: `(phases, batch, ...)`.
     - `static_step`: False where the operations of a step depend on its position.
@@ -35,7 +35,7 @@ class Mixer(Protocol):
 
         Args:
             x: `(batch, seq, dim)`.
-            state: the state of the tokens before `start`, tensors `(batch, ...)`. None if there is none to keep.
+            state: the state of the tokens before `start`, tensors `(batch, ...)`. None if no state is kept.
             start: position of the first token; 0 without a state.
 
         Returns:

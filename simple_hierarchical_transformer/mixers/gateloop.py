@@ -13,12 +13,12 @@ from ..ops.norm import RMSNorm
 from ..ops.scan import scan
 from .base import MixerState
 
-# range of the initial gates: some channels remember a few tokens, others some hundred
+# range of the initial gates: some channels remember a few tokens, others a few hundred
 FIRST_GATES = (0.5, 0.995)
 
 
 def spread_gates(count: int) -> Tensor:
-    """Initial logits of gates, one for each channel, in order of a longer and longer memory: `(count,)`."""
+    """Initial logits of gates, one for each channel, in order of increasing memory: `(count,)`."""
     low, high = (torch.logit(torch.tensor(gate)) for gate in FIRST_GATES)
     return low + (high - low) * torch.linspace(0, 1, count)
 

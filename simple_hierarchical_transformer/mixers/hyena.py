@@ -1,4 +1,4 @@
-"""Hyena: gates, and convolutions as long as the sequence whose filters a small network makes."""
+"""Hyena: gates, and convolutions as long as the sequence, with filters that a small network computes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class ImplicitFilters(nn.Module):
         layers: list[nn.Module] = [*self.to_hidden, self.to_filters]
         weights = self.plain_weights(layers)
         if weights is not None:
-            # steps of generation use the same filters again and again
+            # all steps of generation use the same filters
             return self.cache(self.filters_from_weights, weights)
 
         def called(layer: nn.Module) -> Part:
@@ -111,7 +111,8 @@ class Hyena(nn.Module):
 
     A filter has `length` taps, so a token reaches back `length` tokens, with or without a state. Time is `O(order * seq
     * log(seq) * dim)` for a sequence and `O(order * length * dim)` for a step. The state has the inputs of all
-    convolutions, which no shorter summary can replace: `(batch, short - 1, (order + 1) * dim)`, and `order` tensors
+    convolutions, which cannot be summarized in less memory: `(batch, short - 1, (order + 1) * dim)`, and `order`
+        tensors
     `(batch, slots, dim)`. These grow with the number of tokens read, up to `length - 1` slots (see `memory.room_for`),
     and are ring buffers then.
 
@@ -127,7 +128,7 @@ class Hyena(nn.Module):
         ValueError: a value is not allowed.
     """
 
-    # what a step reads depends on its position
+    # the inputs of a step depend on its position
     static_step = False
     roles: ClassVar[Mapping[str, str]] = dict(short_conv='kernel', filters='kernel')
 
@@ -183,7 +184,7 @@ class Hyena(nn.Module):
         """Convolve a chunk with one filter.
 
         v: `(batch, seq, dim)`, tokens from `start` on; taps: `(length, dim)`; ring: `(batch, slots, dim)`, the inputs
-        before, where token `t` has slot `t % slots`. A ring that has yet to grow holds all tokens so far. Returns the
+        before, where token `t` has slot `t % slots`. A ring that is not full yet holds all tokens so far. Returns the
         convolution and the ring after the chunk.
         """
         if ring is None:

@@ -17,7 +17,7 @@ from .rotary import Rotary
 
 # the score of a token with itself, low enough to matter only where the token has no other key
 SELF_SCORE = -1e5
-# a chunk of at most this many tokens runs faster step by step than by sorting the whole state
+# chunks of at most this many tokens run faster step by step than by sorting the whole state
 FEW = 16
 
 
@@ -50,7 +50,7 @@ class LSHAttention(nn.Module):
         ValueError: a value is not allowed.
     """
 
-    # what a step reads depends on its position
+    # the inputs of a step depend on its position
     static_step = False
 
     rotations: Tensor
@@ -141,7 +141,7 @@ class LSHAttention(nn.Module):
 
         # blocks are no smaller than the window: all keys of a query lie in its block and the previous one
         if isinstance(n, torch.SymInt):
-            # an exported length has no value yet, and an exporter would specialise the graph to a single block
+            # an exported length has no value yet, and an exporter would specialize the graph to a single block
             block = max(self.before, MIN_BLOCK)
             blocks = n // block + 2
         else:

@@ -18,7 +18,7 @@ from ..ops.tracing import is_exporting
 
 THETA = 10_000.0
 XPOS_SCALE_BASE = 512.0
-# the origin of xPos in a cache moves on by this many positions, so that its factors never leave float32
+# the origin of xPos in a cache moves by this many positions, so that its factors stay in the range of float32
 BLOCK = 2048
 # number of positions in a table of factors for single steps; divides the block
 TABLE = 256
@@ -35,8 +35,8 @@ def frequencies(dim: int, device: str | None = None) -> Tensor:
 def decay(dim: int, distance: Tensor) -> Tensor:
     """The factor of xPos for each distance and pair of channels: `(n,)` to `(n, dim / 2)`.
 
-    `RotaryEmbedding.get_scale` of rotary-embedding-torch has a base in float32 and its own origin. Caches need float64,
-    and an origin that they choose.
+    `RotaryEmbedding.get_scale` of rotary-embedding-torch has a base in float32 and a fixed origin. Caches need float64
+    and another origin.
     """
     channel = torch.arange(0, dim, 2, device=distance.device, dtype=distance.dtype)
     base = (channel + 0.4 * dim) / (1.4 * dim)
@@ -117,7 +117,7 @@ class Rotary(KeepsExact):
         return self.rotate(qk, *self.factors(qk, start, n, origin=start + n // 2))
 
     def reach(self, dtype: torch.dtype) -> float:
-        """How many positions one origin serves, so that factors of xPos and their inverses stay within e^5 or e^40."""
+        """The number of positions with one origin: factors of xPos and their inverses stay within e^5 or e^40."""
         if not self.xpos:
             return math.inf
         return XPOS_SCALE_BASE * (8 if dtype == torch.float16 else 64)
@@ -140,7 +140,7 @@ class Rotary(KeepsExact):
             )
             return self.rotate(qk, *factors)
         origin = start // BLOCK * BLOCK
-        # on other devices the cache keeps nothing, and each step would compute a whole table
+        # on other devices nothing is cached, and each step would compute a whole table
         if n > 1 or torch.is_grad_enabled() or torch.compiler.is_compiling() or qk.device.type != 'cpu':
             return self.rotate(qk, *self.factors(qk, start, n, origin))
 

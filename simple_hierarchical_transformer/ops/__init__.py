@@ -1,1 +1,1 @@
-"""Kernels that know nothing of the architecture: functions of tensors, and the modules that wrap them."""
+"""Operations that do not depend on the architecture: functions of tensors, and modules that wrap them."""

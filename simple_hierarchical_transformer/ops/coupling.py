@@ -20,7 +20,7 @@ class Coupling(NamedTuple):
 
     fn: Callable[[list[Tensor]], list[Tensor]]
     """Maps the streams in `reads` to one update for each stream in `writes`. It must be deterministic, except for
-    random numbers. The backward pass draws these again as they were."""
+    random numbers. The backward pass draws the same random numbers again."""
     reads: Sequence[int]
     writes: Sequence[int]
     modules: Sequence[nn.Module]
@@ -33,14 +33,14 @@ def run_couplings(
     """Apply all couplings in order, and return the resulting streams.
 
     In training, only the final streams are stored. The backward pass subtracts what each coupling added, and computes
-    it again to differentiate it. The gradients equal those of the plain form, at the price of a second forward pass.
+    it again to differentiate it. The gradients equal those of the plain form, at the cost of a second forward pass.
     Gomez et al. 2017, arXiv 1707.04585, algorithm 1; for transformers: Kitaev et al. 2020, arXiv 2001.04451, section 3.
 
     The plain form, which stores all intermediate results, runs instead:
 
-    - under the compiler, the transforms of torch.func and dispatch modes, which see only plain operations;
-    - where modules have hooks: these may keep a tensor for the loss, and get gradients of intermediate results;
-    - where weights are not leaves of the graph (`functional_call` with computed weights).
+    - under the compiler, transforms of torch.func and dispatch modes, which see only plain operations;
+    - if modules have hooks, which may keep a tensor for the loss or get gradients of intermediate results;
+    - if weights are not leaves of the graph (`functional_call` with computed weights).
 
     Args:
         couplings: applied in order.
@@ -48,8 +48,8 @@ def run_couplings(
         modules: modules that contain those of the couplings.
 
     Raises:
-        RuntimeError: in the backward pass, where weights were changed in place since the forward pass, or where the
-            gradients shall have a graph of their own (`create_graph`).
+        RuntimeError: in the backward pass, if weights were changed in place since the forward pass, or if gradients
+            should have a graph themselves (`create_graph`).
     """
     if torch.is_grad_enabled() and not is_traced():
         snapshot = Snapshot([*modules, *(module for coupling in couplings for module in coupling.modules)])
@@ -90,7 +90,7 @@ class _Reversible(torch.autograd.Function):
         ctx: Any, couplings: Sequence[Coupling], snapshot: Snapshot, count: int, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.couplings, ctx.snapshot, ctx.count = couplings, snapshot, count
-        # the backward pass computes updates again under the same autocast
+        # the backward pass recomputes updates under the same autocast
         ctx.autocast = autocast_dtype(tensors[0].device)
         ctx.rng_states = []
         streams = run_plainly(couplings, tensors[:count], ctx.rng_states, snapshot.generators)

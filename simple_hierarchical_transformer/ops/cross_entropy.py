@@ -12,7 +12,7 @@ from .linear import linear, matrix_of
 from .precision import autocast_dtype, no_autocast
 from .tracing import is_transformed
 
-# logits held in memory at a time, and the fewest rows that still keep a matrix product efficient
+# the most logits in memory at a time, and the fewest rows for which a matrix product is efficient
 CHUNK = 1 << 22
 MIN_CHUNK_ROWS = 128
 
@@ -32,7 +32,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         size = len(weight) // sets
         chunk = max(CHUNK // size, MIN_CHUNK_ROWS)
 
-        # gradients leave out the factor that all rows share: it is too small for half precision
+        # gradients leave out the factor that all rows share, because it is too small for half precision
         top = row_weights.amax().clamp(min=torch.finfo(row_weights.dtype).tiny) if rows else row_weights.new_ones(())
         given, row_weights = row_weights, row_weights / top
         total = row_weights.new_zeros(())
@@ -107,8 +107,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, row_weights
     dtype = autocast_dtype(x.device) or torch.promote_types(x.dtype, weight.dtype)
     train = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     row_weights = row_weights.to(torch.promote_types(x.dtype, torch.float32))
-    # logits no wider than their inputs need no chunks, and a GPU computes them at once in half the time; but not in
-    # float16, where the gradients would underflow
+    # logits that are no wider than their inputs need no chunks, and a GPU computes them at once in half the time. Not
+    # in float16, where gradients would underflow
     is_small = x.is_cuda and len(weight) <= x.shape[-1] and dtype != torch.float16
     if is_small or is_transformed():
         return weighted_cross_entropy(F.linear(x, weight), targets, row_weights)
@@ -140,9 +140,9 @@ def cross_entropy(
         x: `(batch, seq, dim)`.
         head: maps `x` to `sets * num_tokens` logits.
         targets: `(batch, seq)`, or `(batch, seq, sets)` where each token has several targets.
-        ignore_index: the target that does not count.
+        ignore_index: the target to ignore.
         count: divides the sum over targets in place of the number of targets.
-        sample: the share of tokens that is drawn at random. The expectation is the loss over all tokens.
+        sample: the share of tokens to draw at random. The expected value is the loss over all tokens.
     """
     targets = (targets[..., None] if targets.ndim == 2 else targets).flatten(0, 1)
     counted = targets != ignore_index

@@ -17,11 +17,11 @@ from .precision import autocast_dtype, no_autocast
 from .tracing import is_traced
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
-# number of elements of a weight, below which the call costs more than the product
+# a weight with fewer elements costs more to dispatch than to multiply
 MIN_WEIGHT = 1 << 15
-# number of elements of a weight with more outputs than inputs, below which the BLAS computes its gradient faster
+# for weights with more outputs than inputs: with fewer elements, the BLAS computes the gradient faster
 MIN_WIDENING = 1 << 19
-# number of slices of a weight: enough for the threads of a desktop computer, and a divisor of most widths
+# the number of slices of a weight: enough for the threads of a desktop computer, and a divisor of most widths
 SLICES = 32
 FEW_ROWS = (1, 2)
 
@@ -121,10 +121,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, after: Part | 
     Only `x` is stored then. This halves the memory of a feed-forward. A checkpoint around both would also compute the
     product twice.
 
-    float32 on a CPU runs on faster kernels than those of `F.linear`. A step of generation multiplies each weight by one
-    vector or a few, so its time is the time to read the weights. The BLAS reads them at half the memory bandwidth or
-    less. A batched product, whose batches are slices of the weight, reaches the memory bandwidth for one row or two.
-    oneDNN's kernel reaches it for more rows, and is also faster than the BLAS for many rows (benchmarks/linear.py).
+    float32 on a CPU runs on faster kernels than those of `F.linear` (benchmarks/speed/linear.py). A step of generation
+    multiplies each weight by one vector or a few, so its time is the time to read the weights. The BLAS reads them at
+    half the memory bandwidth or less. A batched product, whose batches are slices of the weight, reaches the memory
+    bandwidth for one row or two. oneDNN's kernel reaches it for more rows, and is also faster than the BLAS for many
+    rows.
 
     Args:
         x: `(..., dim)`.
@@ -149,7 +150,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, after: Part | 
 
 
 def is_served(x: Tensor, weight: Tensor) -> bool:
-    """Whether the faster kernels serve these: float32 on a CPU, without autocast or tracing."""
+    """Whether the faster kernels support these tensors: float32 on a CPU, without autocast or tracing."""
     return (
         x.dtype == weight.dtype == torch.float32
         and weight.numel() >= MIN_WEIGHT
@@ -161,7 +162,7 @@ def is_served(x: Tensor, weight: Tensor) -> bool:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` on the fastest kernel. It has no gradient where this is another kernel than that of `F.linear`."""
+    """`F.linear` on the fastest kernel. The result has a gradient only if that kernel is `F.linear` itself."""
     if not is_served(x, weight):
         return F.linear(x, weight, bias)
 
@@ -199,7 +200,7 @@ class RecomputingLinear(torch.autograd.Function):
         x = x if fn is None else fn(x, *params)
         if dtype is None:
             return product(x, weight, bias)
-        # cast by hand: autocast would cache its own cast of the weight, here without a gradient, for later uses
+        # cast explicitly: autocast would cache its cast of the weight, which has no gradient here, and use it later
         with no_autocast(x.device):
             return product(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 

@@ -115,7 +115,7 @@ def _attend_strided(
 
     def near(t: Tensor) -> Tensor:
         """The keys of each query block and of the block before it."""
-        # not by `with_previous`, whose gradients would be summed in another order than in released versions
+        # not `with_previous`: it would sum gradients in another order than released versions
         return torch.cat((F.pad(t, (0, 0, 0, 0, 1, 0))[:, before : before + blocks], t[:, before:]), dim=2)
 
     block_at = key_at[before:]

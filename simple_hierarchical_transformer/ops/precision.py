@@ -1,4 +1,4 @@
-"""Number formats: regions without autocast, and tensors that half precision would spoil."""
+"""Number formats: contexts without autocast, and tensors that must not be stored in half precision."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype in which autocast multiplies matrices on this device. None where autocast is off or not supported."""
-    # not every version of the compiler can trace this question; the device 'meta', without autocast, is not compiled
+    # not every version of the compiler can trace this call. The device 'meta' has no autocast and is not compiled
     asks = not torch.compiler.is_compiling()
     if (asks and not torch.amp.is_autocast_available(device.type)) or not torch.is_autocast_enabled(device.type):
         return None

@@ -1,4 +1,4 @@
-"""Recomputation in the backward pass, with the modules as they were in the forward pass."""
+"""Recomputation in the backward pass, with the contents that modules had in the forward pass."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ModuleState = tuple[
 class Snapshot:
     """The contents of modules and their submodules: tensors, submodules, hooks, training modes and generators.
 
-    Tensors are not copied. Each layer makes one in each training step, so every microsecond counts.
+    Tensors are not copied. Each layer takes a snapshot in each training step, so it must be fast.
 
     Args:
         roots: modules; None is skipped.
@@ -83,7 +83,7 @@ class Snapshot:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Inside, the modules have these contents again. Afterwards they have the present ones.
+        """A context in which the modules have these contents again.
 
         This covers weights that `functional_call` swapped in for a call, modes (`train()`, `eval()`), and submodules,
         hooks and buffers that were replaced, added or removed.
@@ -109,14 +109,14 @@ class Snapshot:
                 )
                 for table, old in tables:
                     for name, value in old.items():
-                        # FSDP swaps in whole weights while a layer runs: these must stay
+                        # FSDP swaps in full weights while a layer runs, and these must stay
                         if name in table and table[name] is not value and not is_sharding(table[name], value):
                             replace(table, name, value)
                 if hooks or has_hooks(module):
                     for name, _ in hook_tables(module):
                         replace(vars(module), name, OrderedDict() if hooks is None else hooks[name])
             for table, name, value in self.written:
-                # a copy stands in for the buffer, which the forward pass has written already
+                # a copy replaces the buffer, because the forward pass has already written to it
                 if name in table:
                     replace(table, name, value.clone())
             yield
@@ -153,18 +153,18 @@ def versions(tensors: Sequence[Tensor]) -> list[int]:
     try:
         return [tensor._version for tensor in tensors]
     except RuntimeError:
-        # tensors of inference mode have no such counter
+        # tensors created in inference mode have no version counter
         return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def recompute(
     fn: Callable[..., Result], modules: Sequence[nn.Module], *args: Any, preserve_rng_state: bool = True
 ) -> Result:
-    """`fn(*args)`, computed again in the backward pass, instead of storing its intermediate results.
+    """Computes `fn(*args)`, and again in the backward pass, without storing its intermediate results.
 
     In the backward pass the modules have the contents that they had in the forward pass (`Snapshot.restored`). Random
-    numbers from PyTorch's default generators and from generators that are attributes of modules are drawn again. Where
-    gradients are disabled, and under the transforms of torch.func, it only calls `fn`.
+    numbers from PyTorch's default generators and from generators that are attributes of modules are drawn again. If
+    gradients are disabled, and under transforms of torch.func, it only calls `fn`.
 
     Args:
         fn: a function of `args`.
@@ -172,7 +172,7 @@ def recompute(
         preserve_rng_state: whether to draw the same random numbers again from the default generators.
 
     Raises:
-        RuntimeError: in the backward pass, where parameters were changed in place since the forward pass.
+        RuntimeError: in the backward pass, if parameters were changed in place since the forward pass.
     """
     if not torch.is_grad_enabled() or is_transformed():
         return fn(*args)
@@ -194,8 +194,8 @@ def recompute(
         if versions(snapshot.parameters) != written:
             raise RuntimeError(
                 'weights were changed in place after the forward pass (optimizer.step, load_state_dict, an average '
-                'swapped in), and layers that are computed again (gradient_checkpointing, ff_chunks) need them as they '
-                'were: run the backward pass first'
+                'swapped in), but layers that are computed again (gradient_checkpointing, ff_chunks) need their old '
+                'values: run the backward pass first'
             )
         with snapshot.restored(), replay_rng(states, snapshot.generators):
             return fn(*args)

@@ -1,4 +1,4 @@
-"""A cache for results that steps of generation ask for repeatedly."""
+"""A cache for results that every step of generation needs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .tracing import is_traced
 
 
 class ResultCache:
-    """Keeps the last result of a pure function of tensors, until an input has other values.
+    """Keeps the last result of a pure function of tensors until an input has different values.
 
     It compares the inputs with copies of those that gave the result. Nothing cheaper is safe: a version counter does
-    not see a write through `.data`, and a freed address may be used again. The cache therefore pays only where the
+    not see a write through `.data`, and a freed address may be used again. The cache therefore saves time only if the
     inputs are small compared with the result.
 
-    It calls the function directly where gradients are enabled, on devices other than a CPU (each comparison would wait
-    for the device), for tensor subclasses, and under a compiler or a transform.
+    It calls the function directly if gradients are enabled, on devices other than a CPU (each comparison would wait for
+    the device), for tensor subclasses, and under a compiler or a transform.
 
     Threads may share one cache. A copy or a pickle of it is empty.
     """
@@ -36,14 +36,14 @@ class ResultCache:
         if torch.is_grad_enabled() or is_traced() or not all(map(is_comparable, inputs)):
             return fn(*inputs, *args)
         key = (args, [(t.dtype, t.device) for t in inputs])
-        # read it once: another thread may replace it at any time
+        # read once, because another thread may replace it at any time
         last = self._last
         if last is not None and last[0] == key and all(map(torch.equal, inputs, last[1])):
             return last[2]
         # compute from the copies, so that both match even if another thread changes the inputs
         copies = [t.detach().clone() for t in inputs]
         result = fn(*copies, *args)
-        # in a mode of fake tensors, copies of real tensors are fake
+        # under a fake tensor mode, copies of real tensors are fake
         if all(map(is_comparable, copies)):
             self._last = (key, copies, result)
         return result

@@ -1,4 +1,4 @@
-"""States of random number generators, for a pass that must draw the same numbers again."""
+"""States of random number generators, to draw the same numbers again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def get_rng_states(generators: Sequence[torch.Generator], device: torch.device | None = None) -> list[Tensor]:
-    """The states of `generators`. With a device, also those of PyTorch's default generators, of the CPU and of it."""
+    """The states of `generators`. With a device, also those of the default generators of the CPU and that device."""
     states = [generator.get_state() for generator in generators]
     if device is not None:
         states.append(torch.get_rng_state())
@@ -41,9 +41,9 @@ def device_arguments(device: torch.device) -> list[torch.device]:
 def replay_rng(
     states: Sequence[Tensor] | None, generators: Sequence[torch.Generator], device: torch.device | None = None
 ) -> Iterator[None]:
-    """Inside, random numbers start from `states`. Afterwards they continue as if none had been drawn.
+    """A context in which random numbers start from `states`. Afterwards they continue as if none had been drawn.
 
-    Without states it does nothing.
+    Without states, it does nothing.
     """
     if states is None:
         yield

@@ -1,4 +1,4 @@
-"""Linear recurrences over a sequence, by blocks that run side by side."""
+"""Linear recurrences over a sequence, in blocks that run in parallel."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .tracing import first_of, is_transformed, side_of_square
 def scan(a: Tensor, b: Tensor, initial: Tensor | None = None) -> Tensor:
     """`h[:, t] = a[:, t] * h[:, t - 1] + b[:, t]`, from `h[:, -1] = initial`. Real or complex.
 
-    The sequence is split into about `sqrt(seq)` blocks. All blocks run side by side from zeros, step by step. Then the
-    end of each block is carried into the next. This takes `2 * sqrt(seq)` sequential steps, and three times the
-    operations of the recurrence itself. Blelloch 1990, "Prefix Sums and Their Applications", describes it for a tree.
-    It never divides by a product of gates, so a gate may be zero. Under the transforms of torch.func it runs step by
-    step.
+    The sequence is split into about `sqrt(seq)` blocks. All blocks start from zeros and run in parallel, step by
+    step. Then the end of each block is carried into the next. This takes `2 * sqrt(seq)` sequential steps, and three
+    times the operations of the recurrence itself. Blelloch 1990, "Prefix Sums and Their Applications", describes it for
+    a tree. It never divides by a product of gates, so a gate may be zero. Under the transforms of torch.func it runs
+    step by step.
 
     Args:
         a: gates, of a shape that broadcasts to that of `b`.
@@ -44,7 +44,7 @@ def scan(a: Tensor, b: Tensor, initial: Tensor | None = None) -> Tensor:
 def _forward(a: Tensor, b: Tensor, initial: Tensor) -> Tensor:
     n = b.shape[1]
     size = side_of_square(n)
-    # a number of blocks that does not depend on the length itself
+    # under a compiler, the number of blocks must not depend on the exact length
     blocks = size if torch.compiler.is_compiling() else -(-n // size)
 
     def in_blocks(t: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a, h, initial = ctx.saved_tensors
-        # the gates of the following steps, in reverse order
+        # the gates of the next steps, in reverse order
         after = F.pad(a[:, 1:].conj(), (0, 0) * (a.ndim - 2) + (0, 1)).flip(1)
         # with create_graph, the reverse recurrence needs a gradient of its own
         run = scan if torch.is_grad_enabled() else _forward

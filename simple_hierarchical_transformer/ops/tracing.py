@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as dis
 def is_traced() -> bool:
     """Whether only plain PyTorch operations may run: under the compiler, a transform of torch.func or a dispatch mode.
 
-    Custom autograd functions, caches and direct kernel calls must give way there. Dispatch modes, such as a FLOP
+    There, custom autograd functions, caches and direct kernel calls must not run. Dispatch modes, such as a FLOP
     counter, fake tensors or selective checkpointing, see only PyTorch operations. A mode that measures the fused
-    routes sets `measures_routes = True`, and then leaves them on.
+    routes sets `measures_routes = True`, which keeps them on.
     """
     return (
         torch.compiler.is_compiling()
@@ -35,7 +35,7 @@ def is_transformed() -> bool:
 
 
 def is_exporting() -> bool:
-    """Whether torch.export or torch.onnx traces. Versions of PyTorch before 2.7 do not tell them from the compiler."""
+    """Whether torch.export or torch.onnx traces. PyTorch before 2.7 does not distinguish them from the compiler."""
     return getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)()
 
 
@@ -54,7 +54,7 @@ def first_of(x: Tensor, n: int, dim: int = 1) -> Tensor:
     """Take the first `n` entries along `dim`, which may have a few more."""
     if not torch.compiler.is_compiling():
         return x.narrow(dim, 0, n)
-    # the strides of a view depend on whether it leaves something out, and a graph would be specialised to one case
+    # the strides of a view depend on whether it drops entries, so a graph would be specialized to one case
     return x.index_select(dim, torch.arange(n, device=x.device))
 
 

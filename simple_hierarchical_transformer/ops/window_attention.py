@@ -1,4 +1,4 @@
-"""Windowed softmax attention, on several backends."""
+"""Windowed softmax attention with several backends."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from .tracing import first_of, is_traced
 
-# smaller blocks of queries spend their time on overhead
+# smaller blocks of queries would mostly be overhead
 MIN_BLOCK = 64
 # block size of FlexAttention's kernels
 FLEX_BLOCK = 128
-# shorter sequences do not win back the seconds that FlexAttention's kernels take to compile
+# for shorter sequences, FlexAttention's kernels do not save the seconds that they take to compile
 MIN_FLEX = 1024
 # an einops pattern: batch and heads share an axis, and the sequence is cut into blocks
 BLOCKS = 'b h (blocks n) d -> (b h) blocks n d'
@@ -47,14 +47,14 @@ def attend_window(q: Tensor, k: Tensor, v: Tensor, window: int, backend: Backend
         `(batch, heads, seq, dim_head)`.
 
     Raises:
-        ValueError: 'flex' would have to train on a device other than CUDA.
+        ValueError: 'flex' is used for training on a device other than CUDA.
     """
     if backend == 'auto':
         # the kernel needs at least 16 channels, and has no float64
         is_served = q.is_cuda and q.shape[-1] >= 16 and q.dtype != torch.float64 and q.shape[-2] >= MIN_FLEX
         backend = 'flex' if is_served else 'sdpa'
     if backend == 'flex' and q.is_meta:
-        # the device 'meta' estimates memory, and a fused kernel stores no mask
+        # 'meta' is used to estimate memory, and a fused kernel stores no mask
         return F.scaled_dot_product_attention(q, k, v)
     if backend == 'flex':
         return attend_window_flex(q, k, v, window)
@@ -83,7 +83,7 @@ def attend_window_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     # batch and heads share an axis, and blocks become heads: one mask then serves every row
     blocks = -(-n // block)
     if isinstance(n, torch.SymInt):
-        # an exporter would specialise the graph to a single block
+        # an exporter would specialize the graph to a single block
         blocks += 1
     tail = blocks * block - n
     q = rearrange(F.pad(q, (0, 0, 0, tail)), BLOCKS, n=block)
@@ -110,7 +110,7 @@ def with_previous(blocks: Tensor) -> Tensor:
 
 
 def block_distances(block: int, device: torch.device) -> Tensor:
-    """How far each key of `with_previous` lies before each query of the block: `(block, 2 * block)`."""
+    """The distance of each key of `with_previous` before each query of the block: `(block, 2 * block)`."""
     return torch.arange(block, device=device)[:, None] - torch.arange(-block, block, device=device)
 
 
@@ -118,7 +118,7 @@ def attend_window_flex(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """`attend_window` by FlexAttention. Dong et al. 2024, arXiv 2412.05496."""
     n, past = q.shape[-2], k.shape[-2] - q.shape[-2]
     if not q.is_cuda and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise ValueError(f"attn_backend = 'flex' trains on CUDA alone, got a model on {q.device.type}")
+        raise ValueError(f"attn_backend = 'flex' trains only on CUDA, got a model on {q.device.type}")
     if torch.compiler.is_compiling():
         # the mask becomes part of the graph: an exporter's tensors must not enter the cache
         return flex_attention(q, k, v, block_mask=window_mask(n, past, window, q.device))
@@ -166,7 +166,7 @@ def compiled_flex(dtype: torch.dtype, heads: int, dim_head: int, has_past: bool,
     """FlexAttention, compiled for tensors of this kind, of any length and batch size.
 
     The compiler falls back to a kernel with `n` by `n` memory for functions that it compiles more than 8 times.
-    Therefore lengths are dynamic, each kind of tensors has a function of its own, and `fullgraph` forbids the fallback.
+    Therefore lengths are dynamic, each kind of tensors has a separate function, and `fullgraph` forbids the fallback.
     """
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:

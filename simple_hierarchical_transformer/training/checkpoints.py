@@ -31,8 +31,8 @@ FORMAT = 1
 WRITER = 'train.py of simple-hierarchical-transformer'
 
 
-class Torn(ValueError):
-    """A folder is no checkpoint, or not as it was written."""
+class DamagedCheckpoint(ValueError):
+    """A folder is not a checkpoint, or has changed since it was written."""
 
 
 class NewerFormat(ValueError):
@@ -48,34 +48,34 @@ def save(
     *,
     scratch: Path,
 ) -> Path:
-    """Writes `checkpoint-<step>`. A complete one of this run that exists already stays.
+    """Writes `checkpoint-<step>`. If this run already has a complete one, that one stays.
 
-    Raises OSError where it cannot be written, or where a folder of that name belongs to another run. Older checkpoints
+    Raises OSError if it cannot be written, or where a folder of that name belongs to another run. Older checkpoints
     stay as they are.
     """
     folder = run / f'checkpoint-{step}'
     record = dict(format=FORMAT, step=step, **record)
-    torn = False
+    damaged = False
     if folder.exists():
         refuse_foreign(folder, identity_of(record))
         try:
             read_record(folder)
             return folder
-        except Torn:
-            torn = True
+        except DamagedCheckpoint:
+            damaged = True
 
     def write(partial: Path) -> None:
         write_model(partial)
         write_tensors(tensors, partial / TENSORS_FILE)
         write_record(partial, record)
 
-    return write_folder(folder, write, scratch=scratch, instead=torn)
+    return write_folder(folder, write, scratch=scratch, instead=damaged)
 
 
 def save_final(run: Path, step: int, write_model: Callable[[Path], object], *, identity: str, scratch: Path) -> Path:
-    """Writes the model alone to `final`. Replaces an earlier one of this run, if the run was trained longer.
+    """Writes only the model, to `final`. Replaces that of this run from before it was trained longer.
 
-    Raises OSError where it cannot be written, or where `final` belongs to another run.
+    Raises OSError if it cannot be written, or where `final` belongs to another run.
     """
     folder = run / FINAL
     written = refuse_foreign(folder, identity) if folder.exists() else None
@@ -100,10 +100,10 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 def write_folder(folder: Path, write: Callable[[Path], object], *, scratch: Path, instead: bool = False) -> Path:
     """Writes a folder in `scratch` and then moves it, so that it appears completely or not at all.
 
-    An existing folder stays, or with `instead` is replaced once the new one is written. `scratch` is removed before and
-    after: its name belongs to the run alone.
+    An existing folder stays. With `instead`, it is replaced once the new one is written. `scratch` is removed before
+    and after, because only this run uses its name.
 
-    Raises OSError where that fails, and removes what it wrote.
+    Raises OSError if that fails, and removes what it wrote.
     """
     shutil.rmtree(scratch, ignore_errors=True)
     if folder.exists() and not instead:
@@ -143,14 +143,14 @@ def read_file(file: Path) -> bytes:
 def read_record(folder: Path, *, digests: bool = True) -> dict[str, Any]:
     """Reads training.json and checks that every file it names is as it was written.
 
-    Without `digests` it compares sizes only.
+    Without `digests`, it compares only sizes.
 
-    Raises Torn where the folder is no checkpoint or a damaged one, and NewerFormat where a newer version wrote it.
+    Raises DamagedCheckpoint if the folder is damaged or not a checkpoint, and NewerFormat if a newer version wrote it.
     """
     file = folder / RECORD_FILE
     if not file.is_file():
         what = f'there is no {RECORD_FILE} in it' if folder.is_dir() else 'there is no such folder'
-        raise Torn(f'{folder} is no checkpoint of train.py: {what}')
+        raise DamagedCheckpoint(f'{folder} is not a checkpoint of train.py: {what}')
     try:
         record = json.loads(read_file(file))
         step, written = int(record['step']), record['format']
@@ -160,26 +160,28 @@ def read_record(folder: Path, *, digests: bool = True) -> dict[str, Any]:
     except NewerFormat:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise Torn(f'{folder} is torn, or no checkpoint of train.py: {RECORD_FILE}: {error!r}') from error
+        raise DamagedCheckpoint(
+            f'{folder} is damaged, or not a checkpoint of train.py: {RECORD_FILE}: {error!r}'
+        ) from error
 
     for name, size, digest in files:
         file = folder / name
         if not file.is_file():
-            raise Torn(f'{folder} is torn: {name} is missing')
+            raise DamagedCheckpoint(f'{folder} is damaged: {name} is missing')
         if file.stat().st_size != size:
-            raise Torn(f'{folder} is torn: {name} has {file.stat().st_size:,} bytes, not {size:,}')
+            raise DamagedCheckpoint(f'{folder} is damaged: {name} has {file.stat().st_size:,} bytes, not {size:,}')
         if digests and file_digest(file) != digest:
-            raise Torn(f'{folder} is torn: {name} is not what was written')
+            raise DamagedCheckpoint(f'{folder} is damaged: {name} is not what was written')
     return {**record, 'step': step}
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The weights and the other tensors of a checkpoint, as `run_tensors.gather_all` returned them."""
+    """Reads the weights and the other tensors of a checkpoint, as `run_tensors.gather_all` returned them."""
     return read_safetensors(folder / WEIGHTS_FILE)[0], read_safetensors(folder / TENSORS_FILE)[0]
 
 
 def identity_of(record: dict[str, Any]) -> object:
-    """The run that a record belongs to, or None where it does not say."""
+    """The identity of the run that a record belongs to. None if the record has none."""
     progress = record.get('progress')
     return progress.get('identity') if isinstance(progress, dict) else None
 
@@ -187,8 +189,8 @@ def identity_of(record: dict[str, Any]) -> object:
 def refuse_foreign(folder: Path, identity: object, *, whole: bool = False) -> dict[str, Any]:
     """Reads the record of a folder that this run may overwrite.
 
-    Raises OSError where the folder does not belong to this run, where it holds a file that its record does not name,
-    and with `whole` where a file has changed.
+    Raises OSError if the folder belongs to another run, if it holds a file that its record does not name, and with
+    `whole` if a file has changed.
     """
     try:
         record = json.loads(read_file(folder / RECORD_FILE))
@@ -203,7 +205,7 @@ def refuse_foreign(folder: Path, identity: object, *, whole: bool = False) -> di
 def check_own(run: Path, identity: str, step: int, *, trains: bool) -> None:
     """Checks everything that a run at `step` would overwrite.
 
-    Raises OSError where a checkpoint of a later step, or `final`, belongs to another run. If the run `trains` on,
+    Raises OSError if a checkpoint of a later step, or `final`, belongs to another run. If the run `trains` on,
     `final` must also be unchanged.
     """
     for each, folder in steps_of(run).items():
@@ -214,7 +216,7 @@ def check_own(run: Path, identity: str, step: int, *, trains: bool) -> None:
 
 
 def steps_of(run: Path) -> dict[int, Path]:
-    """The checkpoints in the folder of a run, complete or not, by step in ascending order."""
+    """The checkpoints in the folder of a run by step, in ascending order. They may be incomplete."""
     found = {}
     for folder in run.glob('checkpoint-*'):
         number = folder.name.partition('-')[2]
@@ -224,16 +226,16 @@ def steps_of(run: Path) -> dict[int, Path]:
 
 
 def newest(run: Path, warn: Callable[[str], object], above: int = -1) -> tuple[Path, dict[str, Any]] | None:
-    """Finds the newest complete checkpoint of a run after step `above`, with its record. Warns of damaged ones.
+    """Finds the newest complete checkpoint of a run after step `above`, and its record. Warns of damaged ones.
 
-    Raises NewerFormat where a newer version wrote a later one.
+    Raises NewerFormat if a newer version of the library wrote a later one.
     """
     for step, folder in reversed(steps_of(run).items()):
         if step <= above:
             break
         try:
             return folder, read_record(folder)
-        except Torn as error:
+        except DamagedCheckpoint as error:
             warn(f'{error}; looking for an older one')
     return None
 
@@ -243,13 +245,13 @@ def find(
 ) -> tuple[Path, dict[str, Any]] | None:
     """Finds the folder that a run resumes from, and its record. None if the run in `out` has not begun.
 
-    A run that ended before its first checkpoint resumes from its mark, which has no progress.
+    If a run ended before its first checkpoint, the record is its run.json, which has no progress.
 
     Args:
-        resume: the folder of a run, one of its checkpoints, or 'latest': the run in `out`, or without `out` the run
-            below `runs_folder` that was active last.
+        resume: the folder of a run or one of its checkpoints. 'latest' is the run in `out`. Without `out`, it is the
+            run in `runs_folder` that was active last.
         out: the folder of the resumed run, if it was given.
-        runs_folder: where runs lie.
+        runs_folder: the folder of all runs.
         warn: prints a warning.
 
     Raises:
@@ -262,18 +264,18 @@ def find(
         if of_checkpoint or (folder / RECORD_FILE).exists():
             record = read_record(folder)
             if folder.name == FINAL:
-                raise ValueError(f'{folder} is a model alone: --resume {folder.parent} goes on with its run')
-            # only newer checkpoints need checking
+                raise ValueError(f'{folder} holds only a model: --resume {folder.parent} continues its run')
+            # only newer checkpoints have to be checked
             newer = newest(folder.parent, warn, above=record['step'])
             if newer and out in (None, folder.parent):
                 raise ValueError(
-                    f'{folder} is not the newest: --resume {folder.parent} goes on from {newer[0].name}; '
-                    'give --out for a branch of its own'
+                    f'{folder} is not the newest: --resume {folder.parent} continues from {newer[0].name}; '
+                    'give --out to branch off'
                 )
             return folder, record
         run = folder
     else:
-        run = out or run_at_work_last(runs_folder)
+        run = out or last_active_run(runs_folder)
         if not steps_of(run):
             mark = read_mark(run)
             if mark and (run / FINAL).exists():
@@ -281,27 +283,27 @@ def find(
             return (run, mark) if mark else None
     found = newest(run, warn)
     if found is None:
-        raise ValueError(f'--resume: there is no whole checkpoint in {run}')
+        raise ValueError(f'--resume: there is no complete checkpoint in {run}')
     return found
 
 
-def run_at_work_last(runs_folder: Path) -> Path:
-    """The folder of the run that wrote last and can resume. Raises ValueError where there is none."""
+def last_active_run(runs_folder: Path) -> Path:
+    """The folder of the run that wrote last and can resume. Raises ValueError if there is none."""
 
-    def can_go_on(run: Path) -> bool:
+    def can_resume(run: Path) -> bool:
         folders = steps_of(run).values()
         if not folders:
             return read_mark(run) is not None and not (run / FINAL).exists()
         return any((folder / RECORD_FILE).is_file() for folder in folders)
 
-    runs = [run for run in runs_folder.glob('*') if can_go_on(run)]
+    runs = [run for run in runs_folder.glob('*') if can_resume(run)]
     if not runs:
-        raise ValueError(f'--resume: there is no whole checkpoint in {runs_folder}')
+        raise ValueError(f'--resume: there is no complete checkpoint in {runs_folder}')
     return max(runs, key=lambda run: run.stat().st_mtime)
 
 
 def prune(run: Path, step: int, keep: int, best: int | None, *, scratch: Path) -> None:
-    """Removes older checkpoints of this run, except for the newest `keep` complete ones and that of step `best`."""
+    """Removes older checkpoints of this run, except the newest `keep` complete ones and that of step `best`."""
     identity = identity_of(read_record(run / f'checkpoint-{step}', digests=False))
     whole = []
     for each, folder in steps_of(run).items():
@@ -314,14 +316,14 @@ def prune(run: Path, step: int, keep: int, best: int | None, *, scratch: Path) -
             pass
     for each in [each for each in whole if each < step][: max(len(whole) - keep, 0)]:
         if each != best:
-            # moved first: a half removed folder must not look like a checkpoint
+            # moved first, so that a partly removed folder does not look like a checkpoint
             scratch.mkdir(exist_ok=True)
             os.replace(run / f'checkpoint-{each}', scratch / f'{each}')
     shutil.rmtree(scratch, ignore_errors=True)
 
 
 def read_mark(run: Path) -> dict[str, Any] | None:
-    """Reads run.json, which a run writes when it begins: settings, identity, data. None where there is none."""
+    """Reads run.json, which a run writes when it begins: settings, identity and data. None if there is none."""
     try:
         return parse_mark(read_file(run / RUN_FILE))
     except (OSError, ValueError):
@@ -329,7 +331,7 @@ def read_mark(run: Path) -> dict[str, Any] | None:
 
 
 def parse_mark(text: bytes) -> dict[str, Any] | None:
-    """Parses the contents of run.json. None where they are not those of a run."""
+    """Parses the contents of run.json. None if they are not those of a run."""
     try:
         mark = json.loads(text)
         return mark if mark['written_by'] == WRITER and isinstance(mark['identity'], str) else None

@@ -11,12 +11,12 @@ from ..model import HierarchicalTransformer
 def compile_blocks(model: HierarchicalTransformer, **settings: Any) -> None:
     """Compiles the blocks of a model in place. Each compiles at its next call.
 
-    The blocks of a level are alike, so the compiler runs once for each level; for the whole model it would run once for
-    each layer. Little work is left between blocks.
+    All blocks of a level run the same compiled code, so the compiler runs once for each level. If the whole model were
+    compiled, it would run once for each layer. Little work is left between blocks.
 
     Args:
         model: the model. Its weights keep their names.
-        settings: arguments of `torch.compile`.
+        settings: further arguments of `torch.compile`.
     """
     for block in model.modules():
         if isinstance(block, HierarchicalBlock):

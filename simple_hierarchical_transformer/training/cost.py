@@ -1,4 +1,4 @@
-"""What a training step costs: parameters, operations and memory, and the limits of the machine."""
+"""The cost of a training step in parameters, operations and memory, and the limits of the machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..model import HierarchicalTransformer
 from ..ops.norm import RootMeanSquare
 from .roles import walk
 
-# larger batches are measured at this many tokens, and the rest counted in proportion
+# larger batches are measured at this many tokens and extrapolated
 FEW_TOKENS = 1 << 19
 MOST_BYTES = 1 << 62
 # missing in older versions of PyTorch for CPUs
@@ -35,7 +35,7 @@ USE_COUNT = getattr(torch._C, '_storage_Use_Count', None)
 def parameters_by_level(model: HierarchicalTransformer) -> dict[int | None, int]:
     """The number of parameters of each level, by its index.
 
-    None holds those that serve several levels: embeddings, merges, shared weights.
+    The key None holds those that serve several levels: embeddings, merges and shared weights.
     """
     counts: Counter[int | None] = Counter(dict.fromkeys((*range(len(model.levels)), None), 0))
     owners: dict[nn.Parameter, set[int | None]] = {}
@@ -48,10 +48,12 @@ def parameters_by_level(model: HierarchicalTransformer) -> dict[int | None, int]
 
 
 def step_flops(model: nn.Module, length: int) -> float:
-    """Operations of a training step on a sequence of `length` ids: the backward pass takes twice the forward pass.
+    """Counts the operations of a training step on a sequence of `length` ids.
 
-    Counts products with weights, at two operations for a multiplication and an addition, and what modules add by their
-    `operations`.
+    The backward pass counts twice the forward pass.
+
+    Counts products with weights, with two operations for each multiplication and addition, and the `operations` that
+    modules declare.
     """
     total = 0.0
     for visit in walk(model, length):
@@ -85,7 +87,7 @@ def wait(device: torch.device) -> None:
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps what a fused kernel keeps: its arguments, the mask as numbers, the output, and a number for each query."""
+    """Keeps what a fused kernel keeps: its arguments, the mask as numbers, the output, and a number per query."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -106,7 +108,9 @@ PRODUCTS = {
 
 
 class FusedKernels(TorchFunctionMode):
-    """Makes attention and norms on 'meta' keep what fused kernels keep, and with `half` products what autocast keeps.
+    """Makes attention and norms on 'meta' keep the tensors that fused kernels keep.
+
+    With `half`, products keep the tensors that autocast keeps.
 
     Without this mode, 'meta' materialises the matrix of attention scores and each step of a norm, and has no autocast.
     """
@@ -131,7 +135,10 @@ def halved(value: Any) -> Any:
 
 
 def is_sum_of_gradients(a: Tensor, b: Any) -> bool:
-    """Whether the backward pass may add `b` to `a` in place: nothing else holds `a`. Under a mode it never does."""
+    """Whether the backward pass would add `b` to `a` in place: nothing else holds `a`.
+
+    Under a dispatch mode, autograd itself never adds in place.
+    """
     if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or not isinstance(b, Tensor):
         return False
     alone = a.shape == b.shape and not a._is_view() and a.layout == torch.strided
@@ -142,7 +149,7 @@ def is_sum_of_gradients(a: Tensor, b: Any) -> bool:
 class Alive(TorchDispatchMode):
     """Tracks the memory of the tensors that operations create, also on 'meta'.
 
-    Memory that a kernel allocates and frees before it returns is not seen.
+    It does not see memory that a kernel allocates and frees before it returns.
     """
 
     measures_routes = True
@@ -153,7 +160,7 @@ class Alive(TorchDispatchMode):
         self.of_parameter: dict[nn.Parameter, int] = {}
         # the number of rows in the last sparse gradient
         self.rows: dict[nn.Parameter, int] = {}
-        # keyed by the storage object: on 'meta' there is no address
+        # keyed by the storage object, because tensors on 'meta' have no address
         self.known: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in existing}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -181,7 +188,7 @@ class Alive(TorchDispatchMode):
             self.peak, self.gradients_at_peak = self.bytes, self.gradients
 
     def watch(self, parameter: nn.Parameter) -> list[RemovableHandle]:
-        """Counts the gradient of a parameter apart from other tensors."""
+        """Counts the gradient of a parameter separately."""
 
         def before(grad: Tensor) -> None:
             if grad.is_sparse:
@@ -200,7 +207,7 @@ class Alive(TorchDispatchMode):
 
 
 def bytes_kept(model: nn.Module, *args: Any, **kwargs: Any) -> int:
-    """Bytes that a forward pass keeps for the backward pass, besides parameters and its output."""
+    """Measures the bytes that a forward pass keeps for the backward pass, without parameters and its output."""
     given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     with Alive((*model.parameters(), *model.buffers())) as alive:
         for tensor in given:
@@ -221,26 +228,26 @@ def step_memory(
     averaged: bool = False,
     half: bool = False,
 ) -> dict[str, int]:
-    """Plans the memory of a training step: the bytes that a device holds at its peak, by purpose. They sum to the peak.
+    """Plans the memory of a training step: the bytes on one device at its peak, by purpose. Their sum is the peak.
 
-    A model on 'meta' takes the step, so nothing is computed and no memory allocated. The plan leaves out what the
-    allocator adds and what kernels allocate for a moment.
+    A model on 'meta' takes the step, so nothing is computed and no memory allocated. The plan leaves out the overhead
+    of the allocator and the temporary memory of kernels.
 
     Args:
-        model: built on 'meta', in float32.
-        optimizer: of this model.
-        rows: sequences in a batch.
-        length: predicted ids in a sequence.
-        accum: batches in a step.
-        position: for segments with a state, how many ids a state has read at most.
-        averaged: whether the run keeps an average of the weights.
+        model: a model built on 'meta', in float32.
+        optimizer: the optimizer of this model.
+        rows: the number of sequences in a batch.
+        length: the number of predicted ids in a sequence.
+        accum: the number of batches in a step.
+        position: for segments with a state, the largest number of ids that a state has read. Otherwise None.
+        averaged: whether the run averages its weights.
         half: whether autocast multiplies in bfloat16 or float16.
     """
 
     def measured(rows: int) -> tuple[int, int]:
         return measure_step(model, optimizer, rows=rows, length=length, accum=accum, position=position, half=half)
 
-    # beyond that, each sequence adds as much as the last
+    # beyond that many sequences, each one adds the same number of bytes
     few = max(FEW_TOKENS // length, 1)
     # the first step creates the optimizer's tensors
     for p in model.parameters():
@@ -272,13 +279,13 @@ def measure_step(
     position: int | None,
     half: bool,
 ) -> tuple[int, int]:
-    """Bytes at the peak of a step besides weights and optimizer tensors, and how many of them are gradients."""
+    """The bytes at the peak of a step without weights and optimizer tensors, and the share of gradients in them."""
     moments = (tensor for state in optimizer.state.values() for tensor in state.values())
     ids = torch.zeros(rows, length + (position is None), dtype=torch.long, device='meta')
     alive = Alive((*model.parameters(), *model.buffers(), *moments, ids))
     hooks = [hook for p in model.parameters() if p.requires_grad for hook in alive.watch(p)]
     run, run_backward = min(accum, 2), torch.autograd.Variable._execution_engine.run_backward
-    # the rows of sparse gradients, also of the batches that are not run
+    # the rows of sparse gradients, including those of batches that are not run
     sparse: dict[nn.Parameter, list[Tensor]] = {}
     with alive:
         states: list[Any] = [None] * run
@@ -289,7 +296,7 @@ def measure_step(
             with FusedKernels(half):
                 loss, _, *after = model(ids, return_loss=True, **extra)
                 states += after
-                # loss.backward() would leave the mode, and checkpointing would compute again without it
+                # loss.backward() would leave the mode, and checkpointing would recompute outside of it
                 run_backward((loss,), (torch.ones_like(loss),), False, False, (), accumulate_grad=True)
             del loss, _
             for p, read in alive.rows.items():
@@ -305,14 +312,14 @@ def measure_step(
         optimizer.zero_grad()
     for hook in hooks:
         hook.remove()
-    # each batch that was not run has a state before it and one after it
+    # each batch that was not run would have a state before and after it
     unrun = 0 if position is None else 2 * (accum - run) * states[0].nbytes
     return alive.peak + unrun, alive.gradients_at_peak
 
 
 @torch.no_grad()
 def state_at(model: HierarchicalTransformer, ids: Tensor, position: int) -> State:
-    """A state at `position`, with memory for as many ids; only the last of them was read."""
+    """A state at `position` with memory for that many ids. The model reads only the last of them."""
     state = model.initial_state(len(ids))
     if position == 0:
         return state
@@ -320,20 +327,20 @@ def state_at(model: HierarchicalTransformer, ids: Tensor, position: int) -> Stat
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Bytes that one process may allocate on a device, or None where that is unknown."""
+    """The bytes that one process may allocate on a device. None if that is unknown."""
     if device.type == 'cuda':
         return torch.cuda.mem_get_info(device)[1]
     if device.type != 'cpu' or not hasattr(os, 'sysconf'):
         return None
     total = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-    # processes of one machine share its memory
+    # all processes of a machine share its memory
     return min(total, *control_group_limits()) // int(os.environ.get('LOCAL_WORLD_SIZE', '1'))
 
 
 def control_group_limits(
     root: Path = Path('/sys/fs/cgroup'), groups_file: Path = Path('/proc/self/cgroup')
 ) -> list[int]:
-    """The memory limits of this process and of its control groups in bytes, `MOST_BYTES` among them."""
+    """The memory limits of this process's control groups in bytes. `MOST_BYTES` is always among them."""
     try:
         groups = [line.rsplit(':', 1)[1].lstrip('/') for line in groups_file.read_text().splitlines()]
     except OSError:

@@ -21,16 +21,16 @@ from .watch import counted
 
 
 def evaluate(args: argparse.Namespace, data_folder: Path) -> None:
-    """Prints bits per byte over a split: in windows, and for a model that reads over ends of texts in one stream.
+    """Prints bits per byte over a split in windows. If the model reads across ends of texts, also in one stream.
 
-    Raises ValueError where there is no saved model, where several processes run, or where the data does not fit.
+    Raises ValueError if there is no saved model, where several processes run, or where the data does not fit.
     """
     if not (args.eval / CONFIG_FILE).is_file():
-        raise ValueError(f'--eval: {args.eval} is no saved model (a folder with config.json and model.safetensors)')
+        raise ValueError(f'{args.eval} is not a saved model (a folder with config.json and model.safetensors)')
     accelerator = Accelerator()
     check_processes(accelerator)
     if accelerator.num_processes > 1:
-        raise ValueError(f'--eval runs in one process, got {accelerator.num_processes}')
+        raise ValueError(f'scoring a saved model runs in one process, got {accelerator.num_processes}')
 
     split = args.split or 'valid'
     model = HierarchicalTransformer.from_pretrained(args.eval).to(accelerator.device)
@@ -38,7 +38,7 @@ def evaluate(args: argparse.Namespace, data_folder: Path) -> None:
     if seq_len > model.seq_len:
         raise ValueError(f'--seq-len must be at most the {model.seq_len} of the model, got {seq_len}')
 
-    # a model of separate texts has not learned to read on from one text into the next
+    # a model trained with --documents has not learned to continue from one text into the next
     documents = model.num_tokens > END
     for corpus in load_evaluated(args, data_folder):
         span = split_bytes(len(corpus), seq_len=seq_len)[split]
@@ -52,9 +52,9 @@ def evaluate(args: argparse.Namespace, data_folder: Path) -> None:
 
 
 def load_evaluated(args: argparse.Namespace, data_folder: Path) -> list[Corpus]:
-    """Loads what to score: --data, else the data of the run that trained the model, else the default.
+    """Loads the corpora to score: --data, else the data of the run that trained the model, else the default.
 
-    Raises ValueError where the run's data is gone or has changed.
+    Raises ValueError if the run's data is gone or has changed.
     """
     found = run_of(args.eval.resolve()) if args.data is None else None
     if found is None:
@@ -67,8 +67,8 @@ def load_evaluated(args: argparse.Namespace, data_folder: Path) -> list[Corpus]:
         text_key = args.text_key or settings['text_key']
         corpora = load_sources(settings['data'], data_folder, text_key=text_key, say=say)[0]
     except (ValueError, OSError) as error:
-        raise ValueError(f'--eval: the data of the run, {named}, cannot be had: {error}. Give --data') from error
+        raise ValueError(f'the data of the run, {named}, cannot be loaded: {error}. Give --data') from error
     if args.text_key is None and [corpus.fingerprint() for corpus in corpora] != run['data']:
-        raise ValueError(f'--eval: the data of the run, {named}, has changed since. Give --data')
+        raise ValueError(f'the data of the run, {named}, has changed since. Give --data')
     say(f'the data of the run: {named}')
     return corpora

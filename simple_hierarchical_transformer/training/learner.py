@@ -29,13 +29,13 @@ from .sharded import full
 def make_model(s: SimpleNamespace, device: str, runs_on: torch.device) -> HierarchicalTransformer:
     """Builds the model of the settings `s` on `device`.
 
-    On 'meta' it stands for the model that the device `runs_on` will run.
+    `runs_on` is the device that the model will run on. It matters if `device` is 'meta'.
 
-    Raises ValueError where --model has a wrong name or value.
+    Raises ValueError if --model has a wrong name or value.
     """
     given: dict[str, Any] = dict(seq_len=s.seq_len, gradient_checkpointing=s.gradient_checkpointing)
     if device == 'meta' and runs_on.type == 'cuda' and s.model.get('attn_backend', 'auto') == 'auto':
-        # 'auto' chooses 'flex' there
+        # 'auto' would choose 'flex' on CUDA, but not on 'meta'
         given['attn_backend'] = 'flex'
     try:
         with torch.device(device):
@@ -59,9 +59,9 @@ class Learner:
 
     Args:
         s: the settings of the run.
-        accelerator: of the process.
+        accelerator: the accelerator of this process.
         batches: the training data.
-        progress: updated by each step.
+        progress: the progress of the run. Each step updates it.
 
     Raises:
         ValueError: the settings cannot build a model, or FSDP2 cannot shard it.
@@ -74,10 +74,10 @@ class Learner:
         set_seed(s.seed)
         model = make_model(s, 'cpu', self.device)
         if accelerator.is_fsdp2 and model.reversible:
-            raise ValueError('reversible layers run parts of a block on their own, which cannot be sharded with it')
+            raise ValueError('reversible layers call the parts of a block separately, so FSDP2 cannot shard the block')
         if accelerator.is_fsdp2 and (shared := shared_names(model)):
             name, first = next(iter(shared.items()))
-            raise ValueError(f'weights that blocks share, as {name} and {first}, cannot be sharded with their blocks')
+            raise ValueError(f'FSDP2 cannot shard weights that blocks share, such as {name} and {first}')
         self.wrapped, self.optimizer = accelerator.prepare(model, make_optimizer(s, model, accelerator))
         self.model: Any = accelerator.unwrap_model(self.wrapped)
         # gradient clipping skips row-wise tables
@@ -85,18 +85,18 @@ class Learner:
         if s.compile:
             compile_blocks(self.model)
         self.average = WeightAverage(self.model, s.ema) if s.ema else None
-        # curves that runs of other settings have, too, then every loss that is on
-        always = [
+        # first the curves that all runs have, then those of the losses that are on
+        common = [
             'loss',
             'ce',
             'next_latent',
             'recon',
             *(f'next_latent/{level.compression}x' for level in model.levels),
         ]
-        self.losses = list(dict.fromkeys((*always, *model.loss_weights)))
+        self.losses = list(dict.fromkeys((*common, *model.loss_weights)))
 
     def restore(self, folder: Path) -> None:
-        """Loads the tensors of a checkpoint; `progress` is that of its record already."""
+        """Loads the tensors of a checkpoint. `progress` must already be that of its record."""
         weights, tensors = checkpoints.read_tensors(folder)
         run_tensors.restore_all(self.model, self.optimizer, self.average, weights, tensors)
         if self.average:
@@ -110,7 +110,7 @@ class Learner:
             )
 
     def gather(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The weights to use and the other tensors of a checkpoint, in the main process. Updates `progress`."""
+        """Gathers the weights and the other tensors of a checkpoint in the main process. Updates `progress`."""
         progress, scaler = self.progress, self.accelerator.scaler
         progress.position = self.states[0].position if self.states else 0
         progress.updates = self.average.updates if self.average else 0
@@ -121,7 +121,7 @@ class Learner:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """For scoring and sampling: the model has its averaged weights and runs without torch.compile."""
+        """A context for scoring and sampling: the model has its averaged weights and runs without torch.compile."""
         with ExitStack() as stack:
             if self.average:
                 stack.enter_context(self.average.applied())
@@ -130,7 +130,7 @@ class Learner:
             yield
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes."""
+        """Sums a tensor over all processes."""
         return self.accelerator.reduce(tensor, 'sum')
 
     def done(self) -> float:
@@ -144,9 +144,10 @@ class Learner:
             ids: this process's sequences, `(grad_accum * batch_size, length)`.
 
         Returns:
-            This process's share of the losses, in the order of `losses`, then that of the gradient norm.
+            This process's share of the losses, in the order of `losses`, then its share of the gradient norm: float32
+            `(losses + 1,)`.
         """
-        # randomness is a function of the step, too
+        # seeded by the step, so that a resumed run draws the same random numbers
         torch.manual_seed(seed_of(self.s.seed, self.progress.step, self.accelerator.process_index))
         before: list[Any] = self.states or [None] * self.s.grad_accum
         position = before[0].position if before[0] else 0
@@ -164,11 +165,11 @@ class Learner:
                     extra |= dict(state=before[i] and before[i].detach(), return_state=True)
                 loss, parts, *after = self.wrapped(batch.to(self.device), return_loss=True, counts=counts, **extra)
                 self.states += after
-                # gradients are averaged over processes, and each loss is a share of the sum
+                # gradients are averaged over processes, but each loss is a share of a sum
                 self.accelerator.backward(loss * self.world)
             values = dict(loss=loss, ce=parts.ce, next_latent=parts.next_latent, recon=parts.recon)
             values |= parts.named
-            # the curve of a loss that is off is zero
+            # a loss that is off counts as zero
             losses += torch.stack([values.get(name, torch.zeros_like(loss)) for name in self.losses]).detach()
         norm = full(self.accelerator.clip_grad_norm_(self.clipped, self.s.clip))
         # all processes have the same norm
@@ -179,7 +180,7 @@ class Learner:
 
         Args:
             ids: this process's sequences, `(grad_accum * batch_size, length)`.
-            clock: seconds of the run so far. That of the main process counts.
+            clock: seconds of the run so far. Only the value of the main process is used.
             stop: whether this process was asked to stop.
 
         Returns:
@@ -192,14 +193,14 @@ class Learner:
         if self.batches.begins(progress.step):
             self.states = []
 
-        # one clock and one end for all: processes that disagree would wait for each other forever
+        # one clock and one decision to stop for all: processes that disagree would wait for each other forever
         shared = torch.tensor([clock if self.main else 0.0, stop], device=self.device)
         *values, norm, progress.elapsed, stops = self.all_reduce(torch.cat((self.gradients(ids), shared))).tolist()
         learned = math.isfinite(values[0]) and math.isfinite(norm)
         if learned or self.accelerator.scaler is not None:
             self.optimizer.step()
         if self.accelerator.scaler is not None:
-            # a scaler skips steps that are not finite, and tries a smaller scale
+            # a scaler skips steps that are not finite, and reduces its scale
             learned = not self.accelerator.optimizer_step_was_skipped
         self.optimizer.zero_grad()
 

@@ -22,7 +22,9 @@ RULES = ('adamw', 'muon', 'rows')
 
 
 class MixedOptimizer(torch.optim.AdamW):
-    """AdamW, and other rules for the groups that name one: one optimizer for the whole model.
+    """AdamW with other update rules for some groups of parameters: one optimizer for the whole model.
+
+    The key `rule` of a group names its rule. The default is 'adamw'.
 
     'muon' updates matrices. It orthogonalises the momentum by a Newton-Schulz iteration and scales it by
     `0.2 * sqrt(max(rows, columns))`, so that updates have the size of AdamW's. A convolution kernel counts as a matrix
@@ -37,9 +39,9 @@ class MixedOptimizer(torch.optim.AdamW):
     Args:
         params: groups of parameters. Those with `rule='muon'` must have two dimensions or more, those with
             `rule='rows'` exactly two.
-        momentum: for groups with `rule='muon'`.
-        iterations: of the Newton-Schulz iteration.
-        settings: arguments of `torch.optim.AdamW`.
+        momentum: the momentum of groups with `rule='muon'`.
+        iterations: the number of Newton-Schulz iterations.
+        settings: further arguments of `torch.optim.AdamW`.
 
     Raises:
         ValueError: a group names an unknown rule, or has a parameter of the wrong number of dimensions.
@@ -49,7 +51,7 @@ class MixedOptimizer(torch.optim.AdamW):
         self, params: Iterable[dict[str, Any]], *, momentum: float = 0.95, iterations: int = 5, **settings: Any
     ) -> None:
         super().__init__([{'rule': 'adamw', **group} for group in params], **settings)
-        # fused AdamW would unscale gradients and skip steps itself, but the other rules do not: the scaler does both
+        # fused AdamW would unscale gradients and skip steps itself. The other rules do not, so the scaler must do both
         self._step_supports_amp_scaling = False
         for group in self.param_groups:
             group.update(momentum=momentum, iterations=iterations)
@@ -84,7 +86,7 @@ class MixedOptimizer(torch.optim.AdamW):
                 self.state[p]['momentum'] = torch.zeros_like(p)
         grads, momenta = [p.grad for p in params], [self.state[p]['momentum'] for p in params]
         torch._foreach_lerp_(momenta, grads, 1 - group['momentum'])
-        # Nesterov momentum: the momentum after another such gradient
+        # Nesterov momentum: the momentum after one more gradient of this value
         ahead = [grad.lerp(momentum, group['momentum']) for grad, momentum in zip(grads, momenta, strict=True)]
 
         by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
@@ -168,24 +170,24 @@ def build_optimizer(
     device: torch.device | None = None,
     sparse: bool = True,
 ) -> torch.optim.Optimizer:
-    """Builds AdamW (fused where PyTorch has such a kernel) or Muon for a model, with one group for each kind of weight.
+    """Builds AdamW or Muon for a model, with one group for each kind of weight.
 
-    `roles.walk` tells the kinds apart. Matrices and tables decay. Vectors, biases and kernels do not. Tables of n-grams
-    are always updated by rows and do not decay.
+    AdamW is fused where PyTorch has a fused kernel. `roles.walk` names the kind of each weight. Matrices and tables
+    decay. Vectors, biases and kernels do not. Tables of n-grams are always updated by rows and do not decay.
 
-    Tables of ids and the maps to ids have a learning rate of their own where `table_lr` is given. Each group keeps the
+    If `table_lr` is given, it is the learning rate of tables of ids and of the maps to ids. Each group keeps the
     ratio of its rate to `lr` as `scale`, so that a schedule can set all rates from one.
 
     Args:
-        model: whose parameters to train.
+        model: the model to train.
         name: 'adamw' or 'muon'.
-        lr: learning rate of every group without one of its own.
-        weight_decay: of matrices and tables.
-        table_lr: learning rate of tables and of the maps to ids.
-        betas: of AdamW. The row-wise rule uses the second, too.
+        lr: the learning rate of all other groups.
+        weight_decay: the weight decay of matrices and tables.
+        table_lr: the learning rate of tables and of the maps to ids. Default: `lr`.
+        betas: the betas of AdamW. The row-wise rule uses the second one, too.
         device: the device that the model will move to, if it is not there yet.
-        sparse: give tables of n-grams sparse gradients on a CPU. Turn it off for weights that will be sharded and for
-            steps that are compiled.
+        sparse: whether tables of n-grams get sparse gradients on a CPU. Give False if weights will be sharded or steps
+            will be compiled.
     """
     matrices: list[nn.Parameter] = []
     tables: list[nn.Parameter] = []
@@ -210,7 +212,7 @@ def build_optimizer(
         dict(params=rows, weight_decay=0.0, rule='rows', scale=scale),
     ]
     groups = [{'scale': 1.0, 'lr': lr * group.get('scale', 1.0), **group} for group in groups if group['params']]
-    # a model on 'meta' has no fused kernel, whatever device it stands for
+    # 'meta' has no fused kernels
     fused = all((device or p.device).type in FUSED and not p.is_meta for p in grouped)
     return MixedOptimizer(groups, lr=lr, betas=betas, fused=fused)
 
@@ -219,8 +221,9 @@ def learning_rate(progress: float, *, highest: float, schedule: str, warmup: flo
     """The learning rate at `progress`, which goes from 0 to 1 over the run.
 
     The rate rises to `highest` over the first share `warmup` of the run and then follows the schedule. 'cosine' falls
-    to a tenth and 'linear' to 0. 'constant' stays. 'wsd' (warm-up, stable, decay) stays until the last fifth, in which
-    it falls to 0; a warm-up that reaches into that fifth shortens the decay. After the end the rate no longer changes.
+    to a tenth and 'linear' to 0. 'constant' stays at `highest`. 'wsd' (warm-up, stable, decay) stays there until the
+    last fifth, in which it falls to 0. A warm-up that reaches into that fifth shortens the decay. After the end, the
+    rate stays constant.
     """
     progress = min(progress, 1.0)
     if progress < warmup:
@@ -237,7 +240,7 @@ def learning_rate(progress: float, *, highest: float, schedule: str, warmup: flo
 class WeightAverage:
     """An exponential moving average of a model's weights, used to score and to save it.
 
-    The decay warms up, so that the average soon forgets the first steps.
+    The decay warms up, so that the average quickly forgets the first steps.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -249,7 +252,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Adds the current weights to the average, after each step."""
+        """Adds the current weights to the average. Call this after each step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         get_ema_multi_avg_fn(decay)(self.averages, [p.detach() for p in self.parameters], self.updates)
         self.updates += 1
@@ -257,7 +260,7 @@ class WeightAverage:
     @torch.no_grad()
     def swap(self) -> None:
         """Exchanges the weights and their averages."""
-        # full weights that a forward pass gathered would outlive the swap
+        # otherwise full weights that a forward pass gathered would outlive the swap
         reshard(self.model)
         for p, average in zip(self.parameters, self.averages, strict=True):
             weight = p.detach().clone()

@@ -1,4 +1,4 @@
-"""What a run costs and whether it fits, before any memory is allocated."""
+"""The cost of a run and whether it fits, computed before any memory is allocated."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ class Plan:
     """The cost of a run."""
 
     compressions: list[int]
-    """Of the levels."""
+    """The compression of each level."""
     parameters: dict[int | None, int]
-    """Of each level; under None those that serve several."""
+    """The number of parameters of each level, by its index. None holds those that serve several levels."""
     flops: float
-    """Operations for a byte, forward and backward."""
+    """Operations per byte, forward and backward."""
     memory: dict[str, int] = field(default_factory=dict)
-    """Bytes on one device at the peak of a step, by purpose. Empty where they cannot be planned."""
+    """Bytes on one device at the peak of a step, by purpose. Empty if they cannot be planned."""
     shortage: str = ''
-    """A message where the memory exceeds that of the device."""
+    """A message if the run needs more memory than the device has."""
     fits: bool = True
-    """Whether the run may begin all the same."""
+    """Whether the run may begin."""
 
 
 def make_plan(s: SimpleNamespace, accelerator: Accelerator, *, length: int, segments: int) -> Plan:
-    """Plans a run from a model on 'meta', which takes no memory.
+    """Plans a run with a model on 'meta', which takes no memory.
 
     Args:
         s: the settings of the run.
-        accelerator: of the process.
-        length: bytes of a sequence in a step.
-        segments: how many segments follow one another.
+        accelerator: the accelerator of this process.
+        length: the number of bytes of a sequence in a step.
+        segments: the number of consecutive segments.
 
     Raises:
         ValueError: --model or --segment-length is not allowed, or the memory cannot be counted.
@@ -45,7 +45,7 @@ def make_plan(s: SimpleNamespace, accelerator: Accelerator, *, length: int, segm
     device = accelerator.device
     model = make_model(s, 'meta', device)
     if length < (stride := max(level.stride for level in model.levels)):
-        # a level without a token has no gradient, for which processes would wait
+        # a level without a token has no gradient, and other processes would wait for it
         raise ValueError(f'--segment-length must be at least the largest stride, {stride}, got {length}')
     plan = Plan(
         compressions=[level.compression for level in model.levels],
@@ -66,7 +66,7 @@ def make_plan(s: SimpleNamespace, accelerator: Accelerator, *, length: int, segm
     except (RuntimeError, TypeError, OverflowError) as error:
         if 'overflow' in str(error).lower():
             raise ValueError(f'a step of this run takes more memory than can be counted: {error}') from error
-        # PyTorch has no form of some operation for 'meta'
+        # PyTorch does not implement some operation on 'meta'
         say(f'warning: how much memory the run needs could not be planned: {error}')
         return plan
     *held, activations = plan.memory.values()
@@ -75,9 +75,10 @@ def make_plan(s: SimpleNamespace, accelerator: Accelerator, *, length: int, segm
     if limit is not None and need > limit:
         plan.shortage = (
             f'the run needs about {need / 1e9:,.1f} GB and this machine has {limit / 1e9:,.1f} GB '
-            f'({device.type}). Less is taken by a smaller --batch-size with more --grad-accum, by '
-            '--gradient-checkpointing, by a shorter --seq-len and by a smaller --model'
+            f'({device.type}). To need less, give a smaller --batch-size with more --grad-accum, '
+            '--gradient-checkpointing, a shorter --seq-len or a smaller --model'
         )
-        # without memory the system kills a run silently; a GPU raises an error, and its kernels may need less
+        # without memory, the system kills a run and shows no message. A GPU raises an error, and its kernels may need
+        # less
         plan.fits = device.type != 'cpu' and sum(held) // parts <= limit
     return plan

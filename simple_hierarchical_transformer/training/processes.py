@@ -18,9 +18,9 @@ Found = TypeVar('Found')
 
 
 def say(text: str) -> None:
-    """Prints a line above the progress bar, from the first process only.
+    """Prints a line above the progress bar, only in the first process.
 
-    If stdout is closed, a run that is training stops as it does on a signal.
+    If stdout is closed, a run that is training stops as if it had received a signal.
 
     Raises BrokenPipeError if no run is training.
     """
@@ -43,12 +43,12 @@ def say(text: str) -> None:
 
 
 def init_distributed() -> None:
-    """Initialises torch.distributed, before any process needs the others."""
+    """Initializes torch.distributed. Call this before processes communicate."""
     PartialState(cpu=parse_flag_from_env('ACCELERATE_USE_CPU'))
 
 
 def check_processes(accelerator: Accelerator) -> None:
-    """Raises ValueError where the launched processes are not connected, or for a kind of sharding other than FSDP2."""
+    """Raises ValueError if the launched processes are not connected, or if they use neither DDP nor FSDP2."""
     launched = int(os.environ.get('WORLD_SIZE', '1'))
     if launched != accelerator.num_processes:
         raise ValueError(
@@ -79,16 +79,16 @@ def from_main(do: Callable[[], Found]) -> Found:
 def stop_signals() -> list[signal.Signals]:
     """The signals that stop a run."""
     numbers = [signal.SIGINT, signal.SIGTERM]
-    # nohup ignores it
+    # nohup makes the process ignore SIGHUP
     if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
     return numbers
 
 
 def outlive_signals(_: int) -> None:
-    """Keeps a data loader's worker alive after a signal to all processes of a run: the run finishes its step.
+    """Keeps a data loader's worker alive after a first signal, so that the run can finish its step.
 
-    The run ends its workers itself. It sends SIGTERM to those that hang, so a second one ends a worker.
+    The run ends its workers itself. It sends SIGTERM to workers that hang, so the second SIGTERM ends a worker.
     """
 
     def end_next_time(number: int, _: Any) -> None:
@@ -101,15 +101,15 @@ def outlive_signals(_: int) -> None:
 class Stop:
     """Records that a run should stop at the end of its step, because of a signal or a closed stdout.
 
-    A second Ctrl-C or SIGTERM acts at once.
+    A second Ctrl-C or SIGTERM ends the process immediately.
     """
 
     active: ClassVar[Stop | None] = None
-    """The one of the run that is training."""
+    """The instance of the run that is training."""
 
     def __init__(self) -> None:
         self.number = 0
-        """The number of the signal, 0 before there was one."""
+        """The number of the signal. 0 if there was none."""
         self.before = {number: signal.signal(number, self.take) for number in stop_signals()}
         Stop.active = self
 
@@ -120,7 +120,7 @@ class Stop:
             signal.signal(number, self.before[signal.Signals(number)])
 
     def release(self) -> None:
-        """Restores the signal handlers from before."""
+        """Restores the previous signal handlers."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
         Stop.active = None

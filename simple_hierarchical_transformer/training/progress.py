@@ -10,19 +10,19 @@ from typing import Any
 
 @dataclass
 class Progress:
-    """How far a run has come. Its checkpoints store it."""
+    """The progress of a run. Checkpoints store it."""
 
     identity: str = ''
-    """Names the run for trackers and in its folder."""
+    """The identifier of the run, in trackers and in its folder."""
     step: int = 0
     elapsed: float = 0.0
-    """Seconds of training and scoring, over all parts of the run."""
+    """Seconds of training and scoring, including those before the run was resumed."""
     skipped: int = 0
     """Steps that were skipped because their loss or gradient was not finite."""
     in_a_row: int = 0
-    """How many of them came last, one after the other."""
+    """The number of consecutive skipped steps at present."""
     position: int = 0
-    """The position of the segments' state."""
+    """The position of the state that segments carry along."""
     updates: int = 0
     """Updates of the averaged weights."""
     nats: float = 0.0
@@ -36,7 +36,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where data and runs lie, and the commands by which the user trains, scores and samples."""
+    """The folders of data and runs, and the commands that train, score and sample."""
 
     root: Path
     train: str = 'python train.py'

@@ -1,4 +1,4 @@
-"""Checks the record of a run, which anyone may have edited, before any of it is used."""
+"""Checks of the record of a run before it is used, because anyone may have edited it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST = 10**15
 
 
 class RaisingParser(argparse.ArgumentParser):
-    """Raises ValueError where other parsers end the process."""
+    """Raises ValueError instead of ending the process."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -68,7 +68,7 @@ PROGRESS = dict(
     updates=WHOLE,
     nats=NUMBER,
     scored=WHOLE,
-    scaler=Kind('a scale and how it moves', is_scaler),
+    scaler=Kind('the state of a gradient scaler', is_scaler),
     rows=Kind('a list of rows', lambda value: isinstance(value, list) and len(value) > 0),
 )
 ROW = dict(step=WHOLE, minutes=NUMBER, bytes=WHOLE, skipped=WHOLE, train_bits_per_byte=SCORE)
@@ -80,7 +80,7 @@ RECORD = dict(
 
 
 def check_record(record: dict[str, Any], file: Path) -> None:
-    """Raises ValueError that names the file, where a value is missing or has a wrong type or range."""
+    """Raises ValueError, which names the file, if a value is missing or has a wrong type or range."""
     check_kinds(record, RECORD, file, '')
     check_settings(record['settings'], file)
     step_rows = record['settings']['batch_size'] * record['settings']['grad_accum']
@@ -91,10 +91,10 @@ def check_record(record: dict[str, Any], file: Path) -> None:
         return
     progress = record.get('progress')
     if not isinstance(progress, dict):
-        raise ValueError(f'{file}: progress must be how far the run has come, got {brief(progress)}')
+        raise ValueError(f'{file}: progress must be an object of named values, got {brief(progress)}')
     check_kinds(progress, PROGRESS, file, 'progress.')
     if unknown := sorted(set(progress) - set(PROGRESS)):
-        raise ValueError(f'{file}: progress has what this version does not know: {", ".join(unknown)}')
+        raise ValueError(f'{file}: progress has entries unknown to this version: {", ".join(unknown)}')
     if progress['step'] != record['step']:
         raise ValueError(f'{file}: progress.step must be the step, {record["step"]}, got {progress["step"]}')
     check_rows(progress['rows'], file)
@@ -116,7 +116,7 @@ def check_rows(rows: list[Any], file: Path) -> None:
         scores = {name: SCORE for name in row if name not in ROW}
         check_kinds(row, ROW | scores, file, f'{where}.')
         if set(row) - set(rows[0]):
-            raise ValueError(f'{file}: {where} has a score that the first has not')
+            raise ValueError(f'{file}: {where} has a score that the first one lacks')
     if not is_score(rows[0].get('valid_bits_per_byte')):
         raise ValueError(f'{file}: progress.rows[0] must have a score of the validation split')
 
@@ -131,11 +131,11 @@ def check_settings(settings: dict[str, Any], file: Path) -> None:
     needed = {*PRESETS['cpu'], *DEFAULTS} - {name for name, value in DEFAULTS.items() if value is None}
     needed |= {'preset', 'mixed_precision'}
     if unknown := sorted(set(settings) - {*needed, *DEFAULTS}):
-        refuse(f'{", ".join(map(brief, unknown))} is not known to this version')
+        refuse(f'{", ".join(map(brief, unknown))} is unknown to this version')
     if missing := sorted(name for name in needed if settings.get(name) is None and name not in LENGTH):
         refuse(f'{", ".join(missing)} must be given')
     if sum(settings[name] is not None for name in LENGTH) != 1:
-        refuse(f'one of {" and ".join(LENGTH)} must be given, and not both')
+        refuse(f'exactly one of {" and ".join(LENGTH)} must be given')
     if not isinstance(settings['model'], dict) or set(settings['model']) & {*ELSEWHERE, *BYTES, *TEXTS}:
         refuse(f'model must be arguments of the model by name, got {brief(settings["model"])}')
 
@@ -147,7 +147,7 @@ def check_settings(settings: dict[str, Any], file: Path) -> None:
         if isinstance(value, bool):
             argv.append(flag(name) if value else f'--no-{name.replace("_", "-")}')
         elif isinstance(value, list):
-            # argparse would take such a name for an option
+            # argparse would parse such a name as an option
             if not list_of(is_text)(value) or any(each.startswith('-') for each in value):
                 refuse(f'{name} must be a list of names, got {brief(value)}')
             argv += [flag(name), *value]
@@ -158,9 +158,9 @@ def check_settings(settings: dict[str, Any], file: Path) -> None:
     except ValueError as error:
         refuse(str(error))
     for name, value in asked.items():
-        # 1 may stand for 1.0, but '1' not for 1
+        # 1 is accepted for 1.0, but '1' is not accepted for 1
         if parsed[name] != value or isinstance(value, bool) != isinstance(parsed[name], bool):
-            refuse(f'{name} must be as {flag(name)} takes it, got {brief(value)}')
+            refuse(f'{name} must be a value that {flag(name)} accepts, got {brief(value)}')
 
 
 def brief(value: Any) -> str:

@@ -18,16 +18,16 @@ import torch
 from ..data.corpus import Corpus
 from ..terminal import printable
 
-# step, minutes and bytes so far, and scores in bits per byte. A score is None before its first value; those of the
-# validation split are missing between two validations
+# A row of metrics: step, minutes and bytes so far, and scores in bits per byte. A score is None before its first
+# value. Rows between two validations have no scores of the validation split.
 Row = dict[str, Any]
 DOTS = 100
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Replaces a file by a new one, which is written under another name first.
+    """Replaces a file. The new one is first written under another name.
 
-    Raises OSError where it cannot be written. The old file then stays.
+    Raises OSError if it cannot be written. The old file then stays.
     """
     partial = path.with_name(f'.{path.name}.partial')
     try:
@@ -77,7 +77,7 @@ def draw_curve(rows: Sequence[Row], path: Path) -> None:
     axes = figure.subplots()
     for name, label in (('train_bits_per_byte', 'training'), ('valid_bits_per_byte', 'validation')):
         points = [(row['step'], row[name]) for row in rows if row.get(name) is not None]
-        # many dots would hide the curve
+        # many markers would hide the curve
         axes.plot(*zip(*points, strict=True), label=label, marker='.' if len(points) < DOTS else None)
     axes.set(xlabel='step', ylabel='bits per byte')
     axes.grid(alpha=0.3)
@@ -114,9 +114,9 @@ def account(
     size: int,
     seconds: float,
 ) -> str:
-    """The training section of the model card, in markdown. `size` counts the bytes read."""
+    """The training section of the model card, in markdown. `size` is the number of bytes read."""
     first, last = rows[0], dict(validations(rows)[-1], train_bits_per_byte=train_score(rows))
-    # without their folders, which are private
+    # file names only: folder names may be private
     names = ', '.join(printable(Path(name).name) for name in data)
     lines = [
         '## Training',
@@ -199,23 +199,24 @@ def estimate(
     """The cost of a run, line by line.
 
     Args:
-        parameters: of each level, under None those of several levels.
-        compressions: of the levels.
-        flops: operations for a byte.
-        memory: bytes by purpose; empty where they are unknown.
+        parameters: the number of parameters of each level, by its index. None holds those of several levels.
+        compressions: the compression of each level.
+        flops: operations per byte.
+        memory: bytes by purpose. Empty if they are unknown.
         data: each corpus with its splits.
-        seconds: for a step, or None where it was not timed.
-        step_bytes: bytes in a step.
-        peak: operations a second that the machine reaches.
-        steps, minutes: the length of the run, by one of them.
+        seconds: the time of a step. None if it was not timed.
+        step_bytes: bytes per step.
+        peak: operations per second that the machine reaches.
+        steps: the length of the run in steps, if `minutes` is None.
+        minutes: the length of the run in minutes, if `steps` is None.
     """
     yield f'parameters: {sum(parameters.values()):,}'
     for i, count in parameters.items():
         of = 'embeddings, merges, logits' if i is None else f'level {compressions[i]}x'
         yield f'  {of:30}{count:>14,}'
-    yield f'operations for a byte, forward and backward: {flops:,.0f}'
+    yield f'operations per byte, forward and backward: {flops:,.0f}'
     if memory:
-        yield f'memory of one device with all of it at the peak of a step: {sum(memory.values()) / 1e9:.3f} GB'
+        yield f'memory of a run on one device, at the peak of a step: {sum(memory.values()) / 1e9:.3f} GB'
     for name, size in memory.items():
         yield f'  {name:30}{size / 1e9:>14.3f} GB'
     yield 'data:'
@@ -224,9 +225,9 @@ def estimate(
         yield f'    {", ".join(f"{name} {len(span):,}" for name, span in spans.items())}'
     if seconds is None:
         return
-    yield f'a step: {seconds:.3f} s for {step_bytes:,} bytes, {step_bytes / seconds:,.0f} bytes a second'
+    yield f'a step: {seconds:.3f} s for {step_bytes:,} bytes, {step_bytes / seconds:,.0f} bytes per second'
     share = step_bytes * flops / seconds / peak
-    yield f'  {share:.0%} of the {peak / 1e9:,.0f} GFLOP/s that a large product reaches'
+    yield f'  {share:.0%} of the {peak / 1e9:,.0f} GFLOP/s that a large matrix product reaches'
     total = steps * seconds if steps else 60 * (minutes or 0)
     steps = steps or round(total / seconds)
-    yield f'the run: {steps:,} steps, {steps * step_bytes:,} bytes, {duration(total)} and the time of validation'
+    yield f'the run: {steps:,} steps, {steps * step_bytes:,} bytes, {duration(total)} plus the time of validation'

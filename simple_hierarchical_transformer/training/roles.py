@@ -1,11 +1,11 @@
-"""What modules declare about their weights: roles, levels and how many tokens each one reads.
+"""Declarations of modules about their weights: roles, levels and the number of tokens that each weight reads.
 
 A module declares in its class, and only where a default is wrong:
 
 - `roles`, a mapping from the names of its own parameters and direct children to one of `ROLES`;
-- `token_counts(n)`, the parts that process another number of tokens than the `n` that the module reads;
-- `operations(n)`, the operations of reading `n` tokens besides the products with weights;
-- `by_level()`, the parts of each hierarchy level. The model has it.
+- `token_counts(n)`, the parts that do not process the `n` tokens that the module reads, with their numbers of tokens;
+- `operations(n)`, the number of operations to read `n` tokens, without products with weights;
+- `by_level()`, the parts of each hierarchy level. Only the model declares it.
 
 `walk` reads these declarations. They reach through wrappers (`torch.compile`, FSDP2, PEFT, parametrizations), because
 parts without a declaration inherit that of the module around them.
@@ -21,40 +21,40 @@ from torch import nn
 from ..checks import check_choice
 
 MATRIX = 'matrix'
-"""Tokens are multiplied with it. The default of two dimensions and more."""
+"""Multiplies tokens. The default for two or more dimensions."""
 VECTOR = 'vector'
-"""A bias or a gain. The default of one dimension, and of every parameter whose name ends with 'bias'."""
+"""A bias or a gain. The default for one dimension, and for every parameter whose name ends with 'bias'."""
 HEAD = 'head'
 """A matrix that maps to ids. It has a row for each id, so a rotation of its rows means nothing."""
 LOOKUP = 'lookup'
 """A table whose rows are looked up."""
 ROWS = 'rows'
-"""A table of which a step reads few rows. It is updated row by row."""
+"""A table. Each step reads only a few of its rows, so it is updated row by row."""
 KERNEL = 'kernel'
-"""A convolution kernel, or what generates one. No token is multiplied with it."""
+"""A convolution kernel, or a weight that generates one. No token is multiplied with it."""
 ROLES = (MATRIX, VECTOR, HEAD, LOOKUP, ROWS, KERNEL)
 
 Part = nn.Module | nn.Parameter
 
 
 class Weight(NamedTuple):
-    """A parameter in one of its places."""
+    """A parameter at one of its places in the model."""
 
     parameter: nn.Parameter
     role: str
     level: int | None
-    """The index of its level; None where it serves several."""
+    """The index of its level. None if several levels use it."""
     tokens: float
     """How many tokens read it."""
 
     @property
     def multiplies(self) -> bool:
-        """Whether tokens are multiplied with it."""
+        """Whether it multiplies tokens."""
         return self.role in (MATRIX, HEAD)
 
 
 class Visit(NamedTuple):
-    """A module in one of its places."""
+    """A module at one of its places in the model."""
 
     module: nn.Module
     tokens: float
@@ -68,7 +68,7 @@ def walk(module: nn.Module, tokens: float = 1.0) -> Iterator[Visit]:
 
     A module that stands in several places is visited in each of them. The declaration closest to a parameter wins.
 
-    Raises ValueError where a class declares a role that does not exist.
+    Raises ValueError if a class declares a role that does not exist.
     """
     yield from _walk(module, tokens, None, None, {}, {})
 
@@ -101,14 +101,14 @@ def _walk(
     for name, child in module._modules.items():
         if child is not None:
             # parametrizations hold a module's own parameters, under their names
-            own = roles if name == 'parametrizations' else None
-            yield from _walk(child, tokens, roles.get(name, role), level, counts, levels, own)
+            inherited = roles if name == 'parametrizations' else None
+            yield from _walk(child, tokens, roles.get(name, role), level, counts, levels, inherited)
 
 
 def declared_roles(kind: type[nn.Module]) -> Mapping[str, str]:
     roles = getattr(kind, 'roles', {})
     if not isinstance(roles, Mapping):
-        # a class from elsewhere, which means something else by it
+        # a class of another library, where the attribute means something else
         return {}
     for name, role in roles.items():
         check_choice(f'{kind.__name__}.roles[{name!r}]', role, ROLES)
@@ -116,7 +116,7 @@ def declared_roles(kind: type[nn.Module]) -> Mapping[str, str]:
 
 
 def role_of(name: str, parameter: nn.Parameter, declared: str | None) -> str:
-    """The role of a parameter that was declared as `declared`, or not at all."""
+    """The role of a parameter. `declared` is the role that its module declares, if any."""
     if declared in (ROWS, KERNEL):
         return declared
     if parameter.ndim < 2 or name.endswith('bias'):

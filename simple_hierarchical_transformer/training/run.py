@@ -36,14 +36,14 @@ from .sources import load_sources
 from .trackers import check_trackers, start_trackers
 from .watch import Bar
 
-MAX_SKIPPED = 5  # steps in a row without a finite loss and gradient
-MAX_SKIPPED_SCALED = 30  # the same in float16, which has to find its scale
-VALIDATIONS = 10  # in a run without --every
+MAX_SKIPPED = 5  # consecutive steps without a finite loss and gradient
+MAX_SKIPPED_SCALED = 30  # the same in float16, where the scaler must first find its scale
+VALIDATIONS = 10  # number of validations in a run without --every
 
 
 @contextmanager
 def naming(folder: Path | None) -> Iterator[None]:
-    """Names the checkpoint in errors raised inside: its record asks for a model that cannot be built."""
+    """Names the checkpoint in errors raised inside: its record describes a model that cannot be built."""
     try:
         yield
     except (ValueError, ArithmeticError, RuntimeError) as error:
@@ -53,16 +53,17 @@ def naming(folder: Path | None) -> Iterator[None]:
 
 
 class Run:
-    """A run, from its settings or from where it stopped.
+    """A run, new or resumed.
 
     Constructing it loads the data, plans the cost and builds the model, but writes nothing.
 
     Args:
         args: the parsed command line.
-        workspace: where data and runs lie.
+        workspace: the folders of data and runs.
 
     Raises:
-        ValueError, OSError: arguments, data or a checkpoint that cannot be used.
+        ValueError: arguments, data or a checkpoint cannot be used.
+        OSError: a file cannot be read.
     """
 
     def __init__(self, args: argparse.Namespace, workspace: Workspace) -> None:
@@ -75,7 +76,7 @@ class Run:
         self.out = args.out or workspace.runs / time.strftime('%Y%m%d-%H%M%S')
         if found and not args.out:
             self.out = found[0].parent if checkpoint else found[0]
-        # a run may go on, or begin again before its first checkpoint, in a folder that is not empty
+        # a run that resumes, or begins again before its first checkpoint, may use a folder that is not empty
         self.found_here = checkpoint is not None and checkpoint[0].parent.resolve() == self.out.resolve()
         self.joins = args.resume == 'latest' or self.found_here
 
@@ -93,7 +94,7 @@ class Run:
 
         self.load_data()
         if found and found[1]['data'] != self.fingerprints:
-            raise ValueError(f'{found[0]} was made with other data than {", ".join(self.names)} now holds')
+            raise ValueError(f'{found[0]} was trained on other data than {", ".join(self.names)} now holds')
         with naming(found and found[0]):
             self.plan = make_plan(s, accelerator, length=self.length, segments=self.batches.segments)
         if not self.plan.fits:
@@ -110,7 +111,7 @@ class Run:
             self.learner = Learner(s, accelerator, self.batches, self.progress)
         if checkpoint:
             self.restore(checkpoint[0])
-        # no other process writes to a folder of this name
+        # no other process uses a folder of this name
         self.scratch = self.out / f'.{self.progress.identity}.partial'
 
     def restore(self, folder: Path) -> None:
@@ -118,12 +119,12 @@ class Run:
         try:
             self.learner.restore(folder)
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
-            # also weights whose shapes do not fit
-            raise ValueError(f'{folder} is not what this version writes: {error!r}') from error
-        say(f'going on from {folder}, step {progress.step:,}, after {report.duration(progress.elapsed)}')
+            # includes weights whose shapes do not fit
+            raise ValueError(f'{folder} has other contents than this version writes: {error!r}') from error
+        say(f'resuming from {folder}, step {progress.step:,}, after {report.duration(progress.elapsed)}')
 
     def find(self, args: argparse.Namespace) -> tuple[Path, dict[str, Any]] | None:
-        """The checkpoint that --resume goes on from, and its record."""
+        """Finds the checkpoint that --resume names, and its record."""
         found = checkpoints.find(args.resume, args.out, self.workspace.runs, say)
         if found:
             folder, record = found
@@ -134,14 +135,14 @@ class Run:
     def load_data(self) -> None:
         """Loads and splits the corpora."""
         s = self.s
-        # the first process of each node unpacks the files for the others, the first node before the other nodes
+        # the first process of each node unpacks the files for the others, and the first node goes first
         for turn in range(3):
             if turn == (0 if self.main else 1 if self.accelerator.is_local_main_process else 2):
                 self.sources, self.weights = load_sources(s.data, self.workspace.data, text_key=s.text_key, say=say)
             self.accelerator.wait_for_everyone()
         self.names = [corpus.name for corpus in self.sources]
         if s.data is None:
-            # records which default it was: another may be there when the run goes on
+            # records which default was used: another may be available when the run resumes
             s.data = self.settings['data'] = self.names
         self.spans = []
         for corpus in self.sources:
@@ -159,7 +160,7 @@ class Run:
             weights=self.weights,
             rows=self.rows,
             seq_len=self.length,
-            # enough to fill the context: longer stretches would make consecutive batches more alike
+            # enough to fill the context: with longer stretches, consecutive batches would be more similar
             segments=max(4, -(-s.seq_len // self.length)) if s.segment_length else 1,
             documents=s.documents,
             seed=s.seed,
@@ -169,7 +170,7 @@ class Run:
     # metrics, samples and checkpoints
 
     def row(self) -> dict[str, Any]:
-        """A row of metrics with the training score since the last row."""
+        """Makes a row of metrics, with the training score since the last row."""
         progress = self.progress
         row: dict[str, Any] = dict(
             step=progress.step,
@@ -204,7 +205,7 @@ class Run:
         progress.rows.append(row)
 
     def show(self) -> None:
-        """Shows the last validation and a sample, once the checkpoint is saved: terminals and trackers may fail."""
+        """Shows the last validation and a sample. Save first, because terminals and trackers may fail."""
         row = self.progress.rows[-1]
         streaming = row['valid_streaming_bits_per_byte']
         streaming = '' if streaming is None else f', {streaming:.3f} streaming'
@@ -223,13 +224,13 @@ class Run:
 
     def write_sample(self) -> None:
         """Generates `sample` from the beginning of the validation split."""
-        # sharded weights need all processes
+        # with sharded weights, all processes must take part
         if self.main or self.accelerator.is_fsdp2:
             try:
                 with self.learner.averaged():
                     self.sample = sample_text(self.learner.model, self.sources[0], self.spans[0]['valid'], self.s.seed)
             except (ValueError, ArithmeticError, RuntimeError) as error:
-                # a model that diverged, for example, does not end the run here
+                # for example, the model diverged: this must not end the run
                 self.sample = f'(no sample: {error})'
 
     def write_scores(self) -> None:
@@ -239,7 +240,7 @@ class Run:
             report.draw_curve(self.progress.rows, self.out / 'loss.png')
 
     def save(self) -> None:
-        """Writes a checkpoint, and keeps the last few and the best of the older ones."""
+        """Writes a checkpoint, and removes older ones except for the last few and the best."""
         progress = self.progress
         weights, tensors = self.learner.gather()
         record = dict(settings=self.settings, rows=self.rows, data=self.fingerprints, progress=asdict(progress))
@@ -257,7 +258,7 @@ class Run:
         from_main(write)
 
     def save_model(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Writes a model that `from_pretrained` loads, and its card."""
+        """Writes a model that `from_pretrained` loads, and its model card."""
         card = dict(training=self.account())
         self.learner.model.save_pretrained(folder, state_dict=weights, model_card_kwargs=card)
 
@@ -273,7 +274,7 @@ class Run:
     # the loop
 
     def train(self) -> None:
-        """Trains to the end, or until a signal stops the run; writes checkpoints on the way and a report at the end."""
+        """Trains to the end, or until a signal stops the run. Writes checkpoints, and a report at the end."""
         s, progress, stop = self.s, self.progress, Stop()
         trains = self.learner.done() < 1
         from_main(lambda: self.make_folder(trains))
@@ -289,7 +290,7 @@ class Run:
         peak = self.measure_peak()
 
         if progress.rows:
-            # drops the rows of steps that will be repeated
+            # removes from metrics.csv the rows of steps that will be repeated
             from_main(self.write_scores)
         else:
             self.validate()
@@ -317,7 +318,7 @@ class Run:
                 self.rested = 0.0 if s.steps else 2 * progress.elapsed - validated_at
                 validated_at = None
             due = self.due()
-            # during the run, saves only after a successful step
+            # before the end of the run, saves only after a successful step
             saves = self.learner.done() >= 1 or (learned and progress.step % s.checkpoint_every == 0)
             if progress.step % s.log_every == 0:
                 logged |= bar.show(self.learner.done(), progress.step, logged['bits_per_byte'], progress.skipped)
@@ -329,8 +330,8 @@ class Run:
             if progress.in_a_row >= limit:
                 from_main(self.write_scores)
                 raise ValueError(
-                    f'loss or gradient was not finite in {limit} steps in a row, the last being step {progress.step}: '
-                    f'stopped, with the checkpoints in {self.out} as they were (try a lower --lr or --clip)'
+                    f'loss or gradient was not finite in {limit} steps in a row, up to step {progress.step}: '
+                    f'stopped. The checkpoints in {self.out} are unchanged (try a lower --lr or --clip)'
                 )
             if saves or due:
                 self.validate()
@@ -344,14 +345,14 @@ class Run:
         if self.learner.done() < 1:
             self.save()
             from_main(self.write_scores)
-            say(f'stopped at step {progress.step:,} and saved; go on with:')
+            say(f'stopped at step {progress.step:,} and saved; continue with:')
             say(f'  {self.workspace.resuming(self.out)}')
-            # the same exit code in all processes, whichever got the signal
+            # the same exit code in all processes, even if only one got the signal
             sys.exit(128 + (stop.number or signal.SIGTERM))
         self.finish()
 
     def make_folder(self, trains: bool) -> None:
-        """Claims the folder of the run. Raises OSError where it holds what this run did not write."""
+        """Claims the folder of the run. Raises OSError if it holds files of anything else."""
         progress = self.progress
         mark = dict(identity=progress.identity, settings=self.settings, rows=self.rows, data=self.fingerprints)
         if self.joins:
@@ -359,7 +360,7 @@ class Run:
         self.lock = run_folder.claim(self.out, mark, resumes=self.joins, found=self.found_here)
 
     def measure_peak(self) -> float:
-        """The operations a second that all processes together could reach."""
+        """Measures the operations per second that all processes together could reach."""
         dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(self.s.mixed_precision, torch.float32)
         peak = cost.matmul_peak(self.device, dtype) if self.main else 0.0
         return self.learner.all_reduce(torch.tensor(peak, device=self.device)).item() * self.world
@@ -367,7 +368,7 @@ class Run:
     def finish(self) -> None:
         """Writes the final model and the report."""
         if not self.sample:
-            # the run had reached its end before it was stopped
+            # the run was stopped after its last step
             self.write_sample()
         weights = run_tensors.gather_weights(self.learner.model, self.learner.average, keep=self.main)
         final, workspace = self.out / checkpoints.FINAL, self.workspace
@@ -389,7 +390,7 @@ class Run:
                 commands={
                     'Score all of it': scoring,
                     'Sample from it': sampling,
-                    'Go on, had it stopped': resuming,
+                    'Continue it, had it stopped': resuming,
                     'Train it longer': f'{resuming} {more}',
                 },
                 picture='loss.png' if self.draws else None,
@@ -400,7 +401,7 @@ class Run:
         from_main(write)
         first, *_, last = (row['valid_bits_per_byte'] for row in (rows[0], *report.validations(rows)))
         say(f'\nvalidation went from {first:.3f} to {last:.3f} bits per byte in {self.progress.step:,} steps')
-        say(f'saved to {final}, with an account of the run in {self.out / "report.md"}')
+        say(f'saved to {final}, with a report of the run in {self.out / "report.md"}')
         say(f'score all of it:  {scoring}')
         say(f'sample from it:   {sampling}')
 
@@ -414,7 +415,7 @@ class Run:
         accelerator.end_training()
 
     def dry_run(self) -> None:
-        """Prints what the run would cost. Times a few steps where they fit into memory, and leaves no trace."""
+        """Prints the cost of the run. Times a few steps if they fit into memory. Writes no files."""
         seconds = []
         for number in range(3 if self.plan.fits else 0):
             cost.wait(self.device)
@@ -441,7 +442,7 @@ class Run:
 
 
 def execute(args: argparse.Namespace, workspace: Workspace) -> None:
-    """Does what a parsed command line asks for. Errors of the user end the process with a line on stderr."""
+    """Runs a parsed command line. Errors of the user end the process with a line on stderr."""
     try:
         if args.eval:
             evaluate(args, workspace.data)

@@ -1,6 +1,6 @@
-"""The folder of a run: its mark, its lock, and the record of the run that a model comes from.
+"""The folder of a run: its mark, its lock, and the record of the run that trained a model.
 
-A run marks its folder by run.json before it writes anything else there.
+The mark is run.json. A run writes it before anything else in its folder.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def claim(run: Path, mark: dict[str, Any], *, resumes: bool, found: bool) -> IO[
 
     Args:
         run: a folder that is new, empty, or already belongs to this run.
-        mark: written to run.json: settings, identity and data of the run.
-        resumes: whether the run may continue in a folder with its own mark.
+        mark: the contents of run.json: settings, identity and data of the run.
+        resumes: whether the run may continue in a folder that has its mark.
         found: whether it resumes from a checkpoint in this folder.
 
     Raises:
@@ -33,13 +33,13 @@ def claim(run: Path, mark: dict[str, Any], *, resumes: bool, found: bool) -> IO[
         raise ValueError(f'--out: {run} must have a name in UTF-8, or its checkpoints could not be read') from error
     run.mkdir(parents=True, exist_ok=True)
     file = run / RUN_FILE
-    # locked before it is read: another process may be writing it. The lock changes nothing in the file
+    # locked before it is read, because another process may be writing it. The lock does not change the file
     held = lock(file) if file.is_file() else None
     text = held.read() if held else b''
     known = parse_mark(text)
     names = {path.name for path in run.iterdir()}
     if not text and (held or RUN_FILE not in names):
-        # earlier versions wrote no mark: there, a checkpoint shows whose folder it is
+        # earlier versions wrote no mark: a checkpoint then shows which run the folder belongs to
         allowed = found or not names - {RUN_FILE}
     else:
         allowed = known is not None and resumes and known['identity'] == mark['identity']
@@ -50,7 +50,7 @@ def claim(run: Path, mark: dict[str, Any], *, resumes: bool, found: bool) -> IO[
     held = held or lock(file)
     if known is None:
         text = (json.dumps(dict(format=FORMAT, written_by=WRITER, **mark), indent=1) + '\n').encode()
-        # written in place, since a new file would not be locked; all of it or nothing
+        # written in place, because a new file would not be locked. If writing fails, the file is emptied
         try:
             if os.write(held.fileno(), text) < len(text):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -65,28 +65,28 @@ def claim(run: Path, mark: dict[str, Any], *, resumes: bool, found: bool) -> IO[
 def lock(file: Path) -> IO[bytes]:
     """Opens a file for reading and appending, and locks it for this process until the returned file is closed.
 
-    The lock ends as soon as this process closes the file, even if it opened it a second time. Read a locked file
-    through the returned file only.
+    If this process opens the file again and closes it, the lock ends. So read a locked file only through the returned
+    file.
 
-    Raises OSError where another process holds the lock. Systems and disks without locks allow everyone.
+    Raises OSError if another process holds the lock. Systems and disks without locks never refuse.
     """
     held = open(file, 'a+b')  # noqa: SIM115
     held.seek(0)
     try:
         import fcntl
 
-        # unlike those of flock, forked workers do not inherit it: they may outlive a killed process
+        # forked workers inherit locks of flock, but not this one: they may outlive a killed process
         fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         held.close()
-        raise OSError(f'{file.parent}: another run is at work in this folder') from error
+        raise OSError(f'{file.parent}: another run is active in this folder') from error
     except (ImportError, OSError):
         pass
     return held
 
 
 def run_of(model: Path) -> tuple[dict[str, Any], Path] | None:
-    """The record of the run that a saved model comes from, and the file of the record, beside the model or above it."""
+    """The record of the run that trained a saved model, and the file of the record, in its folder or the one above."""
     places = [model / RECORD_FILE, model.parent / RUN_FILE]
     places += [folder / RECORD_FILE for folder in reversed(steps_of(model.parent).values())]
     for file in places:
@@ -95,6 +95,6 @@ def run_of(model: Path) -> tuple[dict[str, Any], Path] | None:
             if 'settings' in record and (file.name == RECORD_FILE or read_mark(model.parent)):
                 return record, file
         except (OSError, ValueError, TypeError, RecursionError):
-            # no record, or a torn one
+            # no record, or a damaged one
             pass
     return None

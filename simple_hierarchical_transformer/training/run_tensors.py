@@ -1,7 +1,7 @@
 """The tensors that change during a run, gathered for a checkpoint and restored from one.
 
-They are full and on the CPU, so they do not depend on the number of processes. Every process must call what gathers
-them.
+Gathered tensors are full and on the CPU, so they do not depend on the number of processes. Every process must call the
+functions that gather them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OPTIMIZER, WEIGHTS, SEGMENTS = 'optimizer', 'weights', 'segments'
 
 
 def gather(named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
-    """Gathers full tensors one by one. Returns them with `keep`, else nothing."""
+    """Gathers full tensors one by one. Returns them if `keep`, else an empty dict."""
     held = {}
     for name, tensor in named:
         whole = full(tensor.detach())
@@ -33,9 +33,9 @@ def gather(named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]
 
 
 def gather_weights(model: nn.Module, average: WeightAverage | None = None, *, keep: bool = True) -> dict[str, Tensor]:
-    """The state dict of a model that may be sharded, or of its average if there is one.
+    """Gathers the state dict of a model that may be sharded, or of its average if there is one.
 
-    A tensor with several names appears under the first of them.
+    A tensor with several names appears only under the first one.
     """
     reshard(model)
     shared = shared_names(model)
@@ -46,12 +46,12 @@ def gather_weights(model: nn.Module, average: WeightAverage | None = None, *, ke
     if average is None:
         return held()
     with average.applied():
-        # copies: the model gets its own weights back
+        # copies, because the model gets its own weights back
         return {name: tensor.clone() for name, tensor in held().items()}
 
 
 def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool = True) -> dict[str, Tensor]:
-    """The optimizer's tensors, by the names of their parameters. Raises RuntimeError where some have none."""
+    """Gathers the optimizer's tensors by parameter name. Raises RuntimeError if some parameters have none."""
     reshard(model)
     named = dict(model.named_parameters())
     if optimizer.state and (missing := [name for name, p in named.items() if p not in optimizer.state]):
@@ -67,10 +67,10 @@ def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, *, keep
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Restores what `gather_optimizer` returned. Raises ValueError where it is of another optimizer."""
+    """Restores the result of `gather_optimizer`. Raises ValueError if it comes from another optimizer."""
     held = {name: tensor for name, tensor in tensors.items() if name.startswith(f'{OPTIMIZER}.')}
     if not held:
-        # no step was taken before it was saved
+        # it was saved before the first step
         return
     shapes = state_shapes(optimizer)
     named = {
@@ -79,7 +79,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
         for key, shape in shapes[p].items()
     }
     if unlike := sorted(held.keys() ^ named.keys()):
-        raise ValueError(f'the optimizer of this run has other tensors: {", ".join(unlike[:3])}')
+        raise ValueError(f'the checkpoint is of another optimizer, with other tensors: {", ".join(unlike[:3])}')
     on_device = {p for g in optimizer.param_groups if g.get('fused') or g.get('capturable') for p in g['params']}
     for name, (p, key, shape) in named.items():
         if held[name].shape != shape:
@@ -92,7 +92,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
 
 
 def gather_segments(states: Sequence[State], gather_rows: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """The rows of all states of this process, then those of the next process, as `gather_rows` joins them."""
+    """Gathers the rows of all states: those of this process, then those of the next. `gather_rows` joins processes."""
     joined = map(torch.cat, zip(*map(rows_first, states), strict=True))
     return {f'{SEGMENTS}.{i}': gather_rows(each.contiguous()).cpu() for i, each in enumerate(joined)}
 
@@ -100,7 +100,7 @@ def gather_segments(states: Sequence[State], gather_rows: Callable[[Tensor], Ten
 def restore_segments(
     model: HierarchicalTransformer, tensors: dict[str, Tensor], position: int, *, count: int, part: tuple[int, int]
 ) -> list[State]:
-    """Restores the `count` states of process `i`, where `part = (i, n)` and n is the number of processes."""
+    """Restores the `count` states of process i of n, where `part` is `(i, n)`."""
     held = [tensors[f'{SEGMENTS}.{i}'] for i in range(sum(key.startswith(SEGMENTS) for key in tensors))]
     index, parts = part
     size = len(held[0]) // parts // count
@@ -132,9 +132,9 @@ def gather_all(
     *,
     keep: bool = True,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The weights to use, averaged if there is an average, and the other tensors that a run needs to resume.
+    """Gathers the weights, averaged if there is an average, and the other tensors that a run needs to resume.
 
-    Every process calls it. Those that do not `keep` the result get empty dicts.
+    Every process must call it. Those that do not `keep` the result get empty dicts.
     """
     tensors = gather_optimizer(model, optimizer, keep=keep)
     if states:
@@ -151,18 +151,18 @@ def restore_all(
     weights: dict[str, Tensor],
     tensors: dict[str, Tensor],
 ) -> None:
-    """Restores what `gather_all` returned, except for the states of segments."""
+    """Restores the result of `gather_all`, except the states of segments."""
     shared = shared_names(model)
     reshard(model)
 
     def put(held: dict[str, Tensor]) -> None:
         for name, target in model.state_dict().items():
-            # a tensor with several names was written once
+            # a tensor with several names was written only once
             fill(target, held[shared.get(name, name)])
 
     put(weights)
     if average is not None:
-        # the averaged weights are in the model now: move them to the average
+        # the model now has the averaged weights: move them to the average
         average.swap()
         put({key[len(WEIGHTS) + 1 :]: tensor for key, tensor in tensors.items() if key.startswith(f'{WEIGHTS}.')})
     restore_optimizer(model, optimizer, tensors)

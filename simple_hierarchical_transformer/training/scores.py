@@ -1,4 +1,4 @@
-"""Scores of a model in bits per byte, and samples. Processes share the work, and all get the result."""
+"""Scores of a model in bits per byte, and samples. The processes share the work, and each gets the result."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..data.corpus import Corpus
 from ..model import HierarchicalTransformer
 
 SAMPLE_PROMPT, SAMPLE_LENGTH = 64, 128
-STREAMS = 8  # rows of a streaming score
+STREAMS = 8  # number of streams that are scored in parallel
 
 AllReduce = Callable[[Tensor], Tensor]
 
 
-def alone(total: Tensor) -> Tensor:
+def single_process(total: Tensor) -> Tensor:
     """The sum over all processes if there is only one."""
     return total
 
@@ -29,9 +29,9 @@ def bits_per_byte(
     model: torch.nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     device: torch.device,
-    all_reduce: AllReduce = alone,
+    all_reduce: AllReduce = single_process,
 ) -> float:
-    """Mean over all labels of the batches, in bits. `all_reduce` sums over processes."""
+    """Mean bits per label over all batches. `all_reduce` sums over processes."""
     nats, count = 0.0, 0
     for ids, labels in batches:
         logits = model(ids.to(device)).float()
@@ -42,14 +42,17 @@ def bits_per_byte(
 
 
 def streaming_bits(
-    model: HierarchicalTransformer, texts: Tensor, part: tuple[int, int] = (0, 1), all_reduce: AllReduce = alone
+    model: HierarchicalTransformer,
+    texts: Tensor,
+    part: tuple[int, int] = (0, 1),
+    all_reduce: AllReduce = single_process,
 ) -> float:
-    """Mean bits per byte over texts `(rows, length)`, each read in one stream.
+    """Mean bits per byte of texts `(rows, length)`, each read in one stream.
 
-    `part` is `(i, n)`: this is process i of n.
+    `part` is `(i, n)`: process i of n calls this.
     """
     index, parts = part
-    # equally many rows for each process; a row that is read twice counts once
+    # each process reads the same number of rows; a row that is read twice counts once
     mine = range(index, -(-len(texts) // parts) * parts, parts)
     _, log_probs = model.score(texts[[row % len(texts) for row in mine]], return_log_probs=True)
     counted = log_probs[[i for i, row in enumerate(mine) if row < len(texts)]].cpu()
@@ -68,18 +71,18 @@ def validation_scores(
     part: tuple[int, int],
     all_reduce: AllReduce,
 ) -> tuple[list[float], list[float] | None]:
-    """Bits per byte of each corpus: in windows, and in streams, unless texts are separate (`documents`).
+    """Bits per byte of each corpus in windows, and in streams unless texts are separate (`documents`).
 
     Args:
         model: the model.
-        corpora: what to score.
+        corpora: the corpora to score.
         spans: the part of each corpus to score.
-        seq_len: bytes in a window.
-        size: bytes of each corpus that are scored.
+        seq_len: the number of bytes in a window.
+        size: the number of bytes of each corpus to score.
         documents: whether texts are separate.
-        device: of the model.
-        part: `(i, n)`: this is process i of n.
-        all_reduce: sums over processes.
+        device: the device of the model.
+        part: `(i, n)`: process i of n calls this.
+        all_reduce: sums a tensor over processes.
     """
     windowed, streamed = [], []
     for corpus, span in zip(corpora, spans, strict=True):
@@ -101,7 +104,7 @@ def mean_bits(nats: float, count: int, device: torch.device, all_reduce: AllRedu
 
 
 def sample_text(model: HierarchicalTransformer, corpus: Corpus, span: range, seed: int) -> str:
-    """The first bytes of a split, and after >>> the continuation of the model."""
+    """The first bytes of a split, then >>> and the continuation by the model."""
     device = model.token_emb.weight.device
     prompt = bytes(corpus[span.start : span.start + SAMPLE_PROMPT].tolist())
     new = model.generate(prompt, SAMPLE_LENGTH, generator=torch.Generator(device).manual_seed(seed))

@@ -20,11 +20,12 @@ from .optim import OPTIMIZERS, SCHEDULES
 from .sources import NAMED
 from .trackers import TRACKERS
 
-# with bytes no id is ignored; with separate texts one more id ends a text, and one more pads
+# model arguments for a stream of bytes, where no id is ignored, and for separate texts, with ids for the end of a
+# text and for padding
 BYTES: dict[str, Any] = dict(num_tokens=256, ignore_index=IGNORED, recon_ignore_index=IGNORED)
 TEXTS: dict[str, Any] = dict(num_tokens=PAD + 1, ignore_index=PAD, recon_ignore_index=PAD)
 
-# numbers outside are mistakes, and products of several would overflow
+# numbers outside these bounds are mistakes, and products of several would overflow
 LEAST, MOST = 1e-12, 10**12
 # the range of NumPy's seeds
 MOST_SEED = 2**32 - 1
@@ -42,19 +43,20 @@ DEFAULTS: dict[str, Any] = dict(
 # settings that may change when a run resumes
 FREE = ('every', 'checkpoint_every', 'keep', 'log_every', 'log_with', 'workers', 'batch_size', 'grad_accum')
 
-# settings that a finished run may get more of
+# settings that may grow when a finished run resumes
 LENGTH = ('steps', 'minutes')
 
 # arguments of the model that --model refuses
 ELSEWHERE = {
     'seq_len': 'give --seq-len',
     'gradient_checkpointing': 'give --gradient-checkpointing',
-    'num_tokens': 'it is made for bytes',
-    'ignore_index': 'no byte is ignored; --documents fills up with an id of its own',
-    'recon_ignore_index': 'no byte is ignored; --documents fills up with an id of its own',
+    'num_tokens': 'train.py reads bytes',
+    'ignore_index': 'no byte is ignored; --documents pads with a separate id',
+    'recon_ignore_index': 'no byte is ignored; --documents pads with a separate id',
 }
 
-# the model settings of both presets, found at the size of 'cpu' (benchmarks/notes.md)
+# the model settings of both presets, found at the size of 'cpu'
+# (benchmarks/results/recipe_search/2026-11-26-x86_64-1-thread/notes.md)
 RECIPE: dict[str, Any] = dict(
     arrangement='hourglass',
     compressor='linear',
@@ -71,7 +73,7 @@ RECIPE: dict[str, Any] = dict(
     next_latent_loss_weight=0.0,
 )
 PRESETS: dict[str, dict[str, Any]] = {
-    # benchmarks/race.py measures it
+    # benchmarks/quality/race.py measures it
     'cpu': dict(
         model=dict(
             RECIPE,
@@ -95,12 +97,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         minutes=10.0,
         valid_bytes=1 << 14,
     ),
-    # the smallest model of benchmarks/plan.py. Most operations go to the fine level and its small window, which
-    # benchmarks/scaling.py found to gain most from them; the coarse level reads the whole context for 3 % more
-    # operations. Muon's rate is that of 'cpu' over the square root of how much wider the levels are: this keeps the
-    # spectral norm of its steps, 0.2 * lr * sqrt(width), at what it was (Yang et al. 2023, arXiv 2310.17813). The rate
-    # of tables and of the map to logits is that of 'cpu' over the ratio of widths. Weights decay, since a run is long
-    # (Liu et al. 2025, arXiv 2502.16982). The steps are twelve passes over enwik8
+    # the smallest model of benchmarks/speed/plan.py. Most operations go to the fine level and its small window, which
+    # benchmarks/quality/scaling.py found to gain most from them. The coarse level reads the whole context for 3 % more
+    # operations. Muon's rate is that of 'cpu' divided by the square root of the ratio of widths: this keeps the
+    # spectral norm of its steps, 0.2 * lr * sqrt(width), unchanged (Yang et al. 2023, arXiv 2310.17813). The rate of
+    # tables and of the map to logits is that of 'cpu' divided by the ratio of widths. Weights decay, since a run is
+    # long (Liu et al. 2025, arXiv 2502.16982). The steps are twelve passes over enwik8
     'gpu': dict(
         model=dict(
             RECIPE,
@@ -129,10 +131,13 @@ def build_parser(
     description: str | None,
     prog: str | None = None,
     *,
-    task: Literal['train', 'eval'] = 'train',
+    task: Literal['train', 'plan', 'eval'] = 'train',
     kind: type[argparse.ArgumentParser] = argparse.ArgumentParser,
 ) -> argparse.ArgumentParser:
-    """The command line of a task: 'train' takes all options, 'eval' a model and the options that score it."""
+    """The command line of a task.
+
+    'train' has all options. 'plan' has those of a run, and sets --dry-run. 'eval' has those that score a model.
+    """
     parser = kind(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def option(group: Any, name: str, **settings: Any) -> None:
@@ -177,7 +182,8 @@ def build_parser(
         'there is none yet; without --out, the run that was active last. More --steps or --minutes, in all, train a '
         'finished run longer: each schedule continues at the rate that a run of that length has there',
     )  # fmt: skip
-    run.add_argument('--dry-run', action='store_true', default=None, help='print what the run would cost, and exit')
+    if task == 'train':
+        run.add_argument('--dry-run', action='store_true', default=None, help='print what the run would cost, and exit')
 
     data = parser.add_argument_group('data')
     add_source(data)
@@ -216,15 +222,23 @@ def build_parser(
     option(watching, 'log-every', type=int, help='steps between rows of metrics and entries of a tracker')
     option(watching, 'valid-bytes', type=int, help='bytes of the validation split that a validation scores')
 
+    if task == 'plan':
+        parser.set_defaults(dry_run=True, eval=None, split=None)
+        return parser
     scoring = parser.add_argument_group('scoring')
     scoring.add_argument('--eval', type=folder, metavar='CHECKPOINT', help='score a saved model instead of training')
     scoring.add_argument('--split', **split)
     return parser
 
 
-def parse_args(argv: Sequence[str] | None, description: str | None, prog: str | None = None) -> argparse.Namespace:
-    """The command line of train.py. Wrong arguments end the process with a message."""
-    parser = build_parser(description, prog)
+def parse_args(
+    argv: Sequence[str] | None,
+    description: str | None,
+    prog: str | None = None,
+    task: Literal['train', 'plan'] = 'train',
+) -> argparse.Namespace:
+    """Parses the command line of train.py. Wrong arguments end the process with a message."""
+    parser = build_parser(description, prog, task=task)
     args = parser.parse_args(argv)
 
     if args.steps and args.minutes:
@@ -235,7 +249,7 @@ def parse_args(argv: Sequence[str] | None, description: str | None, prog: str | 
         scores = {'eval', 'split', 'data', 'text_key', 'seq_len', 'batch_size'}
         for name, value in vars(args).items():
             if value is not None and name not in scores:
-                parser.error(f'--{name.replace("_", "-")} is for training, --eval does none')
+                parser.error(f'--{name.replace("_", "-")} is for training, and cannot be given with --eval')
     if args.model == ['help']:
         print(describe(Config, indent=0, skip=ELSEWHERE))
         parser.exit()
@@ -245,7 +259,7 @@ def parse_args(argv: Sequence[str] | None, description: str | None, prog: str | 
 
 
 def parse_eval_args(argv: Sequence[str], description: str, prog: str) -> argparse.Namespace:
-    """The command line that scores a model, as `parse_args` returns it for --eval."""
+    """Parses the command line that scores a model. The result is as `parse_args` returns it for --eval."""
     return build_parser(description, prog, task='eval').parse_args(argv)
 
 
@@ -291,7 +305,7 @@ def as_json(value: Any) -> Any:
 
 
 def new_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings of a new run. Raises ValueError where an argument is not allowed."""
+    """The settings of a new run. Raises ValueError if an argument is not allowed."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     name = given.get('preset', 'auto')
     if name == 'auto':
@@ -314,15 +328,15 @@ def new_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def old_settings(args: argparse.Namespace, record: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The settings of a resumed run. Raises ValueError where an argument differs from them."""
+    """The settings of a resumed run. Raises ValueError if an argument differs from them."""
     settings, changed, unlike = {**DEFAULTS, **record['settings']}, [], []
     length = {name: value for name in LENGTH if (value := getattr(args, name)) is not None}
     if length and any(settings[name] != value for name, value in length.items()) and is_finished(record):
         settings |= {**dict.fromkeys(LENGTH), **length}
         if is_finished({**record, 'settings': settings}):
             raise ValueError(
-                f'{folder} has {reached(record)} behind it: {" ".join(f"{flag(k)} {v}" for k, v in length.items())} is '
-                'no longer (it counts all of the run, from the beginning)'
+                f'{folder} has run for {reached(record)}: {" ".join(f"{flag(k)} {v}" for k, v in length.items())} is '
+                'not longer (it counts the whole run, from the beginning)'
             )
     for name, value in as_json({k: v for k, v in vars(args).items() if v is not None and k in settings}).items():
         if name in FREE:
@@ -358,7 +372,7 @@ def reached(record: dict[str, Any]) -> str:
 def share_rows(settings: dict[str, Any], rows: int, args: argparse.Namespace, processes: int) -> None:
     """Sets batch_size so that a step has `rows` sequences over all processes, as before the run stopped.
 
-    Raises ValueError where that is impossible.
+    Raises ValueError if that is impossible.
     """
     accum = settings['grad_accum']
     if args.batch_size is None:

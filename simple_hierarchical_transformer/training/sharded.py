@@ -1,7 +1,7 @@
 """Tensors that may be sharded over processes (FSDP2). Every process has to call these functions.
 
-They use DTensor itself. `torch.distributed.checkpoint.state_dict` would lose something: it creates a missing optimizer
-state by a step of the optimizer, and takes half a second to import in a run of one process.
+They use DTensor directly. `torch.distributed.checkpoint.state_dict` has two disadvantages: it creates a missing
+optimizer state by a step of the optimizer, and takes half a second to import in a run of one process.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    # Half a second to import, so it is imported only for tensors that are sharded.
+    # Takes half a second to import, so it is imported only for sharded tensors.
     from typing import TypeGuard
 
     from torch.distributed.fsdp import FSDPModule
@@ -36,9 +36,9 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Shards a whole tensor in the way `like` is sharded, with its device and dtype.
+    """Shards a whole tensor as `like` is sharded, with the device and dtype of `like`.
 
-    Every process has the whole tensor and keeps its part of it, so nothing is sent.
+    Every process has the whole tensor and keeps its part of it, so there is no communication.
     """
     tensor = tensor.to(like.device, like.dtype)
     if not is_sharded(like):
@@ -51,7 +51,7 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Frees the whole weights that a forward pass may have left, so that the parameters are their shards again."""
+    """Frees full weights that a forward pass may have left, so that the parameters are shards again."""
     for module in model.modules():
         if is_fsdp(module):
             module.reshard()

@@ -1,4 +1,4 @@
-"""The corpora that a run names: files, folders and globs, or corpora that are known by name."""
+"""Data sources of a run: files, folders and globs, or the names of known corpora."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def load_source(source: str | None, folder: Path, *, text_key: str, say: Callabl
         except OSError as error:
             if source:
                 raise
-            say(f'{name} is not in {folder} and cannot be had: {error}')
-            say("using the source text of Python's standard library instead (--data takes any other text)")
+            say(f'{name} is not in {folder} and cannot be downloaded: {error}')
+            say("using the source text of Python's standard library instead (give --data to use another text)")
     return load_corpus('stdlib', standard_library(), cache)
 
 
@@ -57,7 +57,7 @@ def load_sources(
         say: see `load_source`.
 
     Returns:
-        The corpora, and their weights if they have some.
+        The corpora, and their weights if they have any.
 
     Raises:
         ValueError: some sources have weights and others do not, or the weights are too different.
@@ -67,7 +67,7 @@ def load_sources(
     if weights:
         if len(weights) < len(named):
             got = display_name(' '.join(sources or []))
-            raise ValueError(f'--data takes a weight above 0 for every source, or for none, got {got}')
+            raise ValueError(f'--data must have a weight above 0 for every source, or for none, got {got}')
         try:
             scale_weights(weights)
         except ValueError as error:
@@ -76,7 +76,7 @@ def load_sources(
 
 
 def split_weight(source: str) -> tuple[str | None, float | None]:
-    """Splits a source into its name and its weight, None if it has none. A file's name may have an equals sign."""
+    """Splits a source into its name and its weight. The weight is None if there is none. File names may contain '='."""
     name, equals, weight = source.rpartition('=')
     if equals and not os.path.exists(os.path.expanduser(source)):
         with contextlib.suppress(ValueError):

@@ -13,7 +13,7 @@ from .report import duration
 
 Item = TypeVar('Item')
 
-# seconds between two updates, on a terminal and in a log file
+# seconds between two updates: on a terminal, and in a log file
 LIVE, LOGGED = 0.5, 60.0
 
 
@@ -23,13 +23,13 @@ def counted(items: Iterable[Item], total: int, name: str, unit: str) -> Iterable
 
 
 class Bar:
-    """A progress bar from 0 to 1 with score, bytes a second, share of the peak, and remaining time.
+    """A progress bar from 0 to 1 with the score, bytes per second, share of the peak and remaining time.
 
     Args:
         done: where the bar starts.
-        flops: operations for a byte.
-        peak: operations a second that the devices could reach.
-        shown: whether this process shows it.
+        flops: operations per byte.
+        peak: operations per second that the devices could reach.
+        shown: whether this process shows the bar.
     """
 
     def __init__(self, done: float, *, flops: float, peak: float, shown: bool) -> None:
@@ -48,7 +48,7 @@ class Bar:
         )
 
     def add(self, size: int, seconds: float) -> None:
-        """Adds a step: its bytes and seconds."""
+        """Adds a step of `size` bytes that took `seconds`."""
         self.size += size
         self.seconds += seconds
 

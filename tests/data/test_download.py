@@ -78,7 +78,7 @@ def test_named_corpora_are_found_fetched_and_checked(
     assert (folder / 'text8.zip').is_file()
 
     (folder / 'text8').write_bytes(content[:-1])
-    with pytest.raises(ValueError, match=r'has 10,239 bytes; text8 has 10,240, so it is torn'):
+    with pytest.raises(ValueError, match=r'has 10,239 bytes; text8 has 10,240, so it is damaged'):
         load_download('text8', folder, cache)
     (folder / 'text8').write_bytes(bytes(len(content)))
     with pytest.raises(ValueError, match=r'is not text8: its sha1 is [0-9a-f]{40}, not'):
@@ -113,7 +113,7 @@ def test_begins_anew_where_the_server_knows_no_ranges(server: Server, tmp_path: 
 
 def test_a_transfer_that_brings_nothing_ends_with_a_clear_error(server: Server, tmp_path: Path) -> None:
     server.breaks = [3000, 0]
-    with pytest.raises(OSError, match=r'broke off after 3,000 of 10,240 bytes; fetch again to go on'):
+    with pytest.raises(OSError, match=r'broke off after 3,000 of 10,240 bytes; fetch again to continue'):
         fetch(wanted(server), tmp_path / 'text')
     assert not (tmp_path / 'text').exists()
     assert fetch(wanted(server), tmp_path / 'text').read_bytes() == TEXT

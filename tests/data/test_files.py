@@ -28,7 +28,7 @@ def test_reads_folders_and_globs_in_order(tmp_path: Path) -> None:
 
 
 def test_missing_and_empty_corpora_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match='is no file, no folder, and matches none as a glob'):
+    with pytest.raises(ValueError, match='is not a file or folder, and matches no file as a glob'):
         find_files(tmp_path / 'nothing')
     with pytest.raises(ValueError, match='is a folder without files'):
         find_files(tmp_path)

@@ -192,7 +192,7 @@ def test_streams_one_after_the_other_are_all_read(tmp_path: Path, kind: str) -> 
     for number, rest in enumerate((b'no stream', second[:-1], second[:4], second[4:])):
         (tmp_path / str(number)).mkdir()
         said = refused(tmp_path / str(number) / f'a{kind}', first + rest)
-        assert f'is torn, or not a {kind} file' in said
+        assert f'is damaged, or not a {kind} file' in said
 
 
 @pytest.mark.parametrize('kind', [*STREAMS, *ARCHIVES])
@@ -206,15 +206,15 @@ def test_broken_files_are_named_and_leave_nothing(tmp_path: Path, kind: str, dam
     # Change a byte of the contents. A tar has checksums of its headers only, so change one of the last header.
     turned[-len(TEXT) // 1000 if kind != '.tar' else packed.rindex(b'c' + bytes(99))] ^= 1
     content = {'torn': packed[: len(packed) // 2], 'foreign': b'no archive', 'empty': b'', 'turned': bytes(turned)}
-    assert f'a{kind} is torn, or not a {kind} file' in refused(tmp_path / f'a{kind}', content[damage])
+    assert f'a{kind} is damaged, or not a {kind} file' in refused(tmp_path / f'a{kind}', content[damage])
 
 
 def test_what_is_broken_within_is_named(tmp_path: Path) -> None:
     torn = gzip.compress(TEXT)[:-9]
     said = refused(tmp_path / 'a.tar', tarred(b=b'1', **{'c.gz': torn}))
-    assert said.startswith(f'data: {tmp_path}/a.tar/c.gz is torn, or not a .gz file')
+    assert said.startswith(f'data: {tmp_path}/a.tar/c.gz is damaged, or not a .gz file')
     said = refused(tmp_path / 'a.tar.gz', gzip.compress(tarred(b=TEXT))[:-9])
-    assert said.startswith(f'data: {tmp_path}/a.tar.gz is torn, or not a .gz file')
+    assert said.startswith(f'data: {tmp_path}/a.tar.gz is damaged, or not a .gz file')
 
 
 def test_damage_of_any_kind_is_an_error_that_names_the_file(tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ def test_a_locked_archive_is_named(tmp_path: Path) -> None:
 )
 def test_formats_that_are_not_read_are_refused_by_name(tmp_path: Path, kind: str, head: bytes) -> None:
     for name in ('a.txt', 'a', f'a{kind}', f'a{kind.upper()}'):
-        assert f'is packed as {kind}, which is not read here: unpack it first' in refused(tmp_path / name, head + TEXT)
+        assert f'is packed as {kind}, which is not supported: unpack it first' in refused(tmp_path / name, head + TEXT)
     assert f'is packed as {kind}' in refused(tmp_path / 'b.tar', tarred(c=head + TEXT))
     assert 'is packed as .br' in refused(tmp_path / 'a.br', b'text')
 

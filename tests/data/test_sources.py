@@ -19,7 +19,7 @@ def test_no_name_is_not_this_folder() -> None:
         with pytest.raises(ValueError, match="a source must be a file, a folder or a glob, got ''"):
             sources.load_sources([source], Path('nowhere'), text_key='text', say=print)
     # There is no user of this name.
-    with pytest.raises(ValueError, match='is no file, no folder'):
+    with pytest.raises(ValueError, match='is not a file or folder'):
         find_files('~nobody-of-this-name/a')
 
 
@@ -57,5 +57,5 @@ def test_weights_that_leave_a_corpus_out_are_refused(tmp_path: Path, weights: tu
     with pytest.raises(ValueError, match='--data: weights must'):
         sources.load_sources(asked, tmp_path / 'data', text_key='text', say=print)
     for mixed in ([asked[0], str(tmp_path / 'b')], [str(tmp_path / 'a'), asked[1]]):
-        with pytest.raises(ValueError, match='--data takes a weight above 0 for every source, or for none'):
+        with pytest.raises(ValueError, match='--data must have a weight above 0 for every source, or for none'):
             sources.load_sources(mixed, tmp_path / 'data', text_key='text', say=print)

@@ -125,7 +125,7 @@ def test_refuses_prompts_and_settings_that_are_not_allowed(prompt: Any, settings
 
 def test_text_needs_a_model_of_bytes() -> None:
     for prompt, settings, name in (('a', {}, 'prompt'), (torch.ones(1, 2).long(), dict(stop='a'), 'stop')):
-        message = f'{name} can be text only where num_tokens is 256, 257 or 258, and it is 11'
+        message = f'{name} can be text only if num_tokens is 256, 257 or 258, got 11'
         with pytest.raises(ValueError, match=message):
             model().generate(prompt, 2, **settings)
 
@@ -140,5 +140,5 @@ def test_a_setting_of_the_wrong_type_is_named(wrong: dict[str, Any]) -> None:
 
 def test_stream_refuses_unknown_settings() -> None:
     for name in ('return_state', 'top_q'):
-        with pytest.raises(ValueError, match=f'stream takes the settings of generate but return_state, got {name}'):
+        with pytest.raises(ValueError, match=f'stream takes the settings of generate except return_state, got {name}'):
             model().stream(torch.ones(1, 3, dtype=torch.long), 4, **{name: True})

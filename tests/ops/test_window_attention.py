@@ -71,7 +71,7 @@ def test_flex_attention_is_compiled_once_for_all_shapes(monkeypatch: pytest.Monk
 
 def test_flex_attention_refuses_to_train_where_it_cannot() -> None:
     q, k, v = (t.requires_grad_() for t in qkv(5))
-    with pytest.raises(ValueError, match="attn_backend = 'flex' trains on CUDA alone, got a model on cpu"):
+    with pytest.raises(ValueError, match="attn_backend = 'flex' trains only on CUDA, got a model on cpu"):
         attend_window(q, k, v, 2, 'flex')
 
 

@@ -148,7 +148,7 @@ def test_a_model_whose_modules_were_replaced_is_not_saved_as_another(change: Any
         ({'module.x': torch.ones(1)}, r'missing none; unknown module\.x'),
         ({'token_emb.weight': torch.ones(3, 8)}, r'token_emb\.weight \(3, 8\), which must be \(11, 8\)'),
         ({'token_emb.weight': torch.ones(11, 8, device='meta')}, r'token_emb\.weight has no values'),
-        ({'token_emb.weight': 3}, r'token_emb\.weight is no plain tensor'),
+        ({'token_emb.weight': 3}, r'token_emb\.weight is not a plain tensor'),
     ],
 )
 def test_a_state_dict_that_is_not_the_models_is_not_saved(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -165,6 +165,6 @@ def test_int8_weights_are_not_saved(tmp_path: Path) -> None:
 
     model = HierarchicalTransformer(**GOOD)
     quantize_(model, Int8WeightOnlyConfig())
-    with pytest.raises(ValueError, match=r'is no plain tensor|from_pretrained would build'):
+    with pytest.raises(ValueError, match=r'is not a plain tensor|from_pretrained would build'):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())

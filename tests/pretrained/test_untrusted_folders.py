@@ -64,7 +64,7 @@ def test_torn_weights_are_refused(tmp_path: Path) -> None:
     HierarchicalTransformer(**GOOD).save_pretrained(tmp_path)
     weights = tmp_path / 'model.safetensors'
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r'model\.safetensors is torn'):
+    with pytest.raises(ValueError, match=r'model\.safetensors is damaged'):
         HierarchicalTransformer.from_pretrained(tmp_path)
 
 
@@ -85,7 +85,7 @@ def test_the_config_says_who_wrote_it_and_newer_formats_are_refused(tmp_path: Pa
         HierarchicalTransformer.from_pretrained(tmp_path)
 
     (tmp_path / 'config.json').unlink()
-    with pytest.raises(ValueError, match=r'is no saved model: there is no config\.json in it'):
+    with pytest.raises(ValueError, match=r'is not a saved model: there is no config\.json in it'):
         HierarchicalTransformer.from_pretrained(tmp_path)
 
 
@@ -158,10 +158,10 @@ def test_a_strangers_settings_take_no_time_and_no_memory(tmp_path: Path, changes
     [
         (b'[]', r'config\.json must hold a JSON object of settings, got list'),
         (b'3', r'config\.json must hold a JSON object of settings, got int'),
-        (b'', r'config\.json is no JSON: Expecting value'),
-        (b'{"dim": ', r'config\.json is no JSON: Expecting value'),
-        (b'\xff{}', r'config\.json is no JSON: .*utf-8'),
-        (b'[' * 100_000, r'config\.json is no JSON: .*recursion'),
+        (b'', r'config\.json is not JSON: Expecting value'),
+        (b'{"dim": ', r'config\.json is not JSON: Expecting value'),
+        (b'\xff{}', r'config\.json is not JSON: .*utf-8'),
+        (b'[' * 100_000, r'config\.json is not JSON: .*recursion'),
         (b'{}', r"config\.json of .* does not make a model: .*missing 3 required .*'num_tokens', 'dim', and 'depth'"),
         (b'{"format": []}', r'config\.json of .* has format \[\]'),
     ],
@@ -207,7 +207,7 @@ def test_pipes_are_refused(tmp_path: Path, name: str) -> None:
         'HierarchicalTransformer.from_pretrained(sys.argv[1])'
     )
     ended = subprocess.run([sys.executable, '-c', code, tmp_path], capture_output=True, text=True, timeout=60)
-    assert ended.stderr.endswith(f'ValueError: {tmp_path / name} is no regular file\n')
+    assert ended.stderr.endswith(f'ValueError: {tmp_path / name} is not a regular file\n')
 
 
 def test_integers_are_not_taken_for_weights(tmp_path: Path) -> None:

@@ -94,8 +94,8 @@ def test_each_command_takes_the_flags_of_train_py(program: str, monkeypatch: pyt
         (['sample', '-h'], 0, f'usage: {MODULE} sample'),
         (['eval', 'x', '--lr', '1'], 2, 'unrecognized arguments: --lr 1'),
         (['eval'], 2, 'the following arguments are required: CHECKPOINT'),
-        (['plan', '--eval', 'x'], 2, '--dry-run is for training, --eval does none'),
-        (['eval', 'missing'], 'error: --eval: missing is no saved model', ''),
+        (['plan', '--eval', 'x'], 2, 'unrecognized arguments: --eval x'),
+        (['eval', 'missing'], 'error: missing is not a saved model', ''),
     ],
 )
 def test_help_and_errors_name_the_command(

@@ -103,9 +103,9 @@ def test_what_is_scored_is_what_the_run_read(
         assert f'the data of the run: {text}\n' in capsys.readouterr().out
 
     text.write_text(corpus.read_text()[1:9001])
-    assert f'--eval: the data of the run, {text}, has changed since. Give --data' in refuse('--eval', out / 'final')
+    assert f'error: the data of the run, {text}, has changed since. Give --data' in refuse('--eval', out / 'final')
     text.unlink()
-    assert f'--eval: the data of the run, {text}, cannot be had: ' in refuse('--eval', out / 'final')
+    assert f'error: the data of the run, {text}, cannot be loaded: ' in refuse('--eval', out / 'final')
 
 
 @pytest.mark.parametrize('fails', ['say', 'sample_text'])

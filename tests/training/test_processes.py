@@ -115,7 +115,7 @@ def test_told_to_stop_all_processes_save_one_checkpoint(one: Path, texts: Path, 
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert 'and saved; go on with:' in said
+    assert 'and saved; continue with:' in said
     assert len(list(out.glob('checkpoint-*'))) == 1
     result = run_two('--resume', out)
     assert result.returncode == 0, result.stderr

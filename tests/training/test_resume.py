@@ -109,7 +109,7 @@ def test_told_to_stop_it_saves_first(
     command = re.findall(r'python train\.py (.+)', said)[0].split()
     result = run(*command, '--checkpoint-every', 5)
     assert result.returncode == 0, result.stderr
-    assert f'going on from {saved}' in result.stdout
+    assert f'resuming from {saved}' in result.stdout
     assert_same(outcome(out), outcome(unbroken))
 
 
@@ -134,7 +134,7 @@ def test_two_runs_do_not_share_a_folder(halfway: Path) -> None:
     held = run_folder.lock(halfway / 'run.json')
     result = run('--resume', halfway)
     assert result.returncode == 1
-    assert 'another run is at work in this folder' in result.stderr
+    assert 'another run is active in this folder' in result.stderr
     assert held
 
 
@@ -184,14 +184,14 @@ def test_a_torn_checkpoint_is_passed_over(unbroken: Path, halfway: Path) -> None
     result = run('--resume', newest)
     assert result.returncode == 1
     assert re.search(
-        r'error: .*checkpoint-15 is torn: training\.safetensors has [\d,]+ bytes, not [\d,]+', result.stderr
+        r'error: .*checkpoint-15 is damaged: training\.safetensors has [\d,]+ bytes, not [\d,]+', result.stderr
     )
     assert contents(halfway) == before
 
     result = run('--resume', halfway)
     assert result.returncode == 0, result.stderr
-    assert 'checkpoint-15 is torn' in result.stdout
-    assert f'going on from {halfway / "checkpoint-10"}' in result.stdout
+    assert 'checkpoint-15 is damaged' in result.stdout
+    assert f'resuming from {halfway / "checkpoint-10"}' in result.stdout
     assert_same(outcome(halfway), outcome(unbroken))
     checkpoints.read_record(halfway / 'checkpoint-15')
 
@@ -199,10 +199,10 @@ def test_a_torn_checkpoint_is_passed_over(unbroken: Path, halfway: Path) -> None
 @pytest.mark.parametrize(
     ('damage', 'message'),
     [
-        (lambda folder: (folder / 'model.safetensors').unlink(), 'is torn: model.safetensors is missing'),
-        (lambda folder: flip(folder / 'model.safetensors'), 'is torn: model.safetensors is not what was written'),
-        (lambda folder: (folder / 'training.json').write_text('{'), 'is torn, or no checkpoint of train.py'),
-        (lambda folder: (folder / 'training.json').write_text('[]'), 'is torn, or no checkpoint of train.py'),
+        (lambda folder: (folder / 'model.safetensors').unlink(), 'is damaged: model.safetensors is missing'),
+        (lambda folder: flip(folder / 'model.safetensors'), 'is damaged: model.safetensors is not what was written'),
+        (lambda folder: (folder / 'training.json').write_text('{'), 'is damaged, or not a checkpoint of train.py'),
+        (lambda folder: (folder / 'training.json').write_text('[]'), 'is damaged, or not a checkpoint of train.py'),
         (lambda folder: (folder / 'training.json').unlink(), 'there is no training.json in it'),
         (lambda folder: edit(folder, format=2), 'has format 2, by a newer version'),
         (shutil.rmtree, 'there is no such folder'),
@@ -228,13 +228,16 @@ def test_what_does_not_fit_is_refused_and_nothing_touched(
         (('--resume', halfway, '--steps', 48), 'A run can be made longer once it is finished'),
         (('--resume', halfway, '--batch-size', 3), 'a step of this run has 2 sequences'),
         (('--resume', halfway / 'checkpoint-10', '--out', halfway / '..' / halfway.name), 'is not the newest'),
-        (('--resume', halfway / 'checkpoint-10'), f'is not the newest: --resume {halfway} goes on from checkpoint-15'),
+        (
+            ('--resume', halfway / 'checkpoint-10'),
+            f'the newest: --resume {halfway} continues from checkpoint-15',
+        ),
         (
             ('--resume', tmp_path / 'checkpoint-1'),
             f'{tmp_path / "checkpoint-1" / "training.json"}: settings is missing',
         ),
-        (('--resume', tmp_path / 'foreign'), 'there is no whole checkpoint in'),
-        (('--resume', unbroken / 'final'), f'is a model alone: --resume {unbroken} goes on with its run'),
+        (('--resume', tmp_path / 'foreign'), 'there is no complete checkpoint in'),
+        (('--resume', unbroken / 'final'), f'holds only a model: --resume {unbroken} continues its run'),
         (('--resume', halfway, '--data', tmp_path / 'other.txt'), '--data ['),
         (('--resume', halfway, '--out', unbroken), 'is not empty'),
         (('--resume', '--out', unbroken.parent), 'is not empty'),
@@ -252,7 +255,7 @@ def test_what_does_not_fit_is_refused_and_nothing_touched(
     text = corpus.read_text()
     try:
         corpus.write_text(text[:9999] + '!' + text[10000:])
-        assert 'was made with other data than' in refuse('--resume', halfway)
+        assert 'was trained on other data than' in refuse('--resume', halfway)
     finally:
         corpus.write_text(text)
     assert contents(halfway) == before

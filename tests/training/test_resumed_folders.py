@@ -34,8 +34,8 @@ def test_a_finished_run_is_trained_longer(
 ) -> None:
     whole, broken = (shutil.copytree(unbroken, tmp_path / name) for name in ('whole', 'broken'))
     for args, message in (
-        (('--steps', 20), 'has 24 steps and'),
-        (('--steps', 20), '--steps 20 is no longer (it counts all of the run'),
+        (('--steps', 20), 'has run for 24 steps and'),
+        (('--steps', 20), '--steps 20 is not longer (it counts the whole run'),
         (('--steps', 30, '--lr', 0.1), '--lr 0.1, not 0.006'),
     ):
         assert message in refuse('--resume', whole, *args)
@@ -59,7 +59,7 @@ def test_a_finished_run_is_trained_longer(
     assert contents(broken) == before
 
     # a run in steps may be continued in minutes
-    assert 'is no longer' in refuse('--resume', broken, '--minutes', 1e-6)
+    assert 'is not longer' in refuse('--resume', broken, '--minutes', 1e-6)
 
 
 def weights_of(run: Path, step: int) -> Path:
@@ -204,6 +204,6 @@ def test_records_that_were_edited_are_refused_by_name(
         assert said.count('\n') <= 1, (path, value, said)
     for text in ('[' * 10**5, '\ud800', '{"step": 1e999}'):
         file.write_bytes(text.encode('utf-8', 'surrogatepass'))
-        assert 'checkpoint-15 is torn' in refuse('--resume', halfway / 'checkpoint-15')
+        assert 'checkpoint-15 is damaged' in refuse('--resume', halfway / 'checkpoint-15')
     file.write_text(json.dumps(whole, indent=1) + '\n')
     assert contents(halfway) == before

@@ -85,7 +85,7 @@ def test_one_process_has_the_folder(tmp_path: Path) -> None:
     for resumes in (False, True):
         held = run_folder.claim(out, dict(identity='0123abcd'), resumes=resumes, found=False)
         result = subprocess.run(other, capture_output=True, text=True)
-        assert 'another run is at work in this folder' in result.stderr
+        assert 'another run is active in this folder' in result.stderr
         assert checkpoints.read_mark(out) is not None
         held.close()
         assert subprocess.run(other).returncode == 0

@@ -165,11 +165,11 @@ def test_refuses_before_work_is_lost(
     new = tmp_path / 'new'
     cases: list[tuple[tuple[object, ...], str]] = [
         (('--data', corpus, '--out', out), f'--out: {out} is not empty'),
-        (('--data', tmp_path / 'missing', '--out', new), 'is no file, no folder, and matches none as a glob'),
+        (('--data', tmp_path / 'missing', '--out', new), 'is not a file or folder, and matches no file as a glob'),
         (('--data', short, '--out', new), f'{short}: data has 9 bytes'),
         (
             ('--data', corpus, f'{corpus}=2', '--out', new),
-            '--data takes a weight above 0 for every source',
+            '--data must have a weight above 0 for every source',
         ),
         (('--data', f'{corpus}=-1', '--out', new), '--data: weights must be finite and above 0, got -1.0'),
         (('--data', corpus, '--model', 'dim=7', 'width=3', '--out', new), '--model: '),
@@ -181,15 +181,15 @@ def test_refuses_before_work_is_lost(
         (('--data', corpus, '--valid-bytes', 10, '--out', new), '--valid-bytes must be at least 16, got 10'),
         (('--workers', -1), 'argument --workers: must be from 0 to 1024, got -1'),
         (('--split', 'test'), '--split is for --eval, which was not given'),
-        (('--eval', out / 'final', '--lr', 1), '--lr is for training, --eval does none'),
-        (('--eval', out / 'final', '--dry-run'), '--dry-run is for training, --eval does none'),
-        (('--eval', out / 'final', '--resume', out), '--resume is for training, --eval does none'),
+        (('--eval', out / 'final', '--lr', 1), '--lr is for training, and cannot be given with --eval'),
+        (('--eval', out / 'final', '--dry-run'), '--dry-run is for training, and cannot be given with --eval'),
+        (('--eval', out / 'final', '--resume', out), '--resume is for training, and cannot be given with --eval'),
         (('--eval', out / 'final', '--seq-len', 256, '--data', corpus), '--seq-len must be at most the 128'),
         (('--data', corpus, '--segment-length', 10**6, '--out', new), 'too few'),
         (('--data', corpus, '--segment-length', 3, '--out', new), 'must be at least the largest stride, 4, got 3'),
         (('--lr', 'fast'), "argument --lr: invalid float value: 'fast'"),
-        (('--eval', tmp_path, '--data', corpus), f'--eval: {tmp_path} is no saved model'),
-        (('--resume', '--out', new, '--data', tmp_path / 'missing'), 'is no file'),
+        (('--eval', tmp_path, '--data', corpus), f'error: {tmp_path} is not a saved model'),
+        (('--resume', '--out', new, '--data', tmp_path / 'missing'), 'is not a file'),
         (('--data', corpus, '--out', tmp_path / '\udcff', *FEW), 'must have a name in UTF-8'),
     ]
     for args, message in cases:
@@ -210,8 +210,8 @@ def test_the_sampling_command_refuses_too(
         else:
             file.unlink()
     for args, message in (
-        ((tmp_path,), 'is no saved model'),
-        ((tmp_path / 'torn',), 'is torn'),
+        ((tmp_path,), 'is not a saved model'),
+        ((tmp_path / 'torn',), 'is damaged'),
         ((tmp_path / 'weightless',), 'No such file'),
         ((tmp_path / 'garbage',), 'error: '),
         ((final, '--prompt', ''), 'prompt must hold at least one token'),

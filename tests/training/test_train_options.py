@@ -147,11 +147,11 @@ def test_without_a_network_the_standard_library_takes_its_place(
     assert corpus.name == 'stdlib'
     assert len(corpus) > 5_000_000
     said = capsys.readouterr().out
-    assert f'enwik8 is not in {tmp_path} and cannot be had' in said
+    assert f'enwik8 is not in {tmp_path} and cannot be downloaded' in said
     assert "using the source text of Python's standard library instead" in said
 
     with pytest.raises(OSError, match='could not be fetched'):
         load('enwik8')
     (tmp_path / 'enwik8').write_bytes(b'half of it')
-    with pytest.raises(ValueError, match='enwik8 has 100,000,000, so it is torn'):
+    with pytest.raises(ValueError, match='enwik8 has 100,000,000, so it is damaged'):
         load(None)
