@@ -6,30 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support.configs import SEQ_LEN
 from torch import Tensor, nn
 
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.embeddings import NGramEmbedding, RecallEmbedding
 from simple_hierarchical_transformer.training import optim
 
 SMALL: dict[str, Any] = dict(
     num_tokens=11, dim=8, depth=2, seq_len=SEQ_LEN, dim_head=4, heads=2, ignore_index=-1, recon_ignore_index=-1
 )
-
-
-def filled(dim: int, orders: tuple[int, ...], rows: int) -> NGramEmbedding:
-    embedding = NGramEmbedding(dim, orders, rows).double()
-    nn.init.normal_(embedding.weight)
-    return embedding
-
-
-def hashes(embedding: NGramEmbedding | RecallEmbedding, ids: Tensor, new: int | None = None) -> Tensor:
-    """What ends at the last `new` ids, or at each, by no more of a text that begins there than a state would hold."""
-    padding = embedding.contexts.padding
-    held = F.pad(ids + 1, (padding, 0))[:, -(new or ids.shape[1]) - padding :]
-    return embedding.contexts.of(embedding.contexts.hashes(held))
 
 
 @pytest.mark.parametrize('sparse', [False, True])
