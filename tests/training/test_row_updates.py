@@ -18,7 +18,7 @@ SMALL: dict[str, Any] = dict(
 
 
 @pytest.mark.parametrize('sparse', [False, True])
-def test_rows_that_were_read_move_as_written_out_and_no_others(sparse: bool) -> None:
+def test_only_rows_that_were_read_move_and_by_the_formula(sparse: bool) -> None:
     torch.manual_seed(0)
     table = nn.Embedding(6, 3, sparse=sparse)
     expected, squares = table.weight.detach().clone(), torch.zeros(6)
@@ -72,7 +72,7 @@ def test_tables_have_a_learning_rate_of_their_own() -> None:
         assert (rule == 'rows') == (name == 'ngram_emb.weight')
 
 
-def test_a_user_may_train_tables_with_an_optimizer_of_theirs() -> None:
+def test_tables_train_with_any_optimizer() -> None:
     model = HierarchicalTransformer(**SMALL, ngrams=(2,), ngram_rows=32)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.randint(0, 11, (2, 20)), return_loss=True)[0].backward()
@@ -80,7 +80,7 @@ def test_a_user_may_train_tables_with_an_optimizer_of_theirs() -> None:
     optimizer.step()
 
 
-def test_refuses_a_rule_that_there_is_not_and_what_is_no_table() -> None:
+def test_unknown_rules_and_rows_of_vectors_are_refused() -> None:
     with pytest.raises(ValueError, match="rule must be one of adamw, muon, rows, got 'sgd'"):
         optim.MixedOptimizer([dict(params=[nn.Parameter(torch.zeros(2, 2))], rule='sgd')], lr=1.0)
     with pytest.raises(ValueError, match=r'rows is for tables, got parameters of shape \(3,\)'):
