@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
@@ -67,7 +68,7 @@ def recalled(embedding: RecallEmbedding, ids: Tensor, new: int | None = None) ->
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=40), st.sets(st.integers(2, 5), min_size=1))
 def test_equal_n_grams_are_embedded_alike_and_others_are_told_apart(text: list[int], orders: set[int]) -> None:
     """Against a comparison of the n-grams themselves, padded where the text begins."""
-    embedding = random_table(3, tuple(orders), 1 << 20)
+    embedding = random_table(1, tuple(orders), 1 << 20)
     found = embedding(hashes(embedding, torch.tensor([text])))[0]
     padded = [-1] * max(orders) + text
 
@@ -119,6 +120,7 @@ def test_training_drops_n_grams_and_scoring_keeps_all() -> None:
     assert set(embedding.eval()(hashes(embedding, ids)).flatten().tolist()) == {2.0}
 
 
+@pytest.mark.slow
 def test_an_n_gram_helps_where_nothing_looks_back() -> None:
     """The last three ids decide the next. Without attention, the token shift sees only the last two."""
     torch.manual_seed(0)
@@ -169,6 +171,7 @@ def test_padding_ends_a_word() -> None:
     assert torch.equal(*rows)
 
 
+@pytest.mark.slow
 def test_a_word_helps_where_its_bytes_are_out_of_sight() -> None:
     """A word's first byte decides which mark ends it."""
     torch.manual_seed(0)
@@ -232,6 +235,7 @@ def test_what_was_recalled_is_embedded_by_order() -> None:
     torch.testing.assert_close(found, torch.stack([once[0], once[0], once[1], once[3]]) + twice[[0, 0, 0, 3]])
 
 
+@pytest.mark.slow
 def test_what_is_repeated_is_recalled_where_attention_does_not_reach() -> None:
     """Each sequence is a random half, repeated: recall predicts the second half from the first."""
 
