@@ -22,21 +22,37 @@ from support.commands import ROOT, run, run_command  # noqa: F401
 from support.configs import SEQ_LEN, build, configs, loss_of_a_copy  # noqa: F401
 from support.golden import GOLDEN, Golden, load_golden
 
-# folders and files of tests that train or compile models, start processes, or read and write files: `make fast` leaves
-# them out
+# files of tests that train or compile models or start processes: `make fast` leaves them out
 SLOW = {
-    'benchmarks',
-    'data',
-    'docs',
-    'pretrained',
+    'benchmarks/test_benchmark_gpu.py',
+    'benchmarks/test_benchmark_quality.py',
+    'benchmarks/test_benchmark_race.py',
+    'benchmarks/test_benchmark_report.py',
+    'benchmarks/test_benchmark_speed.py',
+    'data/test_download.py',
+    'data/test_formats.py',
+    'docs/test_examples.py',
+    'generation/test_captured.py',
+    'memory/test_state_growth.py',
+    'mixers/test_mixer_precision.py',
+    'mixers/test_mixers_in_models.py',
+    'pretrained/test_load_pretrained.py',
+    'pretrained/test_save_pretrained.py',
+    'pretrained/test_untrusted_folders.py',
     'test_adapters.py',
-    'test_captured.py',
-    'test_mixer_precision.py',
-    'test_mixers_in_models.py',
     'test_package.py',
-    'test_recipe.py',
-    'test_state_growth.py',
-    'training',
+    'training/test_command.py',
+    'training/test_curves.py',
+    'training/test_failing_runs.py',
+    'training/test_plan.py',
+    'training/test_processes.py',
+    'training/test_resume.py',
+    'training/test_resumed_folders.py',
+    'training/test_run_folder.py',
+    'training/test_run_report.py',
+    'training/test_step_memory.py',
+    'training/test_train.py',
+    'training/test_train_options.py',
 }
 
 # the same examples on every machine, and no deadline: a busy machine must not fail a test
@@ -53,7 +69,7 @@ settings.load_profile('suite')
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tests = Path(__file__).parent
     for item in items:
-        if item.path.is_relative_to(tests) and SLOW.intersection(item.path.relative_to(tests).parts):
+        if item.path.is_relative_to(tests) and item.path.relative_to(tests).as_posix() in SLOW:
             item.add_marker(pytest.mark.slow)
 
 

@@ -1,4 +1,4 @@
-"""Blocks: the token shift, phases, gated residuals, and feed-forwards in chunks."""
+"""Blocks: the token shift, phases, gated residuals, activations, and feed-forwards in chunks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from support.configs import UNEVEN, build, level
 from torch import nn
 
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.block import GRUGate, HierarchicalBlock, phase_groups, shift_tokens
+from simple_hierarchical_transformer.block import FeedForward, GRUGate, HierarchicalBlock, phase_groups, shift_tokens
 
 POWERS = st.sampled_from([1, 2, 4, 8])
 
@@ -77,3 +77,14 @@ def test_ff_chunks_change_no_gradient() -> None:
         model(ids, return_loss=True)[0].backward()
         gradients.append([p.grad for p in model.parameters()])
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize('activation', ['relu2', 'swiglu'])
+def test_activations_equal_their_definition(activation: str) -> None:
+    ff = FeedForward(4, 2, activation=activation).double()
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    hidden = ff.net[1](ff.net[0](x))
+    assert hidden.shape[-1] == (16 if activation == 'swiglu' else 8)
+    value, gate = hidden[..., :8], hidden[..., 8:]
+    hidden = value * gate / (1 + (-gate).exp()) if activation == 'swiglu' else hidden.clamp(min=0) ** 2
+    torch.testing.assert_close(ff(x), ff.net[3](hidden), rtol=0, atol=1e-12)

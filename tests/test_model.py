@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.block import FeedForward, shift_tokens
 from simple_hierarchical_transformer.mixers import Attention
+from simple_hierarchical_transformer.training import optim
 
 
 @pytest.mark.parametrize('window', [None, 6])
@@ -137,3 +138,36 @@ def test_embeddings_in_chunks() -> None:
             second, _ = model(ids[:, 13:], return_state=True, state=state, **{name: True})
             for x, y, z in zip(whole, first, second, strict=True):
                 torch.testing.assert_close(torch.cat((y, z), dim=1), x)
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [
+        {},
+        dict(merge='attention', merge_into='all'),
+        dict(merge='linear', arrangement='hourglass', depth=(1, 3)),
+        dict(mixer='s4d', mixer_kwargs=dict(), dim=8),
+    ],
+    ids=['concat', 'attention', 'linear', 's4d'],
+)
+def test_a_model_of_zero_init_starts_as_its_embeddings_and_learns(settings: dict[str, Any]) -> None:
+    config = dict(SMALL, hierarchies=(1, 4), zero_init=True, ignore_index=-1, recon_ignore_index=-1)
+    model = HierarchicalTransformer(**{**config, **settings})
+    ids = torch.randint(0, 11, (4, 24))
+    with torch.no_grad():
+        embeds = model(ids, return_hierarchical_embeds=True)[0]
+        assert not model(ids).any()
+        # the finest level's tokens pass through unchanged
+        tokens = model.norms[0](model(ids, return_hierarchical_token_embeds=True)[0])
+    torch.testing.assert_close(embeds, tokens)
+    optimizer = optim.build_optimizer(model, 'adamw', lr=1e-2, weight_decay=0.0)
+    losses = []
+    for _ in range(25):
+        loss = model(ids, return_loss=True)[0]
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    # all weights have left zero
+    assert losses[-1] < losses[0] - 0.5
+    assert all(p.abs().sum() > 0 for p in model.parameters())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.configs import UNEVEN, build
+from support.configs import SMALL, UNEVEN, build
 from support.reference import attended
 from torch import Tensor
 
@@ -52,3 +52,15 @@ def test_hourglass_equals_its_definition(strides: tuple[int, ...], depth: int, m
 
     expected = model.to_logits(model.norms[0](inside(0, model.token_emb(ids))))
     torch.testing.assert_close(model(ids), expected)
+
+
+def test_levels_of_an_hourglass_have_their_own_depth() -> None:
+    model = build(dict(SMALL, hierarchies=(4, 1), arrangement='hourglass', depth=(3, 1)))
+    there = [[block is not None for block in layer] for layer in model.layers]
+    assert there == [[True, True], [True, False], [True, False]]
+    # a layer that only the coarse level has changes the outputs
+    ids = torch.randint(0, 11, (1, 24))
+    before = model(ids)
+    with torch.no_grad():
+        model.layers[2][0].ff.net[-1].weight.add_(0.1)  # type: ignore[index, union-attr]
+    assert not torch.equal(before, model(ids))

@@ -43,6 +43,7 @@ def test_ablations_continue_where_they_stopped(
     ablations: Any, monkeypatch: pytest.MonkeyPatch, corpus: Path, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(ablations.BASE, 'dim', 8)
+    monkeypatch.setattr(ablations, 'LENGTH', 64)
     monkeypatch.setattr(ablations.paced, 'ROUNDS', 1)
 
     def ask(*args: object) -> dict[str, Any]:

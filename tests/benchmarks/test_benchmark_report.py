@@ -45,7 +45,7 @@ def results(modules: tuple[Any, Any], tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_report_says_who_won_what_was_aimed_at_and_by_which_command(
+def test_the_report_names_the_winner_the_targets_and_the_command(
     modules: tuple[Any, Any], results: Path, tmp_path: Path
 ) -> None:
     _, report = modules
@@ -58,12 +58,12 @@ def test_the_report_says_who_won_what_was_aimed_at_and_by_which_command(
     # two seeds, their mean and spread, and a third fewer bits than the best peer
     assert '| **ours, cpu preset** | 2.005 ± 0.007 | 1.905 ± 0.007 | -33.3 % | 2 |' in text
     assert '| published, flat | 3.005 ± 0.007 |' in text
-    # at the worse learning rate a peer is not shown
+    # a peer is not shown at its worse learning rate
     assert '4.0' not in text
     assert (
         '| 30 % fewer bits than the best peer after 5 minutes | 33.3 % fewer than published, flat | 2 and 2 |' in text
     )
-    # held against the better of two flat models, or against the one there is
+    # compared with the better of two flat models, or with the only one
     beaten = (
         '| 3 % fewer bits than our best flat model, 10 minutes, 1,024 bytes | 16.6 % fewer than flat, window of 64 |'
     )
@@ -79,21 +79,21 @@ def test_the_report_says_who_won_what_was_aimed_at_and_by_which_command(
     assert said.endswith('\nafter\n')
     assert 'old' not in said
     assert '| **ours, cpu preset** | 1.0 | 2.005 ± 0.007 | 2.005 ± 0.007 | 2.000 |' in said
-    # in both, what longer contexts make of it
+    # both have the table of longer contexts
     for where in (text, said):
         assert (
             '| 1,024 | 10 | 2.505 ± 0.007 (1.0 MB) | 2.405 ± 0.007 (1.0 MB) | 2.005 ± 0.007 (1.0 MB) | -20.0 % |'
             in where
         )
         assert '| 16,384 | 30 | 2.500 (1.0 MB) |  | 2.000 (1.0 MB) | -20.0 % |' in where
-        # not where there is but one length
+        # a time with only one length has no row
         assert '| 1,024 | 5 |' not in where
 
 
-def test_what_other_scripts_measured_is_in_the_report(
+def test_the_results_of_other_scripts_are_in_the_report(
     modules: tuple[Any, Any], results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of them all, with every option of theirs built, and nothing trained."""
+    """All scripts, with a model built for each of their options, and nothing trained."""
     _, report = modules
     resolutions, scaling, recipe, paced = report.resolutions, report.scaling, report.recipe, report.recipe.paced
     asked: list[tuple[Any, int]] = []
@@ -156,7 +156,7 @@ def test_slopes_of_a_power_law_are_found(modules: tuple[Any, Any]) -> None:
 
 
 def test_memory_on_paper_is_that_of_fused_attention(modules: tuple[Any, Any]) -> None:
-    """The plan counts on 'meta', where nothing is computed, what a real pass keeps."""
+    """On the meta device, the plan counts the bytes that a real pass keeps."""
     plan = modules[1].plan
     sizes = dict(seq_len=1024, dim=(32, 64), depth=(2, 3), heads=(1, 2), ngram_rows=256)
     kept = {}
@@ -167,7 +167,7 @@ def test_memory_on_paper_is_that_of_fused_attention(modules: tuple[Any, Any]) ->
     assert kept['meta'] == pytest.approx(kept['cpu'], rel=0.05)
 
 
-def test_what_was_missed_is_called_so(modules: tuple[Any, Any], results: Path, tmp_path: Path) -> None:
+def test_a_missed_target_is_marked(modules: tuple[Any, Any], results: Path, tmp_path: Path) -> None:
     _, report = modules
     for path in results.glob('ours-cpu-preset*'):
         held = json.loads(path.read_text())
@@ -197,7 +197,7 @@ def test_runs_of_the_race_go_to_a_tracker(modules: tuple[Any, Any], results: Pat
     for folder in {path.parent for path in (tmp_path / 'tracked').rglob('events*')}:
         events = EventAccumulator(str(folder)).Reload()
         if 'bits' in events.Tags()['scalars']:
-            # a folder each, so that no run's points are another's
+            # each run has its own folder
             [event] = events.Scalars('bits')
             found.append(round(event.value, 4))
         pictures += events.Tags()['images']

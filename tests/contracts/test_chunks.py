@@ -93,7 +93,8 @@ def test_chunks_of_every_case_equal_one_pass(config: dict[str, Any], grad: bool)
     model, ids = build_case(config).eval(), ids_of(config)
     with torch.set_grad_enabled(grad):
         whole, tokens = model(ids, return_logits_and_embeds=True)
-        for sizes in ([1] * 12 + [33], [3, 1, 7, 8, 2, 24], [13, 32]):
+        # single tokens at each phase of a stride of 8, and chunks that end at any phase
+        for sizes in ([1] * 9 + [36], [13, 32]) if not grad else ([3, 1, 7, 8, 2, 24],):
             state, outs = None, []
             for chunk in ids.split(sizes, dim=1):
                 *out, state = model(chunk, return_logits_and_embeds=True, return_state=True, state=state)

@@ -14,8 +14,9 @@ from support.configs import build, configs
 @every_case
 def test_every_case_writes_the_same_with_and_without_a_state(config: dict[str, Any]) -> None:
     model, prompt = build_case(config).eval(), ids_of(config, length=5)
-    new = model.generate(prompt, 12, temperature=0)
-    assert torch.equal(new, model.generate(prompt, 12, temperature=0, use_cache=False))
+    # each phase of a stride of 8
+    new = model.generate(prompt, 9, temperature=0)
+    assert torch.equal(new, model.generate(prompt, 9, temperature=0, use_cache=False))
 
 
 @settings(max_examples=15)

@@ -33,7 +33,7 @@ def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 setattr(parent, name, new)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(config=configs(), kind=st.sampled_from(MAPS))
 def test_a_wrapped_map_or_norm_takes_effect_everywhere(config: dict[str, Any], kind: type[nn.Module]) -> None:
     """A map's or norm's output is linear in its parameters, so a scale of 1 has the gradient sum(p * p.grad)."""
@@ -66,7 +66,7 @@ def test_a_wrapped_map_or_norm_takes_effect_everywhere(config: dict[str, Any], k
         torch.testing.assert_close(read_in_chunks(wrapped, ids), read_in_chunks(model, ids), rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(config=configs(), backward=st.booleans())
 def test_hooks_fire_with_the_inputs_and_outputs_of_their_module(config: dict[str, Any], backward: bool) -> None:
     """Hooks fire on every module and change no number. The output of a map or norm equals its own forward."""

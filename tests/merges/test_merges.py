@@ -12,6 +12,7 @@ from torch import nn
 
 from simple_hierarchical_transformer.merges.attention import AttentionMerge
 from simple_hierarchical_transformer.merges.concat import ConcatMerge
+from simple_hierarchical_transformer.merges.linear import LinearMerge
 
 
 def test_merge_adds_the_pooled_tokens_at_each_position() -> None:
@@ -128,3 +129,25 @@ def test_merges_change_the_named_receivers_only() -> None:
     older, newer = build(dict(UNEVEN, hierarchy_merge_all=True)), build(dict(UNEVEN, merge_into='all'))
     assert torch.equal(older(ids), newer(ids))
     assert torch.equal(build(dict(UNEVEN, merge_into=(1,)))(ids), plain(ids))
+
+
+@pytest.mark.parametrize('recipients', [(0,), (1,), (0, 2, 1)])
+def test_linear_merge_equals_its_definition(recipients: tuple[int, ...]) -> None:
+    dims, strides, n = (4, 6, 5), (1, 4, 2), 11
+    levels = [level(c, s, d) for c, s, d in zip((1, 4, 2), strides, dims, strict=True)]
+    merge = LinearMerge(levels, recipients).double()
+    tokens = [torch.randn(2, each.length(n), each.dim, dtype=torch.float64) for each in levels]
+    merged, _ = merge(tokens)
+    for i, x in enumerate(tokens):
+        expected = x.clone()
+        for j in range(3) if i in recipients else ():
+            if j == i:
+                continue
+            # the weights of a sender hold the rows of its recipients one after another
+            others = [k for k in recipients if k != j]
+            first = sum(dims[k] for k in others[: others.index(i)])
+            weight = merge.to_others[j].weight[first : first + dims[i]]  # type: ignore[index]
+            for t in range(x.shape[1]):
+                other = tokens[j][:, t * strides[i] // strides[j]]
+                expected[:, t] += merge.norms[j](other) @ weight.T  # type: ignore[operator]
+        torch.testing.assert_close(merged[i], expected, rtol=0, atol=1e-12)

@@ -33,6 +33,7 @@ def test_half_precision_model_keeps_its_frequencies_exact() -> None:
     assert rotary.double().freqs.dtype == torch.float64
 
 
+@pytest.mark.slow
 def test_learned_frequencies_have_a_gradient_when_compiled() -> None:
     attn = Attention(dim=12, dim_head=8, heads=2, window=4)
     attn.rotary_emb.freqs = torch.nn.Parameter(attn.rotary_emb._buffers.pop('freqs'))  # type: ignore[assignment]

@@ -10,12 +10,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.configs import STRIDED, THREE, UNEVEN, build, configs
-from support.golden import Golden
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from simple_hierarchical_transformer import HierarchicalTransformer, LossParts
-from simple_hierarchical_transformer.ops import cross_entropy as kernel
 
 
 def test_parts_are_named_and_unpack_as_four() -> None:
@@ -43,23 +41,6 @@ def test_parts_are_named_and_unpack_as_four() -> None:
     torch.testing.assert_close(halved.named['prophet/8x'], parts.named['prophet/8x'] / 2)
     # comparing two is no error
     assert parts != halved
-
-
-def test_golden_weights_load_into_models_with_more_losses(golden: Golden) -> None:
-    """Weights with heads for losses also load into models without them."""
-    extra = dict(prophet_loss_weight=0.1, quantized_loss_weight=0.1)
-    more = HierarchicalTransformer(**golden.config, **extra).double()
-    missing, unexpected = more.load_state_dict(golden.model().state_dict(), strict=False)
-    assert not unexpected
-    assert all(name.startswith(('to_prophet', 'to_quantized', 'quantizers', 'norms')) for name in missing)
-    golden.model().load_state_dict(more.state_dict())
-    torch.testing.assert_close(more(golden.tensors['ids']), golden.model()(golden.tensors['ids']))
-
-
-def test_a_prophet_loss_that_repeats_the_cross_entropy_is_not_built() -> None:
-    with pytest.warns(UserWarning, match='prophet_loss_weight builds nothing'):
-        model = HierarchicalTransformer(num_tokens=11, dim=8, depth=1, prophet_loss_weight=0.1)
-    assert 'prophet/1x' not in model.loss_weights
 
 
 def test_parts_unpack_as_the_published_four() -> None:
@@ -120,17 +101,6 @@ def test_a_training_step_runs_on_the_meta_device() -> None:
         loss, _ = model(torch.zeros(1, 64, dtype=torch.long), return_loss=True)
     loss.backward()
     assert model.to_logits.weight.grad.device.type == 'meta'
-
-
-def test_the_model_samples_its_reconstruction(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = HierarchicalTransformer(num_tokens=11, dim=8, depth=1, hierarchies=(1, 4), window_sizes=4, recon_sample=0.5)
-    ids, rows = torch.randint(1, 11, (2, 41)), []
-    real = kernel.linear_cross_entropy
-    monkeypatch.setattr(kernel, 'linear_cross_entropy', lambda x, *args: rows.append(len(x)) or real(x, *args))
-    model(ids, return_loss=True)
-    model.eval()
-    model(ids, return_loss=True)
-    assert rows == [80, 40, 80, 80]
 
 
 @given(config=configs(), chunked=st.booleans(), shifted=st.booleans())

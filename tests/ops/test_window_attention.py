@@ -54,6 +54,7 @@ def test_flex_attention_equals_blocks(n: int, window: int, past: int) -> None:
     torch.testing.assert_close(out, attend_window(q[:, :, past:], k, v, window, 'sdpa'), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_flex_attention_is_compiled_once_for_all_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = CompileCounterWithBackend('eager')

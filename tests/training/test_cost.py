@@ -34,7 +34,7 @@ def test_levels_share_out_the_parameters(config: dict[str, Any]) -> None:
 
 
 class Operations(TorchDispatchMode):
-    """Those of each kind, as PyTorch counts them. Its own counter hooks modules, which leave the fused routes then."""
+    """Counts operations by kind, as PyTorch does. PyTorch's own counter adds hooks, which turn the fused paths off."""
 
     measures_routes = True
 
@@ -71,7 +71,7 @@ class Operations(TorchDispatchMode):
     ],
 )
 def test_operations_are_those_that_torch_counts(changes: dict[str, Any]) -> None:
-    """Products with weights, those of attention left out: it runs in kernels that torch counts otherwise."""
+    """Matrix products with weights. Attention is left out: PyTorch counts its kernels in another way."""
     n = 64
     model = HierarchicalTransformer(
         num_tokens=50, depth=2, seq_len=n, dim_head=8, heads=2, **changes, next_latent_loss_weight=0.0

@@ -34,7 +34,7 @@ def test_orthogonalised_matrices_turn_and_do_not_stretch(rows: int, columns: int
 
 
 def test_muon_moves_matrices_by_orthogonal_momentum() -> None:
-    """Against the same written out for one matrix, two steps, with Nesterov's momentum and decay."""
+    """Against two steps of one matrix, computed by hand, with Nesterov momentum and weight decay."""
     p = nn.Parameter(torch.randn(6, 4, 2))
     start, gradients = p.detach().clone(), torch.randn(2, 6, 4, 2)
     optimizer = optim.MixedOptimizer([dict(params=[p], weight_decay=0.1, rule='muon')], lr=0.01)
@@ -87,7 +87,7 @@ def test_every_parameter_learns_in_one_group_and_biases_do_not_decay(name: str, 
         assert optimizer.defaults['fused']
 
 
-def test_what_muon_does_not_take_is_as_adamw_has_it() -> None:
+def test_the_other_parameters_of_muon_move_as_in_adamw() -> None:
     torch.manual_seed(0)
     a, b = (nn.Linear(5, 3) for _ in range(2))
     b.load_state_dict(a.state_dict())
@@ -123,7 +123,7 @@ def test_each_optimizer_learns(name: str) -> None:
 @pytest.mark.parametrize('clips', [False, True])
 @pytest.mark.parametrize('sparse', [False, True])
 def test_a_scaler_leaves_out_a_step_that_overflows(sparse: bool, clips: bool) -> None:
-    """All of it, whatever the rules of its groups; and a step that does not overflow is the one without a scaler."""
+    """An overflow in one group skips all groups. Other steps equal those without a scaler."""
     models = [build(dict(SMALL, ngrams=(2,), ngram_rows=64)).float() for _ in range(2)]
     optimizers = [optim.build_optimizer(each, 'muon', lr=1e-2, weight_decay=0.1, sparse=sparse) for each in models]
     scaled, ids = models[0], torch.randint(0, 11, (2, 20))

@@ -36,7 +36,7 @@ def halfway(unbroken: Path, tmp_path: Path) -> Path:
 KILLER = textwrap.dedent(
     """
     import os, random, signal, sys, time
-    import train                                                    # once: children are forked, and begin at once
+    import train                                                    # once, before forking: children start quickly
 
     draw, out, kills = random.Random(int(sys.argv[1])), sys.argv[2], 0
     seen = set()
@@ -55,11 +55,11 @@ KILLER = textwrap.dedent(
             os._exit(0)
         # kill at a random time, or while a checkpoint is being written
         in_write = draw.random() < 0.5
-        end = time.monotonic() + (60 if in_write else draw.uniform(0.3, 2.5))
+        end = time.monotonic() + (60 if in_write else draw.uniform(0.3, 1.5))
         while (status := os.waitpid(child, os.WNOHANG))[0] == 0:
             names = os.listdir(out) if os.path.isdir(out) else []
             partial = [name for name in names if name.endswith('.partial') and name not in seen]
-            if kills < 12 and ((partial and in_write) or time.monotonic() > end):
+            if kills < 8 and ((partial and in_write) or time.monotonic() > end):
                 seen.update(partial)
                 os.kill(child, signal.SIGKILL)
                 kills += 1
@@ -73,7 +73,7 @@ KILLER = textwrap.dedent(
 )
 
 
-def test_killed_at_any_instant_a_run_ends_as_if_it_had_not_been(unbroken: Path, corpus: Path, tmp_path: Path) -> None:
+def test_a_run_killed_at_any_instant_ends_as_the_unbroken_one(unbroken: Path, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / 'run'
     args = [sys.executable, '-c', KILLER, 0, out, '--data', corpus, *SETTINGS]
     result = subprocess.run(list(map(str, args)), capture_output=True, text=True, timeout=600, cwd=ROOT)
@@ -94,7 +94,7 @@ def test_killed_at_any_instant_a_run_ends_as_if_it_had_not_been(unbroken: Path, 
 
 
 @pytest.mark.parametrize(('number', 'code'), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_told_to_stop_it_saves_first(
+def test_a_signal_to_stop_saves_first(
     unbroken: Path, corpus: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     out = tmp_path / 'run'
@@ -113,7 +113,7 @@ def test_told_to_stop_it_saves_first(
     assert_same(outcome(out), outcome(unbroken))
 
 
-def test_a_newer_torn_one_does_not_push_out_what_was_just_saved(unbroken: Path, halfway: Path) -> None:
+def test_a_newer_torn_checkpoint_does_not_displace_the_one_just_saved(unbroken: Path, halfway: Path) -> None:
     shutil.copytree(unbroken / 'checkpoint-24', halfway / 'checkpoint-24')
     (halfway / 'checkpoint-24' / 'model.safetensors').unlink()
     process = start('--resume', halfway, '--keep', 1, '--checkpoint-every', 1000)
@@ -276,10 +276,10 @@ def test_an_older_checkpoint_is_a_branch(unbroken: Path, halfway: Path, tmp_path
 
 
 @pytest.mark.parametrize(('number', 'times', 'code'), [(signal.SIGHUP, 2, 129), (signal.SIGTERM, 1, 143)])
-def test_what_tells_all_of_its_processes_to_stop_has_it_save_first(
+def test_a_signal_to_all_of_its_processes_saves_first(
     corpus: Path, tmp_path: Path, number: signal.Signals, times: int, code: int
 ) -> None:
-    """A terminal that closes, `timeout`, and what schedules jobs: they tell workers, too."""
+    """Closed terminals, `timeout` and job schedulers signal the workers too."""
     out = tmp_path / 'run'
     args = ('--data', corpus, '--out', out, *PLAIN, '--steps', 10**6, '--every', 2, '--workers', 1)
     process = start(*args, start_new_session=True)
@@ -295,7 +295,7 @@ def test_what_tells_all_of_its_processes_to_stop_has_it_save_first(
     assert checkpoints.newest(out, print)
 
 
-def test_a_closed_stdout_has_it_save_first(corpus: Path, tmp_path: Path) -> None:
+def test_a_closed_stdout_saves_first(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / 'run'
     command = run_command('--data', corpus, '--out', out, *PLAIN, '--steps', 10**6)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:

@@ -1,40 +1,19 @@
-"""Roles, levels and costs of weights: as modules declare them, and as the rules by name had them before."""
+"""Roles of weights: in wrapped models, of adapters, and in modules from elsewhere."""
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator
-from copy import deepcopy
-from pathlib import Path
 from typing import Any, ClassVar
 
 import peft
 import pytest
 import torch
-from contracts.cases import BASE, CASES
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.training import cost
-from simple_hierarchical_transformer.training.optim import build_optimizer
 from simple_hierarchical_transformer.training.roles import walk
-from simple_hierarchical_transformer.training.settings import BYTES, PRESETS
-
-MODELS: dict[str, dict[str, Any]] = {
-    **{f'preset {name}': {**BYTES, **each['model'], 'seq_len': each['seq_len']} for name, each in PRESETS.items()},
-    **{name: {**BASE, **case} for name, case in CASES.items()},
-}
-# what rules by name gave for these models before modules declared roles, '*' for a number
-SAVED = json.loads((Path(__file__).parent / 'roles.json').read_text())
-GROUP = {pattern: group for group, patterns in SAVED['groups'].items() for pattern in patterns}
-NUMBER = re.compile(r'\.\d+(?=\.|$)')
-
-
-def build(config: dict[str, Any], device: str = 'meta') -> HierarchicalTransformer:
-    with torch.device(device):
-        return HierarchicalTransformer(**deepcopy(config))
 
 
 def roles_by_name(model: nn.Module) -> dict[str, str]:
@@ -46,33 +25,6 @@ def roles_by_name(model: nn.Module) -> dict[str, str]:
     assert set(found) == set(names.values())
     return found
 
-
-@pytest.mark.parametrize('name', MODELS)
-def test_groups_and_costs_are_those_of_the_rules_by_name(name: str) -> None:
-    model = build(MODELS[name])
-    expected: dict[str, list[str]] = {group: [] for group in SAVED['groups']}
-    for key, p in model.named_parameters():
-        expected[GROUP[NUMBER.sub('.*', key)] if p.ndim > 1 else 'others'].append(key)
-    names = {p: key for key, p in model.named_parameters()}
-    for rule in ('muon', 'adamw'):
-        optimizer = build_optimizer(model, rule, lr=1e-3, table_lr=2e-3, weight_decay=0.1)
-        settings = dict(
-            matrices=(rule, 1e-3, 1.0, 0.1),
-            tables=('adamw', 2e-3, 2.0, 0.1),
-            others=('adamw', 1e-3, 1.0, 0.0),
-            rows=('rows', 2e-3, 2.0, 0.0),
-        )
-        assert [
-            ([names[p] for p in group['params']], *(group[key] for key in ('rule', 'lr', 'scale', 'weight_decay')))
-            for group in optimizer.param_groups
-        ] == [(keys, *settings[group]) for group, keys in expected.items() if keys]
-
-    saved = SAVED['costs'][name]
-    assert {str(level): count for level, count in cost.parameters_by_level(model).items()} == saved['parameters']
-    assert cost.step_flops(model, model.seq_len) == pytest.approx(saved['operations'], rel=1e-12)
-
-
-# wrappers and modules from elsewhere
 
 MIXED: dict[str, Any] = dict(
     num_tokens=11, dim=8, depth=1, seq_len=16, dim_head=4, heads=2, hierarchies=(1, 2), ngrams=(2,), ngram_rows=16,
@@ -99,7 +51,7 @@ def subclass_parts(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize('wrap', [compile_whole, compile_parts, subclass_parts])
 def test_wrappers_change_no_role_and_no_cost(wrap: Any) -> None:
-    model = build(MIXED, 'cpu')
+    model = HierarchicalTransformer(**MIXED)
     roles, operations = roles_by_name(model), cost.step_flops(model, 16)
     assert len(set(roles.values())) == 6
     wrapped = wrap(model)
@@ -109,7 +61,7 @@ def test_wrappers_change_no_role_and_no_cost(wrap: Any) -> None:
 
 def test_adapters_have_the_role_of_what_they_adapt() -> None:
     config = peft.LoraConfig(r=2, target_modules=['token_emb', 'to_in', 'to_filters', 'to_logits'])
-    roles = roles_by_name(peft.get_peft_model(build(MIXED, 'cpu'), config))  # type: ignore[arg-type]
+    roles = roles_by_name(peft.get_peft_model(HierarchicalTransformer(**MIXED), config))  # type: ignore[arg-type]
     for part, role in (('token_emb', 'lookup'), ('to_in', 'matrix'), ('to_filters', 'kernel'), ('to_logits', 'head')):
         found = [each for key, each in roles.items() if f'{part}.lora_' in key]
         assert found
@@ -122,7 +74,7 @@ class Twice(nn.Module):
 
 
 def test_parametrized_weights_keep_their_role() -> None:
-    model: Any = build(MIXED, 'cpu')
+    model: Any = HierarchicalTransformer(**MIXED)
     for module, name in (
         (model.token_emb, 'weight'), (model.recall_emb, 'weight'), (model.layers[0][0].attn.short_conv, 'kernel'),
     ):  # fmt: skip

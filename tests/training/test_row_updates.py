@@ -6,12 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support.configs import SEQ_LEN
 from torch import Tensor, nn
 
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.embeddings import NGramEmbedding, RecallEmbedding
 from simple_hierarchical_transformer.training import optim
 
 SMALL: dict[str, Any] = dict(
@@ -19,21 +17,8 @@ SMALL: dict[str, Any] = dict(
 )
 
 
-def filled(dim: int, orders: tuple[int, ...], rows: int) -> NGramEmbedding:
-    embedding = NGramEmbedding(dim, orders, rows).double()
-    nn.init.normal_(embedding.weight)
-    return embedding
-
-
-def hashes(embedding: NGramEmbedding | RecallEmbedding, ids: Tensor, new: int | None = None) -> Tensor:
-    """What ends at the last `new` ids, or at each, by no more of a text that begins there than a state would hold."""
-    padding = embedding.contexts.padding
-    held = F.pad(ids + 1, (padding, 0))[:, -(new or ids.shape[1]) - padding :]
-    return embedding.contexts.of(embedding.contexts.hashes(held))
-
-
 @pytest.mark.parametrize('sparse', [False, True])
-def test_rows_that_were_read_move_as_written_out_and_no_others(sparse: bool) -> None:
+def test_only_rows_that_were_read_move_and_by_the_formula(sparse: bool) -> None:
     torch.manual_seed(0)
     table = nn.Embedding(6, 3, sparse=sparse)
     expected, squares = table.weight.detach().clone(), torch.zeros(6)
@@ -87,7 +72,7 @@ def test_tables_have_a_learning_rate_of_their_own() -> None:
         assert (rule == 'rows') == (name == 'ngram_emb.weight')
 
 
-def test_a_user_may_train_tables_with_an_optimizer_of_theirs() -> None:
+def test_tables_train_with_any_optimizer() -> None:
     model = HierarchicalTransformer(**SMALL, ngrams=(2,), ngram_rows=32)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.randint(0, 11, (2, 20)), return_loss=True)[0].backward()
@@ -95,7 +80,7 @@ def test_a_user_may_train_tables_with_an_optimizer_of_theirs() -> None:
     optimizer.step()
 
 
-def test_refuses_a_rule_that_there_is_not_and_what_is_no_table() -> None:
+def test_unknown_rules_and_rows_of_vectors_are_refused() -> None:
     with pytest.raises(ValueError, match="rule must be one of adamw, muon, rows, got 'sgd'"):
         optim.MixedOptimizer([dict(params=[nn.Parameter(torch.zeros(2, 2))], rule='sgd')], lr=1.0)
     with pytest.raises(ValueError, match=r'rows is for tables, got parameters of shape \(3,\)'):

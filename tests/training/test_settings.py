@@ -33,12 +33,11 @@ from simple_hierarchical_transformer.training.settings import (
 
 HOSTILE = ('nan', 'inf', '-inf', '-1', '0', '1e308', str(10**30), '9' * 5000, '', 'x', '0x10', '1e-320', '{1, 2}', '\0')
 
-
 ZERO_IS_FINE = {'--seed', '--workers', '--warmup', '--weight-decay', '--ema'}
 
 
 def parsed(*args: str) -> tuple[dict[str, Any], str]:
-    """The settings of a run with these arguments, or none, and what the command says where it refuses them."""
+    """The settings of a run with these arguments, or nothing and the message of the refusal."""
     said = io.StringIO()
     with contextlib.suppress(SystemExit), contextlib.redirect_stderr(said):
         return new_settings(parse_args(list(args), None)), ''

@@ -58,3 +58,17 @@ def test_full_attention_equals_the_formula() -> None:
     scores = (q @ k.mT / 8**0.5).masked_fill(torch.ones(70, 70).triu(1).bool(), -torch.inf)
     expected = attn.to_out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
     torch.testing.assert_close(attn(x)[0], expected)
+
+
+def test_normed_queries_and_keys_equal_the_formula() -> None:
+    mixer = Attention(dim=6, dim_head=4, heads=2, window=3, qk_norm=True).double()
+    assert mixer.qk_norm is not None
+    torch.nn.init.normal_(mixer.qk_norm.gamma)
+    x = torch.randn(2, 9, 6, dtype=torch.float64)
+    q, k, v = mixer.to_qkv(mixer.norm(x)).view(2, 9, 3, 2, 4).permute(2, 0, 3, 1, 4)
+    q, k = (t / t.square().mean(dim=-1, keepdim=True).sqrt() * mixer.qk_norm.gamma for t in (q, k))
+    q, k = mixer.rotary_emb(torch.stack((q, k)))
+    distance = torch.arange(9)[:, None] - torch.arange(9)
+    scores = (q @ k.mT / 2).masked_fill((distance < 0) | (distance > 3), -torch.inf)
+    expected = mixer.to_out((scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(mixer(x)[0], expected, rtol=0, atol=1e-12)

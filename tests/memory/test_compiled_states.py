@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.configs import SMALL, THREE, build
+from support.configs import SMALL, STRIDED, THREE, build
 
 from simple_hierarchical_transformer import memory as state_module
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 @torch._dynamo.config.patch(recompile_limit=64)
 def test_a_compiled_step_may_grow_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state_module, 'ROOM', 4)
-    model, graphs = build(dict(SMALL, depth=1, window_sizes=None, seq_len=64)), 0
+    model, graphs = build(dict(SMALL, depth=1, window_sizes=None, seq_len=32)), 0
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
         nonlocal graphs
@@ -26,10 +26,10 @@ def test_a_compiled_step_may_grow_its_state(monkeypatch: pytest.MonkeyPatch) -> 
 
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
-    ids = torch.randint(0, 11, (2, 90))
+    ids = torch.randint(0, 11, (2, 45))
     _, state = model(ids[:, :3], return_state=True)
     outs = []
-    for at in range(3, 90):
+    for at in range(3, 45):
         out, state = compiled(ids[:, at : at + 1], state=state, return_state=True)
         outs.append(out)
     whole, _ = model(ids, return_state=True)
@@ -53,12 +53,12 @@ def test_compiled_steps_consume_their_state() -> None:
 @torch.no_grad()
 @torch._dynamo.config.patch(recompile_limit=32)
 @pytest.mark.parametrize(
-    'option',
-    [dict(depth=1), dict(depth=1, merge='attention', merge_window=1, compressor='attention')],
+    'config',
+    [dict(THREE, depth=1), dict(STRIDED, depth=1, merge='attention', merge_window=1, compressor='attention')],
     ids=['plain', 'attention'],
 )
-def test_compiled_steps_need_one_graph_per_phase(option: dict[str, Any]) -> None:
-    model, graphs = build({**THREE, **option}), 0
+def test_compiled_steps_need_one_graph_per_phase(config: dict[str, Any]) -> None:
+    model, graphs = build(config), 0
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
         nonlocal graphs
@@ -74,7 +74,7 @@ def test_compiled_steps_need_one_graph_per_phase(option: dict[str, Any]) -> None
         out, state = compiled(ids[:, at : at + 1], state=state, return_state=True)
         outs.append(out)
         after[at] = graphs
-    # every level returns to the same phase after eight positions; the first graph treats its position as a constant
+    # phases repeat after four or eight positions; the first graph treats its position as a constant
     assert 1 < after[19] == graphs <= 9
     whole, _ = model(ids, return_state=True)
     torch.testing.assert_close(torch.cat(outs, dim=1), whole[:, 3:], rtol=0, atol=1e-10)

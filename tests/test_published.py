@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GOLDEN, Golden
+from support.golden import GOLDEN, Golden
 from torch import Tensor
+
+from simple_hierarchical_transformer import HierarchicalTransformer
 
 TOLERANCE = 1e-5
 
@@ -80,3 +82,14 @@ def test_weights_load_as_part_of_another_module(golden: Golden) -> None:
     outer = torch.nn.ModuleDict({'inner': golden.model()})
     weights = {f'inner.{key}': value for key, value in golden.under('weights/').items()}
     outer.load_state_dict(weights)
+
+
+def test_golden_weights_load_into_models_with_more_losses(golden: Golden) -> None:
+    """Weights with heads for losses also load into models without them."""
+    extra = dict(prophet_loss_weight=0.1, quantized_loss_weight=0.1)
+    more = HierarchicalTransformer(**golden.config, **extra).double()
+    missing, unexpected = more.load_state_dict(golden.model().state_dict(), strict=False)
+    assert not unexpected
+    assert all(name.startswith(('to_prophet', 'to_quantized', 'quantizers', 'norms')) for name in missing)
+    golden.model().load_state_dict(more.state_dict())
+    torch.testing.assert_close(more(golden.tensors['ids']), golden.model()(golden.tensors['ids']))
