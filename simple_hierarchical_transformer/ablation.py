@@ -70,7 +70,7 @@ class Ablatable(nn.Module):
             ablated |= {c for c in compressions if c > min(hierarchies)}
         together = self.silent | ablated
         if all(compressions[i] in together for i in self.predict_from):
-            raise ValueError(f'ablate must leave a level to predict, got {hierarchies}: silent are {sorted(together)}')
+            raise ValueError(f'ablate must leave a level to predict, got {hierarchies}: ablated are {sorted(together)}')
         self.ablations.begin(ablated)
         try:
             yield self

@@ -35,7 +35,9 @@ class Hourglass(Arrangement):
                     f'{finer.stride} for hierarchy {finer.compression} and {coarser.stride} for {coarser.compression}'
                 )
         if config.merge_into != 'predict' or config.hierarchy_merge_all:
-            raise ValueError("merge_into is for arrangement = 'parallel': in an hourglass each level has one to hear")
+            raise ValueError(
+                "merge_into is for arrangement = 'parallel': in an hourglass each level receives from the next coarser one"
+            )
 
     def sources(self, config: Config) -> list[Source]:
         finest = config.levels[config.order[0]]

@@ -36,6 +36,6 @@ def find_receivers(
     if not set(found) & set(predict_from):
         raise ValueError(
             f'merge_into must name a level that predicts, {[compressions[i] for i in predict_from]}: nothing would '
-            f'come of what others hear, got {merge_into!r}'
+            f'reach the logits from others, got {merge_into!r}'
         )
     return found

@@ -22,14 +22,13 @@ class LinearMerge(Merge):
 
     def build(self, levels: Sequence[Level]) -> None:
         # a level adds nothing to itself
-        self.listeners = [[i for i in self.recipients if i != j] for j in range(len(levels))]
+        self.others = [[i for i in self.recipients if i != j] for j in range(len(levels))]
         self.norms = nn.ModuleList(
-            RMSNorm(dim) if listeners else nn.Identity()
-            for listeners, dim in zip(self.listeners, self.dims, strict=True)
+            RMSNorm(dim) if others else nn.Identity() for others, dim in zip(self.others, self.dims, strict=True)
         )
         self.to_others = nn.ModuleList(
-            nn.Linear(dim, sum(self.dims[i] for i in listeners), bias=False) if listeners else nn.Identity()
-            for listeners, dim in zip(self.listeners, self.dims, strict=True)
+            nn.Linear(dim, sum(self.dims[i] for i in others), bias=False) if others else nn.Identity()
+            for others, dim in zip(self.others, self.dims, strict=True)
         )
 
     def token_counts(self, n: float) -> Iterator[tuple[nn.Module, float]]:
@@ -43,15 +42,15 @@ class LinearMerge(Merge):
         self, tokens: Sequence[Tensor], state: MergeState | None, position: int, updated: Sequence[int]
     ) -> tuple[Any, MergeState | None]:
         parts = [
-            (norm, to_others) if listeners else ()
-            for to_others, norm, listeners in zip(self.to_others, self.norms, self.listeners, strict=True)
+            (norm, to_others) if others else ()
+            for to_others, norm, others in zip(self.to_others, self.norms, self.others, strict=True)
         ]
         columns, state = at_each_position(tokens, self.strides, state, position, parts)
         # by recipient and source
         mapped: dict[tuple[int, int], Tensor] = {}
-        for j, (column, listeners) in enumerate(zip(columns, self.listeners, strict=True)):
-            pieces = column.split([self.dims[i] for i in listeners], dim=-1) if listeners else ()
-            for i, piece in zip(listeners, pieces, strict=True):
+        for j, (column, others) in enumerate(zip(columns, self.others, strict=True)):
+            pieces = column.split([self.dims[i] for i in others], dim=-1) if others else ()
+            for i, piece in zip(others, pieces, strict=True):
                 mapped[i, j] = piece[:, Grid(self.strides[i]).at(position)]
         return (mapped, tokens), state
 
@@ -68,11 +67,9 @@ class LinearMerge(Merge):
         found = []
         for i in self.recipients:
             shares = [tokens[i].new_zeros(()) for _ in self.dims]
-            for j, (to_others, norm, listeners) in enumerate(
-                zip(self.to_others, self.norms, self.listeners, strict=True)
-            ):
-                if i in listeners and j not in ablated:
-                    rows = effective_weight(to_others, tokens[j]).split([self.dims[k] for k in listeners])
-                    shares[j] = (rows[listeners.index(i)] * gain_of(norm)).square().sum()
+            for j, (to_others, norm, others) in enumerate(zip(self.to_others, self.norms, self.others, strict=True)):
+                if i in others and j not in ablated:
+                    rows = effective_weight(to_others, tokens[j]).split([self.dims[k] for k in others])
+                    shares[j] = (rows[others.index(i)] * gain_of(norm)).square().sum()
             found.append(normalised(torch.stack(shares)))
         return found
