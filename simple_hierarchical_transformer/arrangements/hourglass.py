@@ -36,7 +36,7 @@ class Hourglass(Arrangement):
                 )
         if config.merge_into != 'predict' or config.hierarchy_merge_all:
             raise ValueError(
-                "merge_into is for arrangement = 'parallel': in an hourglass, levels receive from the next coarser level"
+                "merge_into is for arrangement = 'parallel': in an hourglass, levels receive from the next coarser"
             )
 
     def sources(self, config: Config) -> list[Source]:
