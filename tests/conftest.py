@@ -60,7 +60,7 @@ settings.register_profile(
     'suite',
     deadline=None,
     derandomize=True,
-    max_examples=30,
+    max_examples=25,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile('suite')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import http.server
 import threading
@@ -13,7 +14,11 @@ from pathlib import Path
 import pytest
 from corpora import TEXT, text_of
 
-from simple_hierarchical_transformer.data import DOWNLOADS, Download, fetch, load_download
+from simple_hierarchical_transformer import data
+from simple_hierarchical_transformer.data import DOWNLOADS, Download, load_download
+
+# a busy machine must not fail a test
+fetch = functools.partial(data.fetch, timeout=60.0)
 
 
 class Server(http.server.ThreadingHTTPServer):

@@ -99,7 +99,7 @@ def test_state_keeps_its_documented_shapes(case: tuple[str, bool, dict[str, Any]
 def test_finite_at_many_positions(case: tuple[str, bool, dict[str, Any]]) -> None:
     # full attention would take a minute, and has its own test
     settings: dict[str, Any] = {}
-    n = 50_000
+    n = 30_000
     if case[0] == 'attention':
         # patterns are slower than other mixers
         n = 20_000 if 'pattern' in case[2] else n

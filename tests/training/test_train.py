@@ -97,7 +97,7 @@ def test_the_commands_it_names_score_and_sample(trained: tuple[Path, str]) -> No
     assert sampled[0].stdout.startswith('The ')
     assert len(sampled[0].stdout) >= len('The ') + 20 + 1
     assert sampled[0].stdout == sampled[1].stdout
-    assert re.search(r'20 bytes, \d+ a second', sampled[0].stderr)
+    assert re.search(r'20 bytes, \d+ per second', sampled[0].stderr)
 
 
 def test_a_sample_ends_where_it_is_told_to(trained: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,7 +145,7 @@ def test_ctrl_c_ends_sampling_cleanly(trained: tuple[Path, str]) -> None:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert re.search(r'\d+ bytes, \d+ a second', errors)
+    assert re.search(r'\d+ bytes, \d+ per second', errors)
     assert 'Traceback' not in errors
 
 
