@@ -26,7 +26,7 @@ from .halting import AdaptiveHalting
 from .layers import build_layers, build_merges, make_buffers, share_between_levels
 from .memory import Memory, State
 from .merges import Merge, concat_levels, zero_columns
-from .objectives import Batch, LossParts, build_objectives, quantize, split_counts, total_loss
+from .objectives import Batch, LossParts, build_objectives, quantize, quantized_tokens, split_counts, total_loss
 from .ops.linear import begin_at_zero, chain
 from .options import describe, list_per_level, takes_options
 from .pretrained import Pretrained
@@ -299,7 +299,7 @@ class HierarchicalTransformer(
         elif return_hierarchical_embeds:
             output = (read.tokens,)
         elif return_quantized_ids:
-            output = (quantize(self, read.inputs if self.quantize_from == 'compressed' else read.tokens),)
+            output = (quantize(self, quantized_tokens(self, read)),)
         else:
             # -0 keeps all
             output = (chain(read.features[:, -logits_to_keep:], self.to_logits),)

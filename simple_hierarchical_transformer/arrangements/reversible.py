@@ -33,7 +33,8 @@ class Reversible(Parallel):
     ) -> None:
         check_hooks(model)
         levels = range(len(model.levels))
-        first, second = list(levels), [len(levels) + j for j in levels]
+        # the first stream of level j is stream j
+        second = [len(levels) + j for j in levels]
         couplings = []
         for i in range(len(model.layers)):
             for j in levels:
@@ -41,11 +42,9 @@ class Reversible(Parallel):
                 if block.attn is not None:
                     modules = [block.attn, model.step_embeds]
                     fn = block_update(model, i, j, block.mixed, memory)
-                    couplings.append(Coupling(fn, [second[j]], [first[j]], modules))
+                    couplings.append(Coupling(fn, [second[j]], [j], modules))
                 modules = [block.ff, model.step_embeds]
-                couplings.append(
-                    Coupling(block_update(model, i, j, block.fed, memory), [first[j]], [second[j]], modules)
-                )
+                couplings.append(Coupling(block_update(model, i, j, block.fed, memory), [j], [second[j]], modules))
             if request.merge and len(model.hierarchical_merges):
                 merge = model.merge(i)
                 wanted = request.final_levels if i == len(model.layers) - 1 else None

@@ -16,6 +16,7 @@ from .ponder import Ponder
 from .prophet import Prophet
 from .quantized import Quantized
 from .quantized import quantize as quantize
+from .quantized import quantized_tokens as quantized_tokens
 from .reconstruction import Reconstruction
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
-from .base import Batch, CrossEntropy, Targets, past_windows
+from .base import Batch, CrossEntropy, Targets
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -29,14 +29,7 @@ class Autoencoding(CrossEntropy):
         return [cls(weight=config.autoencoder_loss_weight, compression=coarsest, stride=coarsest)]
 
     def targets(self, batch: Batch) -> Targets:
-        ignored = batch.recon_ignore_index
-        windows = past_windows(
-            batch.ids,
-            compression=self.compression,
-            stride=self.stride,
-            ignore_index=ignored,
-            offset=batch.offset(self.stride),
-        )
+        windows, ignored = batch.past(self.compression, self.stride)
         return Targets(windows.flatten(1), ignored)
 
     def tokens(self, model: HierarchicalTransformer, read: Read, batch: Batch) -> Tensor:

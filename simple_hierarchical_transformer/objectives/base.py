@@ -20,6 +20,20 @@ if TYPE_CHECKING:
 O = TypeVar('O', bound='Objective')  # noqa: E741
 
 
+class Targets(NamedTuple):
+    """What one objective predicts."""
+
+    values: Tensor
+    """`(batch, tokens)`, or `(batch, tokens, sets)` where a token predicts several."""
+    ignored: int
+    """The value that is skipped."""
+
+    @property
+    def counted(self) -> Tensor:
+        """Which targets are not skipped, a bool tensor of the shape of `values`."""
+        return self.values != self.ignored
+
+
 class Batch(NamedTuple):
     """The ids of one call, checked and shifted."""
 
@@ -42,19 +56,19 @@ class Batch(NamedTuple):
         """The ids at which a level of this stride has tokens, `(batch, tokens)`."""
         return self.ids[:, Grid(stride).at(self.position)]
 
+    def past(self, compression: int, stride: int) -> Targets:
+        """The ids in the window of each token of a level, as targets of a reconstruction. See `past_windows`."""
+        ignored, offset = self.recon_ignore_index, self.offset(stride)
+        windows = past_windows(self.ids, compression=compression, stride=stride, ignore_index=ignored, offset=offset)
+        return Targets(windows, ignored)
 
-class Targets(NamedTuple):
-    """What one objective predicts."""
-
-    values: Tensor
-    """`(batch, tokens)`, or `(batch, tokens, sets)` where a token predicts several."""
-    ignored: int
-    """The value that is skipped."""
-
-    @property
-    def counted(self) -> Tensor:
-        """Which targets are not skipped, a bool tensor of the shape of `values`."""
-        return self.values != self.ignored
+    def future(self, compression: int, stride: int) -> Targets:
+        """The ids that follow each token of a level, as targets of a prediction. See `future_windows`."""
+        ignored, offset = self.ignore_index, self.offset(stride)
+        windows = future_windows(
+            self.labels, compression=compression, stride=stride, ignore_index=ignored, offset=offset
+        )
+        return Targets(windows, ignored)
 
 
 @dataclass(frozen=True, kw_only=True)

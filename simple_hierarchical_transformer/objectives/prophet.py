@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from ..checks import user_frame
-from .base import Batch, CrossEntropy, Targets, future_windows
+from .base import Batch, CrossEntropy, Targets
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -43,14 +43,7 @@ class Prophet(CrossEntropy):
         return {'to_prophet': nn.Linear(dim, self.compression * config.num_tokens, bias=False)}
 
     def targets(self, batch: Batch) -> Targets:
-        windows = future_windows(
-            batch.labels,
-            compression=self.compression,
-            stride=self.stride,
-            ignore_index=batch.ignore_index,
-            offset=batch.offset(self.stride),
-        )
-        return Targets(windows, batch.ignore_index)
+        return batch.future(self.compression, self.stride)
 
     def head(self, model: HierarchicalTransformer) -> nn.Module:
         return model.to_prophet[str(self.level)]

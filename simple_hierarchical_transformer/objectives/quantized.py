@@ -84,8 +84,7 @@ class Quantized(Objective):
     def loss(self, model: HierarchicalTransformer, read: Read, batch: Batch, counts: Sequence[Tensor] | None) -> Tensor:
         assert self.level is not None
         values, ignored = self.targets(batch)
-        source = (read.inputs if model.quantize_from == 'compressed' else read.tokens)[self.level]
-        ids: Tensor = model.quantizers[str(self.level)](source.detach())
+        ids: Tensor = model.quantizers[str(self.level)](quantized_tokens(model, read)[self.level].detach())
         if ids.shape[-1] != self.codebooks:
             raise ValueError(
                 f'quantizers of hierarchy {self.compression} must return {self.codebooks} ids for each token, as '
@@ -98,6 +97,11 @@ class Quantized(Objective):
             ignored,
             count=None if counts is None else counts[0],
         )
+
+
+def quantized_tokens(model: HierarchicalTransformer, read: Read) -> list[Tensor]:
+    """Each level's tokens that `quantize_from` names."""
+    return read.inputs if model.quantize_from == 'compressed' else read.tokens
 
 
 def quantize(model: HierarchicalTransformer, tokens: Sequence[Tensor]) -> list[Tensor | None]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from .base import Batch, CrossEntropy, Targets, past_windows
+from .base import Batch, CrossEntropy, Targets
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -26,15 +26,7 @@ class Reconstruction(CrossEntropy):
         return cls.per_level(config, weights)
 
     def targets(self, batch: Batch) -> Targets:
-        ignored = batch.recon_ignore_index
-        windows = past_windows(
-            batch.ids,
-            compression=self.compression,
-            stride=self.stride,
-            ignore_index=ignored,
-            offset=batch.offset(self.stride),
-        )
-        return Targets(windows, ignored)
+        return batch.past(self.compression, self.stride)
 
     def head(self, model: HierarchicalTransformer) -> nn.Module:
         assert self.level is not None

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.configs import SMALL, STRIDED, THREE, build
+from support.graphs import GraphCounter
 
 from simple_hierarchical_transformer import memory as state_module
 
@@ -17,15 +18,8 @@ pytestmark = pytest.mark.slow
 @torch._dynamo.config.patch(recompile_limit=64)
 def test_a_compiled_step_may_grow_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state_module, 'ROOM', 4)
-    model, graphs = build(dict(SMALL, depth=1, window_sizes=None, seq_len=32)), 0
-
-    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
-        nonlocal graphs
-        graphs += 1
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    model, graphs = build(dict(SMALL, depth=1, window_sizes=None, seq_len=32)), GraphCounter()
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
     ids = torch.randint(0, 11, (2, 45))
     _, state = model(ids[:, :3], return_state=True)
     outs = []
@@ -34,7 +28,7 @@ def test_a_compiled_step_may_grow_its_state(monkeypatch: pytest.MonkeyPatch) -> 
         outs.append(out)
     whole, _ = model(ids, return_state=True)
     torch.testing.assert_close(torch.cat(outs, dim=1), whole[:, 3:], rtol=0, atol=1e-10)
-    assert graphs <= 8
+    assert graphs.count <= 8
 
 
 def test_compiled_steps_consume_their_state() -> None:
@@ -58,23 +52,16 @@ def test_compiled_steps_consume_their_state() -> None:
     ids=['plain', 'attention'],
 )
 def test_compiled_steps_need_one_graph_per_phase(config: dict[str, Any]) -> None:
-    model, graphs = build(config), 0
-
-    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
-        nonlocal graphs
-        graphs += 1
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    model, graphs = build(config), GraphCounter()
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
     ids = torch.randint(0, 11, (2, 32))
     _, state = model(ids[:, :3], return_state=True)
     outs, after = [], {}
     for at in range(3, ids.shape[1]):
         out, state = compiled(ids[:, at : at + 1], state=state, return_state=True)
         outs.append(out)
-        after[at] = graphs
+        after[at] = graphs.count
     # phases repeat after four or eight positions; the first graph treats its position as a constant
-    assert 1 < after[19] == graphs <= 9
+    assert 1 < after[19] == graphs.count <= 9
     whole, _ = model(ids, return_state=True)
     torch.testing.assert_close(torch.cat(outs, dim=1), whole[:, 3:], rtol=0, atol=1e-10)
