@@ -186,7 +186,7 @@ def build_level(
         if not isinstance(config.boundaries, (tuple, list)):
             raise ValueError('boundaries must have one module or None for each hierarchy, got one module for all')
         given['boundaries'] = OWN
-    elif rule is not None and rule not in rules:
+    elif rule is not None and not (isinstance(rule, str) and rule in rules):
         raise ValueError(
             f'boundaries must be None, one of {", ".join(rules)}, or a module, got {rule!r} for hierarchy {c}'
         )
