@@ -217,7 +217,10 @@ def test_only_rows_that_differ_leave_the_fast_path() -> None:
     assert [type(start) for start in starts] == [int, Rows, Rows]
 
 
-@pytest.mark.parametrize(('name', 'calls'), [('gateloop', 2), ('hyena', 3), ('own', 3), ('full', 1)])
+@pytest.mark.parametrize(
+    ('name', 'calls'),
+    [('gateloop', 2), ('simple-gateloop', 2), ('s4d', 2), ('h3', 2), ('hyena', 3), ('own', 3), ('full', 1)],
+)
 def test_mixers_run_once_for_each_group_and_hooks_fire(name: str, calls: int) -> None:
     block, plain = make(name), make(name)
     shapes: list[tuple[int, ...]] = []
