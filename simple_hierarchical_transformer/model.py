@@ -15,6 +15,7 @@ from .ablation import Ablatable, Ablations
 from .accounting import Accountable
 from .arrangements import Request, arrangement_of, compress_all
 from .block import HierarchicalBlock
+from .boundaries import OF_SURPRISE
 from .calls import TypedModule
 from .checks import check_int
 from .compressors import Autoencoder, Compressor
@@ -171,9 +172,14 @@ class HierarchicalTransformer(
         """Turns weights that get no gradient into buffers, so that optimizers and DDP skip them.
 
         These are the last norm of a level whose final tokens no objective reads, and the weights by which the last
-        merge adds to that level. They still affect the embeddings that `forward` can return.
+        merge adds to that level. They still affect the embeddings that `forward` can return. The head of a rule that
+        places tokens by surprise is another, if its loss has no weight.
         """
         unread = [norm for i, norm in enumerate(self.norms) if i not in self.final_levels]
+        if config.surprise_loss_weight == 0:
+            unread += [
+                self.boundaries[str(i)] for i, level in enumerate(self.levels) if level.boundaries in OF_SURPRISE
+            ]
         last_merge_is_unshared = config.layers == 1 or not config.share_layers
         if not arrangement_of(self).nested and len(self.hierarchical_merges) and last_merge_is_unshared:
             unread += self.merge(-1).unread_modules(self.final_levels)
@@ -340,7 +346,9 @@ class HierarchicalTransformer(
         # each position reads a level's latest token, which is repeated until the next one
         before = memory.features() or (None,) * len(members)
         columns, last = spread_placed([tokens[i] for i in self.predict_from], self.predict_from, outputs.pieces, before)
-        features, after = concat_levels(columns, [level.stride for level in members], memory.features(), memory.position)
+        features, after = concat_levels(
+            columns, [level.stride for level in members], memory.features(), memory.position
+        )
         memory.put_features(after and tuple(last.get(k, each) for k, each in enumerate(after)))
         ablated = [k for k, level in enumerate(members) if level.compression in request.ablated]
         return Read(
