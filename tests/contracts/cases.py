@@ -9,15 +9,18 @@ from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
+from support.configs import let_surprise_cut
 from torch import Tensor, nn
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.block import ACTIVATIONS
+from simple_hierarchical_transformer.boundaries import BOUNDARIES, Boundaries, Marks
 from simple_hierarchical_transformer.config import Config
 from simple_hierarchical_transformer.levels import COMPRESSORS
 from simple_hierarchical_transformer.mixers import MIXERS
 from simple_hierarchical_transformer.ops.pattern_attention import MODES, PATTERNS
 from simple_hierarchical_transformer.ops.window_attention import BACKENDS
+from simple_hierarchical_transformer.resampling import DOWNSAMPLERS, UPSAMPLERS
 
 # FlexAttention supports heads of 32 channels
 BASE: dict[str, Any] = dict(
@@ -29,6 +32,18 @@ LEVELS = dict(hierarchies=(1, 2, 8), hierarchical_stride=(1, 1, 4), window_sizes
 TWO = dict(hierarchies=(1, 4), hierarchical_stride=(1, 2), window_sizes=(64, None))
 HOURGLASS = dict(
     arrangement='hourglass', hierarchies=(1, 4), hierarchical_stride=(1, 4), window_sizes=(64, None), depth=(2, 1)
+)
+PLACED: dict[str, Any] = dict(
+    arrangement='hourglass', hierarchies=(1, 4), boundaries=(None, 'words'), window_sizes=(64, None), depth=(2, 1)
+)
+LEARNED: dict[str, Any] = dict(PLACED, boundaries=(None, 'learned'))
+# a placed level inside another
+NESTED: dict[str, Any] = dict(
+    PLACED,
+    hierarchies=(1, 4, 16),
+    boundaries=(None, 'words', 'sentences'),
+    window_sizes=(64, 64, None),
+    depth=(2, 2, 1),
 )
 NO_LOSSES = dict(recon_loss_weight=0.0, next_latent_loss_weight=0.0)
 TABLES = dict(ngrams=(2, 3, 4), word_ngrams=(1, 2), recall=(3, 5), word_recall=(1,))
@@ -61,6 +76,23 @@ class LastByte(nn.Module):
         return self.proj(x[:, :: self.stride])
 
 
+class DoubledIds(Boundaries):
+    """A user's rule: a boundary where one of the last two ids repeats one of the two before it.
+
+    The probability depends on the vectors too.
+    """
+
+    reach = 3
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.to_p = nn.Linear(4 * dim, 1)
+
+    def forward(self, x: Tensor, ids: Tensor, index: Tensor) -> Marks:
+        repeats = ((ids[:, 2:, None] == ids.unfold(1, 2, 1)[:, :-1]).any(dim=-1)).unfold(1, 2, 1).any(dim=-1)
+        return Marks(repeats, self.to_p(x.unfold(1, 4, 1).flatten(2))[..., 0].sigmoid())
+
+
 def names_in(hint: Any) -> Iterator[Any]:
     """The values of all `Literal`s in a type hint."""
     if get_origin(hint) is Literal:
@@ -86,7 +118,7 @@ def model_options() -> dict[str, tuple[Any, ...]]:
 MODEL_OPTIONS = model_options()
 DEFAULTS = {name: each.default for name, each in inspect.signature(HierarchicalTransformer).parameters.items()}
 # arguments that a level passes to its mixer
-OF_LEVEL = {'dim', 'dim_head', 'heads', 'window', 'length', 'layer', 'backend'}
+OF_LEVEL = {'dim', 'dim_head', 'heads', 'window', 'length', 'layer', 'backend', 'placed'}
 MIXER_OPTIONS = {
     name: {option: names for option, names in options_of(mixer.__init__).items() if option not in OF_LEVEL}
     for name, mixer in MIXERS.items()
@@ -97,8 +129,18 @@ def named_cases() -> dict[str, dict[str, Any]]:
     """One case for each name that an option can take."""
     cases: dict[str, dict[str, Any]] = {}
     for merge in MODEL_OPTIONS['merge']:
+        cases[f'placed, merge {merge}'] = dict(NESTED, merge=merge)
+        if merge == 'skip':
+            cases[f'merge {merge}'] = dict(HOURGLASS, merge=merge)
+            continue
         cases[f'merge {merge}'] = dict(LEVELS, merge=merge)
         cases[f'merge {merge} into all'] = dict(LEVELS, merge=merge, merge_into='all')
+    for rule in BOUNDARIES:
+        cases[f'boundaries {rule}'] = dict(PLACED, boundaries=(None, rule))
+    for downsample in DOWNSAMPLERS:
+        cases[f'downsample {downsample}'] = dict(NESTED, downsample=downsample)
+    for upsample in UPSAMPLERS:
+        cases[f'upsample {upsample}'] = dict(LEARNED, upsample=upsample)
     for kind in MODEL_OPTIONS['arrangement']:
         cases[f'arrangement {kind}'] = dict(HOURGLASS, depth=2, arrangement=kind)
     for compressor in COMPRESSORS:
@@ -162,6 +204,26 @@ CASES: dict[str, dict[str, Any]] = {
     'gateloop of few heads': dict(mixer='gateloop', mixer_kwargs=dict(state_heads=4)),
     's4d of own sizes': dict(mixer='s4d', mixer_kwargs=dict(state_dim=16)),
     'h3 of own sizes': dict(mixer='h3', mixer_kwargs=dict(state_dim=16, shift_dim=5)),
+    'H-Net': dict(NESTED, boundaries=(None, 'learned', 'learned'), upsample='smooth', merge='skip'),
+    'SpaceByte': dict(PLACED, upsample='boundary', merge='linear', predict_use_all_hierarchy=True),
+    'AU-Net': dict(NESTED, upsample='offset', merge='skip', ff_activation='swiglu'),
+    'BLT': dict(PLACED, boundaries=(None, 'surprise'), downsample='attention', merge='attention', merge_window=3),
+    'placed inside a stride': dict(
+        NESTED, hierarchies=(1, 2, 8), hierarchical_stride=(1, 2, 1), boundaries=(None, None, 'rise'),
+    ),
+    'placed at fixed counts': dict(
+        NESTED, boundaries=(None, 'learned', 'every'), downsample=('token', 'attention', 'token'),
+        upsample=('repeat', 'smooth', 'offset'),
+    ),
+    'placed, all losses': dict(
+        NESTED, boundaries=(None, 'learned', 'surprise'), ratio_loss_weight=0.05, surprise_loss_weight=0.5,
+        prophet_loss_weight=(0.0, 0.1, 0.1), recon_loss_weight=0.2, num_rollouts=2, **QUANTIZED,
+    ),
+    'placed recipe': RECIPE | NESTED | dict(hierarchical_stride=1),
+    'placed with recurrent layers': dict(
+        LEARNED, mixer=('gateloop', 'attention'), residual='gru', share_layers=True, depth=2
+    ),
+    'placed by a user': dict(PLACED, boundaries=(None, DoubledIds(64)), upsample='smooth'),
     'hyena of own sizes': dict(mixer='hyena', mixer_kwargs=dict(order=3, short=5, filter_dim=16)),
 }  # fmt: skip
 
@@ -177,7 +239,14 @@ def build(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Hierarc
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    return model.train(not DRAWN & config.keys())
+    let_surprise_cut(model)
+    return model.train(trains(config))
+
+
+def trains(config: dict[str, Any]) -> bool:
+    """Whether a model gives the same numbers at each call in training mode: it draws none and moves no threshold."""
+    rules = config.get('boundaries', ())
+    return not (DRAWN & config.keys() or {'surprise', 'rise'} & {rule for rule in rules if isinstance(rule, str)})
 
 
 def words(batch: int, n: int) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from contracts.cases import BASE, CASES, DRAWN, LastByte, words
+from contracts.cases import BASE, CASES, DoubledIds, LastByte, trains, words
 from support.configs import UNEVEN, build
 from torch import Tensor, nn
 
@@ -25,6 +25,8 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
         config['window_sizes'] = shrink_window(config['window_sizes'])
     if 'chunk_summarizers' in config:
         config['chunk_summarizers'] = tuple(each and LastByte(8, each.stride) for each in config['chunk_summarizers'])
+    if any(isinstance(rule, nn.Module) for rule in config.get('boundaries', ())):
+        config['boundaries'] = tuple(rule and DoubledIds(8) for rule in config['boundaries'])
     return config
 
 
@@ -77,6 +79,18 @@ UNEVEN_CASES: dict[str, dict[str, Any]] = {
         arrangement='hourglass', hierarchies=(2, 8, 4), hierarchical_stride=(1, 4, 1), compressor='linear'
     ),
     'hourglass of different depths': dict(arrangement='hourglass', depth=(1, 3, 2), merge='linear'),
+    'placed': dict(
+        arrangement='hourglass', depth=2, hierarchical_stride=1, boundaries=(None, 'learned', 'learned'),
+        upsample=('repeat', 'smooth', 'offset'), downsample=('token', 'attention', 'token'),
+    ),
+    'placed inside a placed level, merged by a skip': dict(
+        arrangement='hourglass', depth=3, hierarchical_stride=1, boundaries=(None, 'every', 'rise'), merge='skip',
+        upsample='boundary', predict_use_all_hierarchy=True,
+    ),
+    'placed inside a stride': dict(
+        arrangement='hourglass', hierarchical_stride=(1, 1, 2), boundaries=(None, 'surprise', None), merge='linear',
+        quantized_loss_weight=0.1, quantizer_codebook_size=7, prophet_loss_weight=0.1,
+    ),
     'n-grams': dict(ngrams=(2, 5, 3), ngram_rows=64),
     'n-grams of an hourglass': dict(ngrams=(4,), ngram_rows=2, arrangement='hourglass'),
     'words': dict(word_ngrams=(2, 1), num_tokens=256, ngram_rows=64),
@@ -111,7 +125,7 @@ def mixers(config: dict[str, Any]) -> set[Any]:
 
 def build_case(config: dict[str, Any]) -> HierarchicalTransformer:
     """A float64 model, in evaluation mode where training draws random numbers."""
-    return build(config).train(not DRAWN & config.keys())
+    return build(config).train(trains(config))
 
 
 def ids_of(config: dict[str, Any], batch: int = 2, length: int = LENGTH) -> Tensor:

@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.configs import SEQ_LEN, STRIDED, THREE, build, configs, in_chunks
 from support.golden import Golden
+from support.placed import read_in_chunks, tokens_by_row
 
 from simple_hierarchical_transformer import memory as state_module
 
@@ -92,14 +93,9 @@ def test_chunks_of_every_case_equal_one_pass(config: dict[str, Any], grad: bool)
     """The logits, and the tokens of every level."""
     model, ids = build_case(config).eval(), ids_of(config)
     with torch.set_grad_enabled(grad):
-        whole, tokens = model(ids, return_logits_and_embeds=True)
+        whole, tokens = model(ids), tokens_by_row(model.inspect(ids))
         # single tokens at each phase of a stride of 8, and chunks that end at any phase
         for sizes in ([1] * 9 + [36], [13, 32]) if not grad else ([3, 1, 7, 8, 2, 24],):
-            state, outs = None, []
-            for chunk in ids.split(sizes, dim=1):
-                *out, state = model(chunk, return_logits_and_embeds=True, return_state=True, state=state)
-                outs.append(out)
-            logits, levels = zip(*outs, strict=True)
-            torch.testing.assert_close(torch.cat(logits, dim=1), whole, rtol=0, atol=1e-10)
-            for each, x in zip(zip(*levels, strict=True), tokens, strict=True):
-                torch.testing.assert_close(torch.cat(each, dim=1), x, rtol=0, atol=1e-10)
+            logits, levels = read_in_chunks(model, ids, sizes)
+            torch.testing.assert_close(logits, whole, rtol=0, atol=1e-10)
+            torch.testing.assert_close(levels, tokens, rtol=0, atol=1e-10)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from simple_hierarchical_transformer import HierarchicalTransformer
+from simple_hierarchical_transformer.boundaries import Surprise
 from simple_hierarchical_transformer.levels import COMPRESSORS, Level
 from simple_hierarchical_transformer.memory import State
 from simple_hierarchical_transformer.ops.pattern_attention import PATTERNS
@@ -48,6 +49,9 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         order = sorted(range(count), key=hierarchies.__getitem__)
         for finer, coarser in pairwise(order):
             strides[coarser] = max(strides[coarser], strides[finer])
+    placed = draw(placements(hierarchies, strides)) if arrangement == 'hourglass' and count > 1 else {}
+    rules = placed.get('boundaries', (None,) * count)
+    strides = [1 if rule else stride for rule, stride in zip(rules, strides, strict=True)]
 
     def each(values: st.SearchStrategy[Any]) -> Any:
         return draw(st.one_of(values, st.tuples(*[values] * count)))
@@ -56,7 +60,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         """Draws one group of settings, or none in half of the examples, so that plain models are tested too."""
         return draw(st.one_of(st.just({}), st.sampled_from(settings)))
 
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = placed
     if arrangement == 'parallel':
         receivers = draw(st.lists(st.sampled_from(hierarchies), unique=True))
         extra |= either(
@@ -66,8 +70,16 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         extra |= either({'autoencoder': True})
     if 'autoencoder' not in extra:
         extra |= {'compressor': each(st.sampled_from(COMPRESSORS))}
+        if isinstance(extra['compressor'], tuple):
+            kinds = zip(extra['compressor'], rules, strict=True)
+            extra['compressor'] = tuple('conv' if rule else kind for kind, rule in kinds)
     if count > 1:
-        extra |= either({'merge': 'linear'}, *({'merge': 'attention', 'merge_window': window} for window in (0, 2)))
+        nested = sum(map(bool, rules)) > 1
+        extra |= either(
+            {'merge': 'linear'},
+            *({'merge': 'attention', 'merge_window': window} for window in ((0,) if nested else (0, 2))),
+            *([{'merge': 'skip'}] if arrangement == 'hourglass' else []),
+        )
         alike = dict(dim=8, dim_head=2, heads=2, ff_mult=1)
         shared = {'share_feed_forward': True, **alike}
         windows = [{'share_attention': True, 'window_sizes': window, **alike} for window in (None, 3, 'auto')]
@@ -153,6 +165,32 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     )
 
 
+@st.composite
+def placements(draw: st.DrawFn, hierarchies: list[int], strides: list[int]) -> dict[str, Any]:
+    """Draws the options of placed levels of an hourglass, or none in half of the examples."""
+    order = sorted(range(len(hierarchies)), key=hierarchies.__getitem__)
+    if not draw(st.booleans()):
+        return {}
+    first = draw(st.integers(1, len(order) - 1))
+    options: dict[str, list[Any]] = dict(
+        boundaries=[None] * len(order), downsample=['token'] * len(order), upsample=['repeat'] * len(order)
+    )
+    for place in range(first, len(order)):
+        i = order[place]
+        rules = ['every', 'learned', 'surprise', 'rise', 'sentences']
+        if place == first and strides[order[place - 1]] == 1:
+            rules.append('words')
+        rule = options['boundaries'][i] = draw(st.sampled_from(rules))
+        options['downsample'][i] = draw(st.sampled_from(['token', 'attention']))
+        ways = ['repeat', 'boundary', 'offset', *(['smooth'] if rule == 'learned' else [])]
+        options['upsample'][i] = draw(st.sampled_from(ways))
+    weights = dict(
+        ratio_loss_weight=draw(st.sampled_from([0.0, 0.05])), surprise_loss_weight=draw(st.sampled_from([0.0, 0.5]))
+    )
+    of_bytes = {'num_tokens': 256} if {'words', 'sentences'} & {*options['boundaries']} else {}
+    return {name: tuple(values) for name, values in options.items()} | weights | of_bytes
+
+
 def level(
     compression: int = 1, stride: int = 1, dim: int = 6, window: int | None = None, compressor: str = 'conv'
 ) -> Level:
@@ -168,7 +206,29 @@ def build(config: dict[str, Any], seed: int = 0) -> HierarchicalTransformer:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+    let_surprise_cut(model)
     return model
+
+
+@torch.no_grad()
+def let_surprise_cut(model: HierarchicalTransformer) -> None:
+    """Sets thresholds of 'surprise' and 'rise' that one in two tokens exceeds. Training mode does not move them."""
+    rules = [rule for rule in model.boundaries.values() if isinstance(rule, Surprise)]
+    if not rules:
+        return
+
+    def set_threshold(rule: Any, args: tuple[Tensor, ...]) -> None:
+        x, _, index = args
+        entropy = rule.entropy(x)
+        measure = entropy[:, 1:] - entropy[:, :-1] if rule.rise else entropy[:, 1:]
+        rule.threshold.copy_(measure[index > 0].median())
+
+    # inner rules see the pieces of outer ones
+    hooks = [rule.register_forward_pre_hook(set_threshold) for rule in rules]
+    model(torch.randint(0, min(model.num_tokens, 128), (4, min(model.seq_len, 40))))
+    for rule, hook in zip(rules, hooks, strict=True):
+        hook.remove()
+        rule.eval()
 
 
 def in_chunks(model: HierarchicalTransformer, ids: Tensor, splits: list[int]) -> tuple[Tensor, State]:
