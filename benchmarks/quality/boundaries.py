@@ -93,7 +93,7 @@ TOY = Terms(length=64, batch=2, held_out=2048, streams=2, stream_bytes=256, toy=
 @dataclass(frozen=True)
 class Contestant:
     name: str
-    model: Mapping[str, Any] | None = None
+    model: dict[str, Any] | None = None
     """Options of a layered model. None for one level, and for peers."""
     window: int | None = None
     """Of a flat model."""
@@ -261,11 +261,10 @@ def stages(results: Results, args: argparse.Namespace) -> Iterator[list[Run]]:
 
     best: dict[str, float] = {}
     for name in sources.values():
-        found = {run.rate: results.get(run) for run in tuned(name)}
-        if not found:
-            best[name] = rates(name)[0]
-        elif all(found.values()):
-            best[name] = min(found, key=lambda rate, found=found: found[rate]['bits'])
+        runs = tuned(name)
+        found = {run.rate: held['bits'] for run in runs if (held := results.get(run))}
+        if len(found) == len(runs):
+            best[name] = min(found, key=found.__getitem__, default=rates(name)[0])
     yield [
         Run(args.kind, name, budget, best[source], seed)
         for budget in args.budgets for seed in range(args.seeds)
@@ -364,8 +363,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         return args
     if not args.data:
         parser.error('--data: give the text to read')
-    if args.kind == 'scaling' and (peers := set(args.only or ()) & set(PEERS)):
-        parser.error(f'--only: the operations of {", ".join(sorted(peers))} are not counted')
+    if args.kind == 'scaling' and (others := {*PEERS, AS_PRESET.name}.intersection(args.only or ())):
+        parser.error(f'--only: {", ".join(sorted(others))} has one size, and is for the race')
     if args.toy:
         args.seconds, args.operations = [0.3], [1e8, 2e8, 4e8]
     args.budgets = args.seconds if args.kind == 'race' else args.operations

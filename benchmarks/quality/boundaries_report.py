@@ -54,7 +54,7 @@ def against_twins(by: Mapping[str, Runs]) -> dict[str, list[float]]:
 def race_table(runs: Runs) -> list[str]:
     by = by_contestant(runs)
     deltas = against_twins(by)
-    rows = []
+    rows: list[Sequence[object]] = []
     for name, found in sorted(by.items(), key=lambda item: mean_of(item[1], 'bits')):
         last = found[-1]
         cells = (
@@ -117,49 +117,45 @@ def fit(points: Points) -> Fit:
     return Fit(a, b, [grown * (math.log(bits) - math.log(a) + b * math.log(x)) for x, bits in points])
 
 
-def redrawn(points: Points, draw: random.Random) -> Fit:
-    """The fit of the same runs with other residuals (a bootstrap, Efron 1979)."""
-    first = fit(points)
+def redrawn(points: Points, first: Fit, draw: random.Random) -> Fit:
+    """The fit of the same points with other residuals (a bootstrap, Efron 1979)."""
     return fit([(x, first.at(x) * math.exp(draw.choice(first.residuals))) for x, _ in points])
 
 
-def crossing(one: Fit, other: Fit) -> float:
-    """The logarithm to base 10 of the operations from which on `one` needs fewer bits. Infinite if it never does."""
-    if one.b <= other.b:
-        return math.inf
-    return math.log10(one.a / other.a) / (one.b - other.b)
-
-
 class Crossing(NamedTuple):
+    """Where a line of ratios to the flat twin is 1, as logarithms to base 10 of the operations."""
+
     middle: float
-    """The logarithm to base 10 of the operations where the fitted lines cross."""
     low: float
     high: float
-    """The bounds of nine tenths of the draws."""
-    never: float
-    """The share of draws in which the line of the flat model falls as fast or faster."""
+    """The bounds of nine tenths of the draws whose line has the same direction."""
+    falls: float
+    """The share of draws in which the line falls, so that the contestant is ahead from the crossing on."""
 
 
-def cross(points: Points, flat: Points) -> Crossing:
-    draw = random.Random(0)
-    draws = sorted(crossing(redrawn(points, draw), redrawn(flat, draw)) for _ in range(DRAWS))
-    never = sum(each == math.inf for each in draws) / DRAWS
-    return Crossing(crossing(fit(points), fit(flat)), draws[DRAWS // 20], draws[-DRAWS // 20 - 1], never)
-
-
-def power(exponent: float) -> str:
-    return 'never' if exponent == math.inf else f'10^{exponent:.1f}'
+def cross(ratios: Points) -> Crossing:
+    first, draw = fit(ratios), random.Random(0)
+    lines = [redrawn(ratios, first, draw) for _ in range(DRAWS)]
+    draws = sorted(math.log10(line.a) / line.b for line in lines if line.b * first.b > 0)
+    tail = len(draws) // 20
+    falls = sum(line.b > 0 for line in lines) / DRAWS
+    return Crossing(math.log10(first.a) / first.b, draws[tail], draws[-tail - 1], falls)
 
 
 def points_of(runs: Runs) -> Points:
     return [(run['budget'], run['bits']) for run in runs]
 
 
-def fitted(runs: Runs) -> dict[str, Points]:
-    """Points of the contestants with enough budgets for a line, the flat model first."""
-    found = {name: points_of(each) for name, each in by_contestant(runs).items()}
-    enough = {name: points for name, points in found.items() if len({x for x, _ in points}) > 2}
-    return dict(sorted(enough.items(), key=lambda item: item[0] != FLAT))
+def ratios_of(runs: Runs, twins: Runs) -> Points:
+    """Bits of each run by those of its twin of the same budget and seed. They have the same text, and its chances."""
+    held = {(run['budget'], run['seed']): run['bits'] for run in twins}
+    found = [(run['budget'], run['bits'] / held.get((run['budget'], run['seed']), math.nan)) for run in runs]
+    return [(x, ratio) for x, ratio in found if ratio == ratio]
+
+
+def enough(points: Points) -> bool:
+    """Whether a fitted line shows how well it fits."""
+    return len({x for x, _ in points}) > 2
 
 
 def scaling_tables(runs: Runs) -> list[str]:
@@ -168,83 +164,88 @@ def scaling_tables(runs: Runs) -> list[str]:
     groups = {x: by_contestant([run for run in runs if run['budget'] == x]) for x in budgets}
     deltas = {x: against_twins(group) for x, group in groups.items()}
 
-    rows = []
+    rows: list[Sequence[object]] = []
     for name in sorted(by, key=lambda name: name != FLAT):
         cells = []
         for x in budgets:
             found = groups[x].get(name)
-            delta = deltas[x].get(name) if name != FLAT else None
+            delta = deltas[x].get(name) if name != twin_of(name) else None
             text = plus_minus([run['bits'] for run in found]) if found else ''
             cells.append(text + (f' ({signed(delta)})' if delta else ''))
         rows.append((name, *cells))
-    lines = ['Bits per byte, and the difference to the flat model seed by seed:', '']
+    lines = ['Bits per byte, and the difference to the flat twin seed by seed:', '']
     lines += [*markdown(('operations', *(f'{x:.0e}' for x in budgets)), rows), '']
 
-    rows = []
+    details: list[Sequence[object]] = []
     for x in budgets:
         for name, found in groups[x].items():
             model = found[0]['settings']['model']
-            cells = (
+            values = (
                 f'{x:.0e}', name, model['dim'], model['depth'], f'{found[0]["parameters"] / 1e6:.2f}',
                 f'{mean_of(found, "bytes") / 1e6:.1f}', f'{x / mean_of(found, "bytes") / 1e6:.2f}',
                 f'{mean_of(found, "seconds"):,.0f}', f'{found[0]["rate"]:g}', pieces(found), len(found),
             )  # fmt: skip
-            rows.append(cells)
+            details.append(values)
     head = (
         'operations', 'contestant', 'widths', 'depths', 'parameters, M', 'MB read', 'M operations a byte',
         'seconds of one thread', 'rate', 'bytes a piece', 'seeds',
     )  # fmt: skip
-    return [*lines, 'The runs:', '', *markdown(head, rows), '', *fits_table(runs)]
+    return [*lines, 'The runs:', '', *markdown(head, details), '', *fits_table(runs)]
 
 
 def fits_table(runs: Runs) -> list[str]:
-    rows = []
-    lines = fitted(runs)
-    for name, points in lines.items():
+    rows: list[Sequence[object]] = []
+    by = by_contestant(runs)
+    for name, found in by.items():
+        points = points_of(found)
+        if not enough(points):
+            continue
         line = fit(points)
-        cells = [name, f'{line.a:.2f} x operations^-{line.b:.4f}', f'{100 * line.spread:.1f} %', '', '', '']
-        if name != FLAT and FLAT in lines:
-            found = cross(points, lines[FLAT])
+        cells = [name, f'{line.a:.2f} x operations^{-line.b:.4f}', f'{100 * line.spread:.1f} %', '', '', '', '']
+        ratios = ratios_of(found, by.get(twin_of(name), []))
+        if name != twin_of(name) and enough(ratios):
+            ratio, crossing = fit(ratios), cross(ratios)
             cells[3:] = [
-                power(found.middle),
-                f'{power(found.low)} to {power(found.high)}',
-                f'{100 * found.never:.0f} %',
+                f'{100 * ratio.spread:.1f} %',
+                f'{"from" if ratio.b > 0 else "up to"} 10^{crossing.middle:.1f}',
+                f'10^{crossing.low:.1f} to 10^{crossing.high:.1f}',
+                f'{100 * crossing.falls:.0f} %',
             ]
         rows.append(cells)
     if not rows:
         return []
     head = (
-        'contestant', 'fitted bits per byte', 'spread of runs', 'overtakes the flat model at', '90 % of draws',
-        'draws in which it never does',
+        'contestant', 'fitted bits per byte', 'spread of runs', 'spread of ratios', 'ahead of the flat twin',
+        '90 % of draws', 'draws in which it gains on the twin',
     )  # fmt: skip
+    budgets = [run['budget'] for run in runs]
     text = (
-        f'Lines by least squares on logarithms. The interval comes from {DRAWS:,} draws of the residuals of both lines. '
-        f'Runs reach from {min(run["budget"] for run in runs):.0e} to {max(run["budget"] for run in runs):.0e} '
-        'operations: a crossing outside of that is extrapolated.'
+        'Lines by least squares on logarithms. The crossing is that of a line through the ratios of bits to those of '
+        f'the flat twin, seed by seed. Its interval comes from {DRAWS:,} draws of the residuals. Runs reach from '
+        f'{min(budgets):.0e} to {max(budgets):.0e} operations: a crossing outside of that is extrapolated.'
     )
     return [*markdown(head, rows), '', text, '']
 
 
 def draw_scaling(runs: Runs, path: Path) -> None:
+    """Bits, and per cent more bits than the flat twin seed by seed, with their fitted lines."""
     figure = new_figure(11, 4.5)
     left, right = figure.subplots(1, 2)
-    lines = fitted(runs)
-    base = fit(lines[FLAT]) if FLAT in lines else None
-    names = sorted(by_contestant(runs), key=lambda name: name != FLAT)
-    for name, color in zip(names, COLORS, strict=False):
-        points = points_of(by_contestant(runs)[name])
+    by = by_contestant(runs)
+    for name, color in zip(sorted(by, key=lambda name: name != FLAT), COLORS, strict=False):
+        points, ratios = points_of(by[name]), ratios_of(by[name], by.get(twin_of(name), []))
         left.plot(*zip(*points, strict=True), 'o', color=color, markersize=4, label=name)
-        if base:
-            # against the fitted line of the flat model, where small differences show
-            relative = [(x, 100 * (bits / base.at(x) - 1)) for x, bits in points]
-            right.plot(*zip(*relative, strict=True), 'o', color=color, markersize=4)
-        if name in lines:
-            xs, line = sorted({x for x, _ in points}), fit(lines[name])
+        if enough(points):
+            xs, line = sorted({x for x, _ in points}), fit(points)
             left.plot(xs, [line.at(x) for x in xs], color=color, label=f'slope -{line.b:.3f}')
-            if base:
-                right.plot(xs, [100 * (line.at(x) / base.at(x) - 1) for x in xs], color=color)
+        if name != twin_of(name) and ratios:
+            right.plot([x for x, _ in ratios], [100 * (y - 1) for _, y in ratios], 'o', color=color, markersize=4)
+            if enough(ratios):
+                xs, line = sorted({x for x, _ in ratios}), fit(ratios)
+                right.plot(xs, [100 * (line.at(x) - 1) for x in xs], color=color)
+    right.axhline(0, color='tab:gray', linewidth=1)
     left.set(xscale='log', yscale='log', xlabel='operations of training', ylabel='bits per byte')
-    right.set(xscale='log', xlabel='operations of training', ylabel='% more bits than the line of the flat model')
+    right.set(xscale='log', xlabel='operations of training', ylabel='% more bits than the flat twin')
     left.legend(fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.3, which='both')
@@ -277,7 +278,7 @@ def draw_race(runs: Runs, path: Path) -> None:
 def chosen_rates(runs: Runs) -> list[str]:
     """The table of runs that chose learning rates."""
     rates = sorted({run['rate'] for run in runs})
-    rows = []
+    rows: list[Sequence[object]] = []
     for name, found in by_contestant(runs).items():
         bits = {run['rate']: run['bits'] for run in found}
         cells = [f'{bits[rate]:.3f}' if rate in bits else '' for rate in rates]
@@ -298,10 +299,10 @@ def protocol(runs: Runs) -> str:
         f'train on sequences of {terms["length"]:,} bytes, {terms["batch"]} a step, with the recipe of the cpu preset, '
         f'and no run read more than {max(run["readings"] for run in runs):.2f} of the text. The score is that of '
         f'{terms["streams"]} streams of {terms["stream_bytes"]:,} bytes, evenly spaced in the last '
-        f'{terms["held_out"]:,}. Learning rates are relative to the preset, scaled with the width as in the gpu preset, '
-        'and chosen in short runs on other held-out text. Peers choose between absolute rates. A model without a state '
-        'reads streams in windows that overlap by half. The pace of a matrix product around each run was '
-        f'{min(paces):.0f} to {max(paces):.0f} GFLOP/s.'
+        f'{terms["held_out"]:,}. Learning rates are relative to the preset, scaled with the width as in the gpu '
+        'preset, and chosen in short runs on other held-out text. Peers choose between absolute rates. A model '
+        'without a state reads streams in windows that overlap by half. The pace of a matrix product around each run '
+        f'was {min(paces):.0f} to {max(paces):.0f} GFLOP/s.'
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,14 +83,20 @@ def test_no_run_reads_what_is_scored(boundaries: Any) -> None:
 def test_lines_cross_where_they_were_made_to_cross(boundaries: Any) -> None:
     report = importlib.import_module('benchmarks.quality.boundaries_report')
     noise = (1.001, 0.999, 1.0005, 0.9995, 1.0)
-    flat = [(10.0**x, 9 * 10 ** (-0.04 * x) * e) for x, e in zip(range(10, 15), noise, strict=True)]
+    sizes = [10.0**x for x in range(10, 15)]
+    twins = [dict(budget=x, seed=seed, bits=9 * x**-0.04) for x in sizes for seed in (0, 1)]
     # equal at 1e13
-    other = [(10.0**x, 9 * 10 ** (-0.04 * 13 - 0.06 * (x - 13)) * e) for x, e in zip(range(10, 15), noise, strict=True)]
-    found = report.cross(other, flat)
-    assert found.middle == pytest.approx(13)
-    assert found.low < 13 < found.high < 13.5
-    assert found.never == 0
-    assert report.cross(flat, other).middle == math.inf
+    runs = [
+        dict(budget=x, seed=0, bits=9 * x**-0.04 * (x / 1e13) ** -0.02 * e) for x, e in zip(sizes, noise, strict=True)
+    ]
+    ratios = report.ratios_of(runs, twins)
+    found = report.cross(ratios)
+    assert found.middle == pytest.approx(13, abs=0.05)
+    assert 12.8 < found.low < 13 < found.high < 13.2
+    assert found.falls == 1
+    assert report.cross([(x, 1 / ratio) for x, ratio in ratios]).falls == 0
+    # a run without a twin has no ratio
+    assert report.ratios_of(runs, twins[2:]) == ratios[1:]
 
 
 def test_flat_twins_cost_as_much(boundaries: Any) -> None:
