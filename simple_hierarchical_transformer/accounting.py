@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar, cast
 
 from torch import nn
@@ -43,8 +44,13 @@ class Accountable:
     def token_counts(self, n: float) -> Iterator[tuple[nn.Module | nn.Parameter, float]]:
         """How many tokens parts process when the model reads n ids. Parts that are not named process n."""
         model = cast('HierarchicalTransformer', self)
-        yield from ((part, n / model.levels[i].stride) for part, i in self.by_level())
+        yield from ((part, n / model.levels[i].spacing) for part, i in self.by_level())
         if arrangement_of(model).nested:
+            for i, j in pairwise(model.order):
+                # these read finer tokens
+                for parts in (model.boundaries, model.downsamplers):
+                    if str(j) in parts:
+                        yield parts[str(j)], n / model.levels[i].spacing
             # a merge counts tokens of the finer of its two levels
             for i, merge in zip(model.order, model.hierarchical_merges, strict=False):
-                yield merge, n / model.levels[i].stride
+                yield merge, n / model.levels[i].spacing

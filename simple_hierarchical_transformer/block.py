@@ -13,22 +13,24 @@ from torch import Tensor, nn
 
 from .levels import Grid, Level
 from .memory import BlockState, keep
-from .mixers import build_mixer
+from .mixers import build_mixer, mix_rows
 from .ops.linear import Chain, begin_at_zero, chain, register_plain
 from .ops.norm import RMSNorm
 from .ops.recompute import recompute
 from .ops.tracing import first_of
 from .ops.window_attention import Backend
+from .rows import Rows
 
 
-def shift_tokens(x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def shift_tokens(x: Tensor, before: Tensor | None = None, rows: Rows | None = None) -> tuple[Tensor, Tensor]:
     """Token shift: delays the second half of the channels of x `(batch, seq, dim)` by one token.
 
     `before`, `(batch, 1, dim // 2)`, are these channels of the token before the first one. Default: zeros. Returns the
-    shifted tokens, and the channels of the last token for the next chunk. Peng et al. 2023, arXiv 2305.13048.
+    shifted tokens, and the channels of the last token for the next chunk. `rows` are those of a ragged chunk, which
+    needs `before`. Peng et al. 2023, arXiv 2305.13048.
     """
     kept, delayed = x.chunk(2, dim=-1)
-    last = delayed[:, -1:]
+    last = delayed[:, -1:] if rows is None or before is None else rows.last(delayed, before)
     if before is None:
         delayed = F.pad(delayed, (0, 0, 1, -1))
     elif x.shape[1] == 1:
@@ -192,8 +194,14 @@ class HierarchicalBlock(nn.Module):
         held = self.attn.initial_state(self.phases * batch_size, like)
         return BlockState(torch.zeros_like(shift), shift, tuple(tensor.unflatten(0, rows) for tensor in held))
 
-    def forward(self, x: Tensor, state: BlockState | None = None, start: int = 0) -> tuple[Tensor, BlockState | None]:
-        """Level tokens x `(batch, seq, dim)`, the first of index `start`, to the same shape; and the next state."""
+    def forward(
+        self, x: Tensor, state: BlockState | None = None, start: int | Rows = 0
+    ) -> tuple[Tensor, BlockState | None]:
+        """Level tokens x `(batch, seq, dim)`, the first of index `start`, to the same shape; and the next state.
+
+        With a state and one phase, `start` may be the `Rows` of a ragged chunk. Each row then gives what it gives
+        alone. Outputs of its padding are finite and mean nothing.
+        """
         return self.within_phases(self.mix, x, state, start)
 
     def operations(self, n: float) -> float:
@@ -205,7 +213,7 @@ class HierarchicalBlock(nn.Module):
         part: Callable[..., tuple[Tensor, BlockState | None]],
         x: Tensor,
         state: BlockState | None = None,
-        start: int = 0,
+        start: int | Rows = 0,
     ) -> tuple[Tensor, BlockState | None]:
         """`part(x, state, start)` within phases: `part` gets level tokens with one phase of one sequence in each row.
 
@@ -213,6 +221,11 @@ class HierarchicalBlock(nn.Module):
         """
         b, n, d = x.shape
         p = self.phases
+        if isinstance(start, Rows):
+            common = start.common_start(n)
+            if common is None:
+                return self.within_rows(part, x, state, start)
+            start = common
         if state is None and p == 1:
             return part(x, None, start)
         if state is None and torch.compiler.is_compiling():
@@ -222,12 +235,9 @@ class HierarchicalBlock(nn.Module):
             return first_of(out.unflatten(0, (p, b)).permute(1, 2, 0, 3).flatten(1, 2), n), None
         outs: list[Tensor] = []
         parts: list[tuple[int, BlockState]] = []
-        if state is not None and (with_room := getattr(self.attn, 'with_room', None)) is not None:
+        if state is not None:
             # for all phases at once, before views of some are taken
-            mixer = with_room(state.mixer, Grid(p).count(start + n))
-            # the compiler cannot trace the question
-            if torch.compiler.is_compiling() or mixer is not state.mixer:
-                state = replace(state, mixer=mixer)
+            state = self.with_room(state, Grid(p).count(start + n))
 
         for group in phase_groups(start, n, p):
             # phases lead, as in the state; (batch, rounds, dim, phases) is a view
@@ -255,7 +265,32 @@ class HierarchicalBlock(nn.Module):
             merged = torch.cat((merged, last.transpose(0, 1)), dim=1)
         return merged, state
 
-    def mix(self, x: Tensor, state: BlockState | None, start: int) -> tuple[Tensor, BlockState | None]:
+    def within_rows(
+        self, part: Callable[..., tuple[Tensor, BlockState | None]], x: Tensor, state: BlockState | None, rows: Rows
+    ) -> tuple[Tensor, BlockState | None]:
+        """`within_phases` for a ragged chunk."""
+        if state is None or self.phases > 1:
+            raise ValueError(
+                f'start must be an int without a state or with phases, got rows for {self.phases} phases'
+                f'{" without a state" if state is None else ""}'
+            )
+        if not any(rows.lengths):
+            return x, state
+        state = self.with_room(state, rows.end)
+        out, own = part(x, state.phases(0, 1), rows)
+        # without gradients the views were written in place
+        return out, own.map(lambda tensor: tensor[None]) if own is not None and torch.is_grad_enabled() else state
+
+    def with_room(self, state: BlockState, tokens: int) -> BlockState:
+        """The state, whose mixer has room for this many tokens of each phase."""
+        grows = getattr(self.attn, 'with_room', None)
+        if grows is None:
+            return state
+        mixer = grows(state.mixer, tokens)
+        # the compiler cannot trace the question
+        return replace(state, mixer=mixer) if torch.compiler.is_compiling() or mixer is not state.mixer else state
+
+    def mix(self, x: Tensor, state: BlockState | None, start: int | Rows) -> tuple[Tensor, BlockState | None]:
         """The block on rows that are sequences of their own."""
         if self.attn is not None:
             update, state = self.mixed(x, state, start)
@@ -263,14 +298,19 @@ class HierarchicalBlock(nn.Module):
         update, state = self.fed(x, state, start)
         return (x + update if self.ff_gate is None else self.ff_gate(x, update)), state
 
-    def mixed(self, x: Tensor, state: BlockState | None, start: int) -> tuple[Tensor, BlockState | None]:
+    def mixed(self, x: Tensor, state: BlockState | None, start: int | Rows) -> tuple[Tensor, BlockState | None]:
         """What the mixer adds to the residual stream, and the next state."""
         mixer: Any = self.attn
-        shifted, last = shift_tokens(x, None if state is None else state.mixer_shift)
-        update, after = mixer(shifted, None if state is None else state.mixer, start)
+        rows = start if isinstance(start, Rows) else None
+        shifted, last = shift_tokens(x, None if state is None else state.mixer_shift, rows)
+        if rows is None or state is None:
+            update, after = mixer(shifted, None if state is None else state.mixer, start)
+        else:
+            update, after = mix_rows(mixer, shifted, state.mixer, rows)
         return update, state and state.after(mixer_shift=keep(state.mixer_shift, last), mixer=after)
 
-    def fed(self, x: Tensor, state: BlockState | None, start: int) -> tuple[Tensor, BlockState | None]:
+    def fed(self, x: Tensor, state: BlockState | None, start: int | Rows) -> tuple[Tensor, BlockState | None]:
         """What the feed-forward adds to the residual stream, and the next state."""
-        shifted, last = shift_tokens(x, None if state is None else state.ff_shift)
+        rows = start if isinstance(start, Rows) else None
+        shifted, last = shift_tokens(x, None if state is None else state.ff_shift, rows)
         return self.ff(shifted), state and state.after(ff_shift=keep(state.ff_shift, last))

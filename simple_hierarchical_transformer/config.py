@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .arrangements import arrangement_of
 from .block import ACTIVATIONS
+from .boundaries import BOUNDARIES
 from .checks import MOST_IN_TURN, MOST_PARTS, check_number, check_sequence, is_int, per_level, plain
 from .generation.prompts import BYTE_VOCABULARIES
 from .levels import Level, build_levels
@@ -36,6 +37,7 @@ from .options import (
     optional,
     orders,
 )
+from .resampling import DOWNSAMPLERS, UPSAMPLERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +128,35 @@ class Config:
         'that predicts has stride 1.',
         per_level=True,
     )
+    boundaries: str | nn.Module | Sequence[str | nn.Module | None] | None = option(
+        None,
+        help="Where a level of an hourglass has its tokens. None: at a fixed stride. Otherwise the level is placed by a "
+        "rule, and its compression in `hierarchies` is the intended mean distance: 'words', at the end of each word "
+        "(SpaceByte, Slagle 2024, arXiv 2404.14408); 'sentences'; 'learned' (H-Net, Hwang et al. 2025, arXiv "
+        "2507.07955); 'surprise', where the entropy of the next id exceeds a threshold, or 'rise', where it rises by "
+        "more than that (BLT, Pagnoni et al. 2024, arXiv 2412.09871); 'every', at a fixed number of finer tokens; or "
+        'a module (`boundaries.Boundaries`). The finest level has None, and levels inside a placed one are placed.',
+        per_level=True,
+    )
+    downsample: Literal['token', 'attention'] | Sequence[Literal['token', 'attention']] = option(
+        'token',
+        help="What a placed level reads: 'token', the finer token at the boundary; 'attention', also what learned "
+        'queries find in the piece that ends there.',
+        check=choice(*DOWNSAMPLERS),
+        per_level=True,
+    )
+    upsample: (
+        Literal['repeat', 'boundary', 'offset', 'smooth']
+        | Sequence[Literal['repeat', 'boundary', 'offset', 'smooth']]
+    ) = option(
+        'repeat',
+        help="What a merge gets of a placed level: 'repeat', its latest token at each finer token; 'boundary', its "
+        "tokens at the boundaries alone; 'offset', its latest token, mapped by one of 16 matrices by the distance from "
+        "the boundary (AU-Net, Videau et al. 2025, arXiv 2506.14761); 'smooth', a moving average of its tokens, for "
+        'rules with probabilities (H-Net).',
+        check=choice(*UPSAMPLERS),
+        per_level=True,
+    )
     mixer: str | type[nn.Module] | Sequence[str | type[nn.Module]] = option(
         'attention',
         help='Token mixer of a level: a name in `mixers.MIXERS`, or a class of modules (`mixers.Mixer`). Only '
@@ -155,10 +186,12 @@ class Config:
         'predict',
         help="Levels that merges add to: 'predict', the level that predicts; 'all'; or a tuple of hierarchies.",
     )
-    merge: Literal['concat', 'linear', 'attention'] = option(
+    merge: Literal['concat', 'linear', 'attention', 'skip'] = option(
         'concat',
         help="How levels are pooled: 'concat', a feed-forward over all levels' tokens; 'linear', one linear map of "
-        "each other level; 'attention', where each receiving token attends to the levels' tokens at its position.",
+        "each other level; 'attention', where each receiving token attends to the levels' tokens at its position; "
+        "'skip', for an hourglass, where the coarser token replaces the finer one, of which a linear map that starts "
+        'at zero is added (H-Net).',
         check=choice(*MERGES),
     )
     merge_window: int = option(
@@ -257,6 +290,18 @@ class Config:
     autoencoder_loss_weight: float = option(
         0.1, help="Weight of the autoencoder's reconstruction loss. 0 builds no decoder.", check=check_number
     )
+    ratio_loss_weight: float = option(
+        0.03,
+        help="Weight of the ratio loss, which keeps the share of 'learned' boundaries near the intended one (Hwang et "
+        'al. 2025, arXiv 2507.07955).',
+        check=check_number,
+    )
+    surprise_loss_weight: float = option(
+        1.0,
+        help="Weight of the cross entropy of the head that 'surprise' and 'rise' boundaries read. Its gradient does "
+        'not reach the rest of the model.',
+        check=check_number,
+    )
     ponder_loss_weight: float = option(
         0.01, help='Weight of the number of layers that tokens take with `halting`.', check=check_number
     )
@@ -354,7 +399,7 @@ class Config:
     @cached_property
     def levels(self) -> tuple[Level, ...]:
         """The hierarchy levels, in the order of `hierarchies`."""
-        return build_levels(self, MIXERS)
+        return build_levels(self, MIXERS, BOUNDARIES)
 
     def values(self, name: str) -> tuple[Any, ...]:
         """The value of a per-level option for each level."""
@@ -406,6 +451,11 @@ class Config:
     def compressor_modules(self) -> tuple[nn.Module | None, ...]:
         """The user's compressor of each level, None where the level names one."""
         return tuple(each if isinstance(each, nn.Module) else None for each in self.values('compressor'))
+
+    @cached_property
+    def rules(self) -> tuple[nn.Module | None, ...]:
+        """The user's rule that places each level, None where the level names one or has a fixed stride."""
+        return tuple(each if isinstance(each, nn.Module) else None for each in self.values('boundaries'))
 
     @cached_property
     def summarizers(self) -> tuple[nn.Module | None, ...]:

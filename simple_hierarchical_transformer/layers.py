@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
 from .arrangements import MergeSpec, arrangement_of
 from .block import HierarchicalBlock
-from .levels import Grid
+from .boundaries import BOUNDARIES, Finer
 from .merges import MERGES, Merge
+from .resampling import UPSAMPLERS, build_downsampler
 
 if TYPE_CHECKING:
     from .config import Config
@@ -28,7 +30,7 @@ def build_layer(config: Config, number: int) -> nn.ModuleList:
     blocks = (
         HierarchicalBlock(
             level,
-            length=Grid(level.compression).count(config.seq_len),
+            length=level.longest(config.seq_len),
             layer=number,
             attn_backend=config.attn_backend,
             residual=config.residual,
@@ -52,6 +54,21 @@ def build_merges(config: Config, specs: Sequence[MergeSpec]) -> list[Merge]:
     if specs and config.share_layers and not arrangement_of(config).nested:
         return [build(specs[0])] * len(specs)
     return [build(spec) for spec in specs]
+
+
+def build_placements(config: Config) -> dict[int, tuple[nn.Module, nn.Module | None, nn.Module]]:
+    """The rule, the downsampler and the upsampler of each placed level, by its index."""
+    placements = {}
+    for i, j in pairwise(config.order):
+        finer, level = config.levels[i], config.levels[j]
+        if level.boundaries is None:
+            continue
+        rule = config.rules[j]
+        if rule is None:
+            about = Finer(finer.dim, config.num_tokens, level.spacing // finer.spacing)
+            rule = BOUNDARIES[level.boundaries](about)
+        placements[j] = rule, build_downsampler(level, finer.dim), UPSAMPLERS[level.upsample](level.dim)
+    return placements
 
 
 def find_alike(name: str, what: str, kinds: Sequence[Hashable], takes_part: Sequence[bool]) -> list[tuple[int, int]]:

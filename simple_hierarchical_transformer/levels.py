@@ -50,6 +50,9 @@ class Level:
 
     A level compresses `compression` positions into a token, at every `stride`-th position. Its tokens attend within
     `phases` interleaved sequences. Each token attends to itself and `window` tokens before it (None: all, 0: none).
+
+    A placed level, one with `boundaries`, has a token wherever a rule says, on average at every `compression`-th
+    position if the rule keeps to that. It has one phase, and its `stride` has no meaning.
     """
 
     compression: int
@@ -63,6 +66,9 @@ class Level:
     mixer: str | type[nn.Module] = 'attention'
     mixer_kwargs: Mapping[str, Any] = field(default_factory=dict)
     depth: int = 1
+    boundaries: str | None = None
+    downsample: str = 'token'
+    upsample: str = 'repeat'
     grid: Grid = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -74,15 +80,26 @@ class Level:
         if mixer == 'attention':
             reach = 'full' if self.window is None else f'window {self.window}'
             mixer = f'attention of {self.heads} x {self.dim_head}, {reach}' if self.mixes else 'no attention'
+        place = f'stride {self.stride}' if self.boundaries is None else f'boundaries {self.boundaries}'
         return (
-            f'level {self.compression}x: stride {self.stride}, dim {self.dim}, depth {self.depth}, '
+            f'level {self.compression}x: {place}, dim {self.dim}, depth {self.depth}, '
             f'{mixer}, feed-forward of {self.ff_dim}'
         )
 
     @property
     def phases(self) -> int:
         """The number of interleaved sequences: tokens whose indices agree modulo `phases` attend to each other."""
-        return self.compression // self.stride
+        return 1 if self.is_placed else self.compression // self.stride
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether boundaries place its tokens."""
+        return self.boundaries is not None
+
+    @property
+    def spacing(self) -> int:
+        """The number of positions from one token to the next. For a placed level, the intended mean."""
+        return self.compression if self.is_placed else self.stride
 
     @property
     def ff_dim(self) -> int:
@@ -95,11 +112,15 @@ class Level:
         return self.mixer != 'attention' or self.window != 0
 
     def length(self, n: int) -> int:
-        """The number of level tokens for `n` positions."""
+        """The number of level tokens for `n` positions. Not for placed levels."""
         return self.grid.count(n)
 
+    def longest(self, seq_len: int) -> int:
+        """The largest number of tokens of a phase in a pass over `seq_len` positions."""
+        return seq_len if self.is_placed else Grid(self.compression).count(seq_len)
 
-def build_levels(config: Config, mixers: Collection[str]) -> tuple[Level, ...]:
+
+def build_levels(config: Config, mixers: Collection[str], rules: Collection[str]) -> tuple[Level, ...]:
     """The levels of a configuration, whose per-level options are one value or one for each hierarchy.
 
     Raises ValueError, naming the option, where a value is not allowed.
@@ -118,12 +139,14 @@ def build_levels(config: Config, mixers: Collection[str]) -> tuple[Level, ...]:
     options = [each for each in fields(config) if each.metadata['per_level']]
     columns = {each.name: per_level(each.name, getattr(config, each.name), len(compressions)) for each in options}
     return tuple(
-        build_level(config, c, {name: column[i] for name, column in columns.items()}, mixers)
+        build_level(config, c, {name: column[i] for name, column in columns.items()}, mixers, rules)
         for i, c in enumerate(compressions)
     )
 
 
-def build_level(config: Config, c: int, given: dict[str, Any], mixers: Collection[str]) -> Level:
+def build_level(
+    config: Config, c: int, given: dict[str, Any], mixers: Collection[str], rules: Collection[str]
+) -> Level:
     """The level of compression `c` from its value of each per-level option."""
     stride = given.pop('hierarchical_stride')
     if not is_power_of_two(stride):
@@ -154,23 +177,33 @@ def build_level(config: Config, c: int, given: dict[str, Any], mixers: Collectio
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise ValueError(f'mixer_kwargs must be a dict or None, got {kwargs!r} for hierarchy {c}')
     given['mixer_kwargs'] = dict(kwargs or {})
-    window = find_window(given.pop('window_sizes'), c, config.seq_len)
+    window = find_window(given.pop('window_sizes'), c, config.seq_len, placed=given['boundaries'] is not None)
     if mixer == 'attention' and window != 0 and given['dim_head'] % 2:
         raise ValueError(f'dim_head must be even (rotary embeddings turn pairs of channels), got {given["dim_head"]}')
     # options that no level module reads, as the weights of objectives, are not in it
+    rule = given['boundaries']
+    if isinstance(rule, nn.Module):
+        if not isinstance(config.boundaries, (tuple, list)):
+            raise ValueError('boundaries must have one module or None for each hierarchy, got one module for all')
+        given['boundaries'] = OWN
+    elif rule is not None and not (isinstance(rule, str) and rule in rules):
+        raise ValueError(
+            f'boundaries must be None, one of {", ".join(rules)}, or a module, got {rule!r} for hierarchy {c}'
+        )
     names = {each.name for each in fields(Level)}
     own = {name: value for name, value in given.items() if name in names}
     return Level(compression=c, stride=stride, window=window, **own)
 
 
-def find_window(window: Any, c: int, seq_len: int) -> int | None:
+def find_window(window: Any, c: int, seq_len: int, *, placed: bool = False) -> int | None:
     """The window of a level of compression `c` from its `window_sizes`. Warns where that exceeds the level."""
     longest = seq_len // c
     if window == 'auto':
         return max(longest // 2, 1) if longest else None
     if isinstance(window, str):
         raise ValueError(f"window_sizes must be integers, None or 'auto', got {window!r}")
-    if window is None or check_int('window_sizes', window, 0) <= longest:
+    # a placed level may have a token at every position
+    if window is None or check_int('window_sizes', window, 0) <= (seq_len if placed else longest):
         return window
     warnings.warn(
         f'window_sizes: {window} exceeds the {longest} tokens that hierarchy {c} has of seq_len {seq_len}, '

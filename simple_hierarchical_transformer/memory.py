@@ -202,6 +202,39 @@ class BlockState:
 
 
 @dataclass(frozen=True)
+class PlacedState:
+    """What a placed level keeps besides the states of its blocks. The batch is the first dimension.
+
+    Rows meet boundaries at different positions, so each has a number of tokens of its own.
+    """
+
+    count: Tensor
+    """The number of the level's tokens of each row, int64 `(batch,)`."""
+    ids: Tensor
+    """The ids of the last finer tokens, which the rule reads, int64 `(batch, reach)`. -1 before the sequence."""
+    finer: Tensor | None = None
+    """The last finer tokens, `(batch, reach, dim)`, if the rule reads them."""
+    down: tuple[Tensor, ...] = ()
+    """The state of the downsampler."""
+    up: tuple[Tensor, ...] = ()
+    """The state of the upsampler."""
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (self.count, self.ids, *self.down, *self.up)
+        if self.finer is not None:
+            yield self.finer
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> PlacedState:
+        return PlacedState(
+            fn(self.count),
+            fn(self.ids),
+            None if self.finer is None else fn(self.finer),
+            tuple(map(fn, self.down)),
+            tuple(map(fn, self.up)),
+        )
+
+
+@dataclass(frozen=True)
 class State:
     """The state of a model after the ids that it has read, in bounded memory. Pass it with the next chunk.
 
@@ -227,6 +260,8 @@ class State:
     """For each merge and for the logits, what represents the positions up to each level's next token: the last token of
     a strided level, `(batch, 1, dim)`. A merge by attention keeps for each recipient and level the last keys and
     values, `(batch, kept, 2 * heads * dim_head)`."""
+    placed: tuple[PlacedState | None, ...] = ()
+    """For each level, what it keeps if it is placed by boundaries."""
     overwritten: list[bool] = field(default_factory=lambda: [False], compare=False, repr=False)
     """A flag that all states with these tensors share. See `consumed`."""
 
@@ -298,6 +333,9 @@ class State:
         for tensor in chain((self.ids, self.contexts), self.embeds, *held, *self.merges):
             if tensor is not None:
                 yield tensor
+        for level in self.placed:
+            if level is not None:
+                yield from level.tensors()
 
     def map(self, fn: Callable[[Tensor], Tensor], by_phase: Callable[[Tensor], Tensor]) -> State:
         """Applies `fn` to tensors whose first dimension is the batch, `by_phase` to those whose first is the phase.
@@ -318,6 +356,7 @@ class State:
             embeds=of(self.embeds),
             blocks=tuple(tuple(block.map(by_phase) for block in layer) for layer in self.blocks),
             merges=tuple(map(of, self.merges)),
+            placed=tuple(None if level is None else level.map(fn) for level in self.placed),
         )
 
     def to(self, *args: Any, **kwargs: Any) -> State:
@@ -378,6 +417,7 @@ class Memory:
         if state is not None:
             self.next_ids, self.next_contexts = state.ids, state.contexts
             self.next_embeds, self.next_merges = list(state.embeds), list(state.merges)
+            self.next_placed = list(state.placed)
             self.next_blocks = [list(layer) for layer in state.blocks]
 
     def embeds(self, i: int) -> Tensor | None:
@@ -387,6 +427,14 @@ class Memory:
     def put_embeds(self, i: int, value: Tensor | None) -> None:
         if self.state is not None:
             self.next_embeds[i] = value
+
+    def placed(self, i: int) -> PlacedState | None:
+        """The state of level i before the chunk, if it is placed by boundaries."""
+        return None if self.state is None else self.state.placed[i]
+
+    def put_placed(self, i: int, value: PlacedState | None) -> None:
+        if self.state is not None:
+            self.next_placed[i] = value
 
     def block(self, layer: int, i: int) -> BlockState | None:
         """The state of the block of a layer and level i before the chunk."""
@@ -439,4 +487,5 @@ class Memory:
             embeds=tuple(self.next_embeds),
             blocks=tuple(map(tuple, self.next_blocks)),
             merges=tuple(self.next_merges),
+            placed=tuple(self.next_placed),
         )

@@ -23,12 +23,13 @@ from .embeddings import Contexts, NGramEmbedding, RecallEmbedding, embed
 from .generation.methods import Generative
 from .generation.prompts import check_ids
 from .halting import AdaptiveHalting
-from .layers import build_layers, build_merges, make_buffers, share_between_levels
+from .layers import build_layers, build_merges, build_placements, make_buffers, share_between_levels
 from .memory import Memory, State
 from .merges import Merge, concat_levels, zero_columns
 from .objectives import Batch, LossParts, build_objectives, quantize, quantized_tokens, split_counts, total_loss
 from .ops.linear import begin_at_zero, chain
 from .options import describe, list_per_level, takes_options
+from .pieces import spread_placed
 from .pretrained import Pretrained
 from .published import adapt_published_keys
 from .read import Read
@@ -112,6 +113,12 @@ class HierarchicalTransformer(
             Compressor(level, **source._asdict(), module=module, num_tokens=recon_tokens)
             for level, source, module in zip(levels, sources, config.compressor_modules, strict=True)
         )
+        # of placed levels: where their tokens are, what they read, and what merges get of them
+        self.boundaries, self.downsamplers, self.upsamplers = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        for i, parts in build_placements(config).items():
+            for modules, part in zip((self.boundaries, self.downsamplers, self.upsamplers), parts, strict=True):
+                if part is not None:
+                    modules[str(i)] = part
         # applied to what the compressors return
         self.post_token_emb_norms = nn.ModuleList(nn.LayerNorm(level.dim) for level in levels)
 
@@ -326,18 +333,15 @@ class HierarchicalTransformer(
             # written in place from here on, so it is refused even if this pass fails
             memory.state.consume()
         embeds = embed(self, ids, memory, readings)
-        outputs = arrangement_of(self).run(self, embeds, memory, request)
+        outputs = arrangement_of(self).run(self, ids, embeds, memory, request)
         tokens = [norm(x) for norm, x in zip(self.norms, outputs.tokens, strict=True)]
 
         members = [self.levels[i] for i in self.predict_from]
         # each position reads a level's latest token, which is repeated until the next one
-        features, last = concat_levels(
-            [tokens[i] for i in self.predict_from],
-            [level.stride for level in members],
-            memory.features(),
-            memory.position,
-        )
-        memory.put_features(last)
+        before = memory.features() or (None,) * len(members)
+        columns, last = spread_placed([tokens[i] for i in self.predict_from], self.predict_from, outputs.pieces, before)
+        features, after = concat_levels(columns, [level.stride for level in members], memory.features(), memory.position)
+        memory.put_features(after and tuple(last.get(k, each) for k, each in enumerate(after)))
         ablated = [k for k, level in enumerate(members) if level.compression in request.ablated]
         return Read(
             embeds=embeds,
@@ -346,6 +350,7 @@ class HierarchicalTransformer(
             features=zero_columns(features, [level.dim for level in members], ablated),
             codes=outputs.codes,
             pondered=outputs.pondered,
+            pieces=outputs.pieces,
             # a copy: gradient checkpointing runs layers again in the backward pass, which append again
             contributions=list(request.contributions or ()),
             state=memory.next_state(ids.shape[1]),
@@ -391,4 +396,4 @@ class HierarchicalTransformer(
         however unevenly targets are ignored.
         """
         batch = self.make_batch(ids, labels, position)
-        return torch.stack([count for each in self.objectives for count in each.counts(each.targets(batch))])
+        return torch.stack([count for each in self.objectives for count in each.counts(batch)])

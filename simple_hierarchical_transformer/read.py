@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .memory import State
 from .merges import Contribution
+from .pieces import Pieces
 
 
 @dataclass
@@ -26,6 +27,9 @@ class Read:
     """The autoencoder's coarsest feature map, if there is one."""
     pondered: dict[int, Tensor]
     """The ponder cost of the tokens of levels that halt, `(batch, ceil(n / stride))`, by the index of the level."""
+    pieces: dict[int, Pieces]
+    """Where the tokens of placed levels stand, by the index of the level. Their `inputs` and `tokens` have `(batch, k,
+    dim)`, with padding after the tokens of each row."""
     contributions: list[Contribution]
     """The contribution of each level to each merge, if requested."""
     state: State | None

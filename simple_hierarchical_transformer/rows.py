@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class RowGroup(NamedTuple):
+    """Rows of a ragged chunk that have the same number of tokens."""
+
+    members: Tensor
+    """Which rows: int64 `(rows,)`."""
+    start: int
+    """The number of tokens before the chunk, if all rows of the group agree in it."""
+    length: int
+    """The number of tokens of each row in the chunk, at least 1."""
 
 
 class Rows:
@@ -18,13 +30,20 @@ class Rows:
     Args:
         starts: the number of tokens of each row before the chunk.
         lengths: the number of tokens of each row in the chunk, at most `n`.
-        device: the device of `starts_on_device` and `lengths_on_device`.
+        device: the device of the tensors that it returns.
     """
 
     def __init__(self, starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> None:
         self.starts = list(starts)
         self.lengths = list(lengths)
         self.device = device
+        self.results: dict[Hashable, Any] = {}
+
+    def once(self, what: Hashable, make: Callable[[], Any]) -> Any:
+        """The result of `make()`, computed once for all layers. It must depend only on the rows and on `what`."""
+        if what not in self.results:
+            self.results[what] = make()
+        return self.results[what]
 
     @property
     def end(self) -> int:
@@ -47,8 +66,56 @@ class Rows:
         together = all(start == first for start in self.starts)
         return first if together and all(length == n for length in self.lengths) else None
 
+    def positions(self, n: int) -> Tensor:
+        """The position of each token of a chunk of `n`, as if padding were tokens too: int64 `(batch, n)`."""
+        count = torch.arange(n, device=self.device)
+        return self.once(('positions', n), lambda: self.starts_on_device[:, None] + count)
+
     def last(self, x: Tensor, before: Tensor) -> Tensor:
-        """The last token of each row of x `(batch, n, dim)`, or of `before` `(batch, 1, dim)` in an empty row."""
-        joined = torch.cat((before.to(x.dtype), x), dim=1)
-        index = self.lengths_on_device[:, None, None].expand(-1, 1, x.shape[-1])
-        return joined.gather(1, index)
+        """The last token of each row of x `(batch, n, dim)`, or of `before` `(batch, 1, dim)` in an empty row.
+
+        n is at least 1. The result has the wider dtype of both.
+        """
+        lengths = self.lengths_on_device[:, None, None]
+        newest = x.gather(1, (lengths - 1).clamp(min=0).expand(-1, 1, x.shape[-1])) if x.shape[1] > 1 else x
+        return torch.where(lengths > 0, newest, before)
+
+    def newest(self, count: int) -> tuple[Tensor, Tensor]:
+        """The last `count` tokens of each row in the chunk: their rows and their indices in it, int64 `(tokens,)`."""
+
+        def find() -> tuple[Tensor, Tensor]:
+            # on the CPU, because a GPU would have to wait for the number of tokens
+            lengths = torch.tensor(self.lengths)[:, None]
+            token = torch.arange(max(self.lengths))
+            row, token = ((token < lengths) & (token >= lengths - count)).nonzero(as_tuple=True)
+            return row.to(self.device), token.to(self.device)
+
+        return self.once(('newest', count), find)
+
+    def pieces(self, n: int, size: int) -> list[Rows]:
+        """The rows of consecutive pieces of a chunk of `n` tokens, `size` tokens each but for the last one."""
+        if n <= size:
+            return [self]
+
+        def piece(first: int) -> Rows:
+            done = [min(length, first) for length in self.lengths]
+            lengths = [min(length, first + size) - before for length, before in zip(self.lengths, done, strict=True)]
+            starts = [start + before for start, before in zip(self.starts, done, strict=True)]
+            return Rows(starts, lengths, self.device)
+
+        return self.once(('pieces', n, size), lambda: [piece(first) for first in range(0, n, size)])
+
+    def groups(self, by_start: bool) -> list[RowGroup]:
+        """The rows that have tokens, in groups of equal lengths, and with `by_start` also of equal starts."""
+
+        def find() -> list[RowGroup]:
+            members: dict[tuple[int, int], list[int]] = {}
+            for row, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
+                if length:
+                    members.setdefault((start if by_start else 0, length), []).append(row)
+            return [
+                RowGroup(torch.tensor(rows, device=self.device), start, length)
+                for (start, length), rows in members.items()
+            ]
+
+        return self.once(('groups', by_start), find)

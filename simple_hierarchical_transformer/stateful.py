@@ -12,7 +12,7 @@ from torch import Tensor
 from .checks import check_int
 from .embeddings import with_room
 from .levels import Grid, Level
-from .memory import BlockState, Memory, State, room_for
+from .memory import BlockState, Memory, PlacedState, State, room_for
 
 if TYPE_CHECKING:
     from .config import Config
@@ -61,6 +61,20 @@ class Stateful:
                 reads = model.autoencoder.encoders[str(i)]
             return zeros(batch_size, reads.windows.before, dim) if reads.windows.before else None
 
+        def placed(i: int) -> PlacedState | None:
+            key = str(i)
+            if key not in model.boundaries:
+                return None
+            rule, finer = model.boundaries[key], model.compressors[i].dim_in
+            reach: int = getattr(rule, 'reach', 1)
+            pools = {name: modules[key] for name, modules in (('down', model.downsamplers), ('up', model.upsamplers)) if key in modules}
+            return PlacedState(
+                count=torch.zeros(batch_size, dtype=torch.long, device=like.device),
+                ids=torch.full((batch_size, reach), -1, device=like.device),
+                finer=zeros(batch_size, reach, finer) if getattr(rule, 'reads_tokens', True) else None,
+                **{name: cast(Any, module).initial_state(batch_size, like) for name, module in pools.items()},
+            )
+
         recall = model.recall_emb
         recalled = 0 if recall is None else room_for(0, recall.reach)
         before = max(model.contexts.padding, recalled)
@@ -77,8 +91,9 @@ class Stateful:
             ),
             merges=(
                 *(merge.initial_state(batch_size, like) for merge in cast(Any, model.hierarchical_merges)),
-                tuple(zeros(batch_size, 1, level.dim) if level.stride > 1 else None for level in predicting),
+                tuple(zeros(batch_size, 1, level.dim) if level.spacing > 1 else None for level in predicting),
             ),
+            placed=tuple(placed(i) for i in range(len(model.levels))),
         )
 
     @property
@@ -103,7 +118,7 @@ class Stateful:
 
         def reserved(level: Level, block: Any, held: BlockState) -> BlockState:
             grows = getattr(block and block.attn, 'with_room', None)
-            if grows is None:
+            if grows is None or level.is_placed:
                 return held
             return replace(held, mixer=grows(held.mixer, Grid(level.phases).count(level.length(state.position + n))))
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ..config import Config
     from ..memory import BlockState, Memory
     from ..model import HierarchicalTransformer
+    from ..pieces import Pieces
+    from ..rows import Rows
 
 R = TypeVar('R')
 
@@ -57,6 +59,8 @@ class LevelOutputs:
     """The coarsest feature map of the autoencoder, if there is one."""
     pondered: dict[int, Tensor] = field(default_factory=dict)
     """The ponder cost of the tokens of levels that halt, `(batch, ceil(n / stride))`, by the index of the level."""
+    pieces: dict[int, Pieces] = field(default_factory=dict)
+    """Where the tokens of placed levels stand, by the index of the level."""
 
 
 class Arrangement:
@@ -68,6 +72,10 @@ class Arrangement:
 
     def check(self, config: Config) -> None:
         """Raises ValueError where the options do not fit the arrangement."""
+        if any(level.is_placed for level in config.levels):
+            raise ValueError(f"boundaries are for arrangement = 'hourglass', got {config.arrangement!r}")
+        if config.merge == 'skip':
+            raise ValueError(f"merge = 'skip' is for arrangement = 'hourglass', got {config.arrangement!r}")
 
     def sources(self, config: Config) -> list[Source]:
         """The source of each level's compressor."""
@@ -77,8 +85,13 @@ class Arrangement:
         """The merges to build. With `share_layers`, merges of all layers are one."""
         raise NotImplementedError
 
-    def run(self, model: HierarchicalTransformer, embeds: Tensor, memory: Memory, request: Request) -> LevelOutputs:
-        """Runs all levels on embeddings `(batch, n, dim_embed)`, and puts the next state into `memory`."""
+    def run(
+        self, model: HierarchicalTransformer, ids: Tensor, embeds: Tensor, memory: Memory, request: Request
+    ) -> LevelOutputs:
+        """Runs all levels on ids `(batch, n)` with their embeddings `(batch, n, dim_embed)`.
+
+        Puts the next state into `memory`.
+        """
         raise NotImplementedError
 
 
@@ -93,12 +106,12 @@ def compress(
 
 
 def run_block(
-    model: HierarchicalTransformer, layer: int, i: int, x: Tensor, before: BlockState | None, position: int
+    model: HierarchicalTransformer, layer: int, i: int, x: Tensor, before: BlockState | None, start: int | Rows
 ) -> tuple[Tensor, BlockState | None]:
-    """Layer `layer` of level i, and its next state. `position` is that of the chunk."""
+    """Layer `layer` of level i, and its next state. `start` is the index of the first of its tokens x."""
     if model.step_embeds:
         x = x + model.step_embeds[i][layer]
-    return model.block(layer, i)(x, before, model.levels[i].length(position))
+    return model.block(layer, i)(x, before, start)
 
 
 def checkpointed(

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..boundaries import OF_BYTES
 from ..compressors import Source
+from ..generation.prompts import BYTE_VOCABULARIES
+from ..levels import OWN
 from ..memory import Memory
+from ..pieces import Frame, place, take
+from ..rows import Rows
 from .base import Arrangement, LevelOutputs, MergeSpec, Request, checkpointed, compress, run_block
 
 if TYPE_CHECKING:
@@ -29,7 +35,7 @@ class Hourglass(Arrangement):
                 f"arrangement = 'hourglass' predicts from its finest level, got predict_hierarchy {predicts!r}"
             )
         for finer, coarser in pairwise(levels):
-            if coarser.stride < finer.stride:
+            if not coarser.is_placed and coarser.stride < finer.stride:
                 raise ValueError(
                     "hierarchical_stride must not fall from a level to a coarser one in arrangement = 'hourglass', got "
                     f'{finer.stride} for hierarchy {finer.compression} and {coarser.stride} for {coarser.compression}'
@@ -38,12 +44,17 @@ class Hourglass(Arrangement):
             raise ValueError(
                 "merge_into is for arrangement = 'parallel': in an hourglass, levels receive from the next coarser"
             )
+        check_boundaries(config)
 
     def sources(self, config: Config) -> list[Source]:
         finest = config.levels[config.order[0]]
         sources = {config.order[0]: Source(config.dim_embed, finest.compression, finest.stride)}
         for i, j in pairwise(config.order):
             finer, coarser = config.levels[i], config.levels[j]
+            if coarser.is_placed:
+                # the tokens are picked before
+                sources[j] = Source(finer.dim, taps=1, stride=1)
+                continue
             sources[j] = Source(
                 finer.dim,
                 taps=coarser.compression // finer.compression,
@@ -53,50 +64,143 @@ class Hourglass(Arrangement):
         return [sources[i] for i in range(len(config.levels))]
 
     def merges(self, config: Config) -> list[MergeSpec]:
-        return [
-            MergeSpec((i, j), [0], [1, config.levels[j].stride // config.levels[i].stride])
-            for i, j in pairwise(config.order)
-        ]
+        def stride(i: int, j: int) -> int:
+            # a merge gets the tokens of a placed level at each finer token
+            return 1 if config.levels[j].is_placed else config.levels[j].stride // config.levels[i].stride
 
-    def run(self, model: HierarchicalTransformer, embeds: Tensor, memory: Memory, request: Request) -> LevelOutputs:
+        return [MergeSpec((i, j), [0], [1, stride(i, j)]) for i, j in pairwise(config.order)]
+
+    def run(
+        self, model: HierarchicalTransformer, ids: Tensor, embeds: Tensor, memory: Memory, request: Request
+    ) -> LevelOutputs:
         outputs = LevelOutputs([embeds] * len(model.levels), [embeds] * len(model.levels))
-        self.run_level(model, 0, embeds, memory.position, memory, request, outputs)
+        Nested(model, ids, memory, request, outputs).run_level(0, embeds, memory.position)
         if request.contributions is not None:
             # inner merges run first, and outer ones are listed first. A copy: layers that are recomputed append again
             request.contributions[:] = request.contributions[::-1]
         return outputs
 
-    def run_level(
-        self,
-        model: HierarchicalTransformer,
-        k: int,
-        finer: Tensor,
-        start: int,
-        memory: Memory,
-        request: Request,
-        outputs: LevelOutputs,
-    ) -> Tensor:
+
+@dataclass
+class Nested:
+    """One pass through nested levels."""
+
+    model: HierarchicalTransformer
+    ids: Tensor
+    memory: Memory
+    request: Request
+    outputs: LevelOutputs
+
+    def run_level(self, k: int, finer: Tensor, start: int) -> Tensor:
         """The k-th finest level with all inside it, on finer tokens of which the first has index `start`."""
+        i, memory = self.model.order[k], self.memory
+        x, after = compress(self.model, i, finer, memory.embeds(i), start)
+        memory.put_embeds(i, after)
+        return self.run_layers(k, x, self.model.levels[i].length(memory.position))
+
+    def run_placed(self, k: int, finer: Tensor, frame: Frame) -> Tensor:
+        """Like `run_level` for a placed level, on finer tokens that stand at `frame`.
+
+        Returns what the merge gets of the level at each of the finer tokens.
+        """
+        model, i = self.model, self.model.order[k]
+        level, before, key = model.levels[i], self.memory.placed(i), str(i)
+        # the intended number of finer tokens in a piece
+        spacing = level.spacing // model.levels[model.order[k - 1]].spacing
+        pieces, after = place(model.boundaries[key], spacing, finer, self.ids, frame, before)
+        self.outputs.pieces[i] = pieces
+        picked, down = take(finer, pieces.at), None
+        if key in model.downsamplers:
+            picked, down = model.downsamplers[key](finer, pieces, before and before.down)
+        x, _ = compress(model, i, picked, None, 0)
+        x = self.run_layers(k, x, pieces.start, pieces.frame)
+        x, up = model.upsamplers[key](x, pieces, before and before.up)
+        self.memory.put_placed(i, after and replace(after, down=down or (), up=up))
+        return x
+
+    def run_layers(self, k: int, x: Tensor, start: int | Rows, frame: Frame | None = None) -> Tensor:
+        """The layers of the k-th finest level with all inside it, on its tokens x, of which the first has index `start`.
+
+        `frame` is given for a placed level.
+        """
+        model, memory, request = self.model, self.memory, self.request
         i = model.order[k]
         level = model.levels[i]
-        x, after = compress(model, i, finer, memory.embeds(i), start)
-        memory.put_embeds(i, after)
-        outputs.inputs[i] = x
-        start = level.length(memory.position)
+        self.outputs.inputs[i] = x
         for layer in range(level.depth):
             if layer == level.depth // 2 and k + 1 < len(model.order):
-                inner = self.run_level(model, k + 1, x, start, memory, request, outputs)
+                if not model.levels[model.order[k + 1]].is_placed:
+                    assert isinstance(start, int)
+                    inner = self.run_level(k + 1, x, start)
+                else:
+                    frame = Frame.of_grid(level.grid, memory.position, self.ids) if frame is None else frame
+                    inner = self.run_placed(k + 1, x, frame)
                 if request.merge:
                     merge = model.hierarchical_merges[k]
+                    # rows of a placed level have no common index, and its merge needs none
+                    at = start if isinstance(start, int) else 0
                     (x, _), state = checkpointed(
-                        model, [merge], merge, [x, inner], memory.merge(k), start, request.ablated,
-                        request.contributions,
-                    )  # fmt: skip
+                        model, [merge], merge, [x, inner], memory.merge(k), at, request.ablated, request.contributions
+                    )
                     memory.put_merge(k, state)
             modules = [model.block(layer, i), model.step_embeds]
-            x, block = checkpointed(
-                model, modules, run_block, model, layer, i, x, memory.block(layer, i), memory.position
-            )
+            x, block = checkpointed(model, modules, run_block, model, layer, i, x, memory.block(layer, i), start)
             memory.put_block(layer, i, block)
-        outputs.tokens[i] = x
+        self.outputs.tokens[i] = x
         return x
+
+
+def check_boundaries(config: Config) -> None:
+    """Raises ValueError where options of placed levels are not allowed."""
+    levels = [config.levels[i] for i in config.order]
+    placed = [level for level in levels if level.is_placed]
+    for name, default in (('downsample', 'token'), ('upsample', 'repeat')):
+        given = getattr(config, name)
+        for level, value in zip(config.levels, config.values(name), strict=True):
+            # one value for all is that of the placed levels
+            if value != default and not level.is_placed and (not placed or isinstance(given, (tuple, list))):
+                raise ValueError(
+                    f'{name} is for levels with boundaries, got {value!r} for hierarchy {level.compression}'
+                )
+    if placed and levels[0].is_placed:
+        raise ValueError(
+            f'boundaries must be None for the finest hierarchy, {levels[0].compression}, got {levels[0].boundaries!r}'
+        )
+    for finer, level in pairwise(levels):
+        c = level.compression
+        if finer.is_placed and not level.is_placed:
+            raise ValueError(
+                f"boundaries must place hierarchy {c} too, which is inside placed hierarchy {finer.compression}: "
+                "'every' has one token for a fixed number of finer tokens. Got None"
+            )
+        if not level.is_placed:
+            continue
+        if level.stride != 1:
+            raise ValueError(
+                f'hierarchical_stride must be 1 for a level with boundaries, got {level.stride} for hierarchy {c}'
+            )
+        if isinstance(config.compressor, (tuple, list)) and level.compressor != 'conv':
+            raise ValueError(
+                f"compressor must be 'conv', the default, for a level with boundaries, which has downsample in its "
+                f'place, got {level.compressor!r} for hierarchy {c}'
+            )
+        if level.boundaries in OF_BYTES and config.num_tokens not in BYTE_VOCABULARIES:
+            raise ValueError(
+                f'boundaries {level.boundaries!r} reads ids as bytes: num_tokens must be 256, 257 or 258, got '
+                f'{config.num_tokens}'
+            )
+        if level.boundaries == 'words' and (finer.is_placed or finer.stride > 1):
+            raise ValueError(
+                f"boundaries = 'words' reads every id, so the next finer hierarchy must have stride 1, got "
+                f'{finer.compression} for hierarchy {c}'
+            )
+        if level.upsample == 'smooth' and level.boundaries not in ('learned', OWN):
+            raise ValueError(
+                "upsample = 'smooth' needs boundaries with probabilities, 'learned' or a module, got "
+                f'{level.boundaries!r} for hierarchy {c}'
+            )
+        if finer.is_placed and config.merge_window:
+            raise ValueError(
+                f'merge_window must be 0 where a placed hierarchy is inside another, as {c} in {finer.compression}, '
+                f'got {config.merge_window}'
+            )

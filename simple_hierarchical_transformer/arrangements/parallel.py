@@ -31,7 +31,9 @@ class Parallel(Arrangement):
             return []
         return [MergeSpec(range(len(config.levels)), config.receivers)] * config.layers
 
-    def run(self, model: HierarchicalTransformer, embeds: Tensor, memory: Memory, request: Request) -> LevelOutputs:
+    def run(
+        self, model: HierarchicalTransformer, ids: Tensor, embeds: Tensor, memory: Memory, request: Request
+    ) -> LevelOutputs:
         inputs, codes = compress_all(model, embeds, memory)
         outputs = LevelOutputs(inputs, inputs, codes)
         self.run_layers(model, outputs, memory, request)
@@ -68,7 +70,8 @@ def run_layer(
     model: HierarchicalTransformer, i: int, tokens: list[Tensor], memory: Memory, request: Request
 ) -> tuple[list[Tensor], Blocks, MergeState | None]:
     """Every level's block and the merge of layer `i`, and their next states. It changes nothing in `memory`."""
-    results = [run_block(model, i, j, x, memory.block(i, j), memory.position) for j, x in enumerate(tokens)]
+    starts = [level.length(memory.position) for level in model.levels]
+    results = [run_block(model, i, j, x, memory.block(i, j), starts[j]) for j, x in enumerate(tokens)]
     tokens, after = [x for x, _ in results], None
     if request.merge and len(model.hierarchical_merges):
         # the last merge need not add to tokens that are not used

@@ -14,8 +14,11 @@ from .base import concat_levels as concat_levels
 from .base import zero_columns as zero_columns
 from .concat import ConcatMerge
 from .linear import LinearMerge
+from .skip import SkipMerge
 
-MERGES: dict[str, type[Merge]] = dict(concat=ConcatMerge, linear=LinearMerge, attention=AttentionMerge)
+MERGES: dict[str, type[Merge]] = dict(
+    concat=ConcatMerge, linear=LinearMerge, attention=AttentionMerge, skip=SkipMerge
+)
 
 
 def find_receivers(

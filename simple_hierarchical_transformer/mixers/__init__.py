@@ -14,6 +14,7 @@ from .gateloop import GateLoop
 from .h3 import H3
 from .hyena import Hyena
 from .lsh import LSHAttention
+from .ragged import mix_rows
 from .s4d import S4D
 from .simple_gateloop import SimpleGateLoop
 
@@ -29,6 +30,7 @@ __all__ = [
     'MixerState',
     'SimpleGateLoop',
     'build_mixer',
+    'mix_rows',
 ]
 
 MIXERS: dict[str, type[nn.Module]] = {
@@ -60,7 +62,7 @@ def build_mixer(level: Level, *, length: int, layer: int, backend: str) -> Any:
     parameters = inspect.signature(mixer).parameters
     settings = dict(
         dim=level.dim, dim_head=level.dim_head, heads=level.heads, window=level.window, length=length, layer=layer,
-        backend=backend,
+        backend=backend, placed=level.is_placed,
     )  # fmt: skip
     takes_any = any(each.kind == each.VAR_KEYWORD for each in parameters.values())
     options = [name for name in parameters if name not in settings]

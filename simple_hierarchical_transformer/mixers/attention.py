@@ -18,10 +18,13 @@ from ..ops.pattern_attention import MODES, PARTS, PATTERNS, attend_pattern, atte
 from ..ops.recompute import recompute
 from ..ops.window_attention import BACKENDS as BACKENDS
 from ..ops.window_attention import Backend, attend_window
+from ..rows import Rows
 from .rotary import Rotary
 
 # queries per block, where full attention runs block by block
 FAR_BLOCK = 1024
+# tokens of a ragged chunk that run at once, at least: smaller pieces would mostly be overhead
+MIN_RAGGED = 128
 # default summary size of a pattern, at most
 MAX_SUMMARY = 8
 
@@ -37,6 +40,19 @@ def cache_slot(position: Tensor, slots: int, dtype: torch.dtype) -> tuple[Tensor
     """
     empty = torch.arange(slots, device=position.device) > position
     return position % slots, torch.zeros(1, slots, dtype=dtype, device=position.device).masked_fill(empty, -math.inf)
+
+
+def ragged_mask(position: Tensor, slots: int, filled: int, reach: int) -> Tensor:
+    """Which keys the queries of a ragged chunk attend to: those of the first `filled` slots of a ring, then their own.
+
+    position: that of each query, `(batch, seq)`. Returns a mask `(batch, 1, seq, filled + seq)`.
+    """
+    # the latest token before the chunk in each slot; negative in slots never written
+    latest = position[:, :1] - 1
+    held = latest - (latest - torch.arange(filled, device=position.device)) % slots
+    key = torch.cat((held, position), dim=1)[:, None, None]
+    distance = position[:, None, :, None] - key
+    return (distance >= 0) & (distance <= reach) & (key >= 0)
 
 
 class Attention(nn.Module):
@@ -61,6 +77,8 @@ class Attention(nn.Module):
         length: how many tokens full attention reaches back with a state.
         layer: number of the block. It decides which part of a pattern this block has in mode 'interleave'.
         backend: backend of windowed attention, see `attend_window`.
+        placed: whether rows of a batch can be at different positions. Rotary embeddings then have no xPos, because its
+            origin would differ between rows.
         kv_heads: number of key and value heads, a divisor of `heads`, which is the default. Each serves
             `heads / kv_heads` query heads: grouped-query attention, Ainslie et al. 2023, arXiv 2305.13245; 1 is
             multi-query attention. Query head `i` uses key head `i % kv_heads`.
@@ -88,6 +106,7 @@ class Attention(nn.Module):
         length: int = 2048,
         layer: int = 0,
         backend: Backend = 'auto',
+        placed: bool = False,
         kv_heads: int | None = None,
         qk_norm: bool = False,
         pattern: Literal['strided', 'fixed'] | None = None,
@@ -117,7 +136,8 @@ class Attention(nn.Module):
         full = window is None
         self.norm = RMSNorm(dim) if full else nn.LayerNorm(dim)
         self.qk_norm = RMSNorm(dim_head) if qk_norm else None
-        self.rotary_emb = Rotary(dim_head, pairs='interleaved' if full else 'halves', xpos=full and pattern is None)
+        xpos = full and pattern is None and not placed
+        self.rotary_emb = Rotary(dim_head, pairs='interleaved' if full else 'halves', xpos=xpos)
         self.to_qkv = nn.Linear(dim, (heads + 2 * kv_heads) * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
 
@@ -125,6 +145,11 @@ class Attention(nn.Module):
     def static_step(self) -> bool:
         """Whether a step runs the same operations at every position."""
         return self.patterns is None
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether `start` may be the `Rows` of a ragged chunk."""
+        return self.patterns is None and not self.rotary_emb.xpos
 
     def find_patterns(
         self, pattern: str, mode: str, stride: int | None, summary: int | None, *, layer: int, length: int
@@ -176,8 +201,8 @@ class Attention(nn.Module):
             return cache
         return grow(keys, tokens, limit), grow(values, tokens, limit)
 
-    def forward(self, x: Tensor, cache: Cache | None = None, start: int = 0) -> tuple[Tensor, Cache | None]:
-        """x: `(batch, seq, dim)`, tokens `start` to `start + seq` of the sequence."""
+    def forward(self, x: Tensor, cache: Cache | None = None, start: int | Rows = 0) -> tuple[Tensor, Cache | None]:
+        """x: `(batch, seq, dim)`, tokens `start` to `start + seq` of the sequence, or a ragged chunk with a cache."""
         # Query heads form groups, and each group uses all key heads. qk: (groups + 1, batch, kv_heads, seq, dim_head),
         # keys last. The gradient of `split` is one copy, those of slices one each. einops would cost microseconds here,
         # which would slow down steps of generation.
@@ -188,7 +213,10 @@ class Attention(nn.Module):
             # under autocast, this has the dtype of the norm's weight until it is rotated
             qk = self.qk_norm(qk)
 
-        if cache is not None:
+        if isinstance(start, Rows):
+            assert cache is not None
+            out, cache = self.attend_rows(qk, v, self.with_room(cache, start.end), start)
+        elif cache is not None:
             out, cache = self.attend_with_cache(qk, v, self.with_room(cache, start + x.shape[1]), start)
         elif self.window is None and x.shape[1] > self.rotary_emb.reach(v.dtype):
             out = self.attend_far(self.as_rows(qk[:-1]), self.repeat_groups(qk[-1]), self.repeat_groups(v))
@@ -308,11 +336,52 @@ class Attention(nn.Module):
         k, v = (t[:, :, -len(new) :].to(cache_dtype) for t in (k, v))
         return out, (write(keys, 2, new, k), write(values, 2, new, v))
 
+    def attend_rows(self, qk: Tensor, v: Tensor, cache: Cache, rows: Rows) -> tuple[Tensor, Cache]:
+        """`attend_with_cache` for a ragged chunk."""
+        outs = []
+        # a mask has a value for each query and key of a row, so pieces bound the memory
+        size = min(max(cache[0].shape[-2], MIN_RAGGED), FAR_BLOCK)
+        pieces = rows.pieces(v.shape[-2], size)
+        for piece, queries, values in zip(pieces, qk.split(size, dim=-2), v.split(size, dim=-2), strict=True):
+            out, cache = self.attend_ragged_piece(queries, values, cache, piece)
+            outs.append(out)
+        return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=-2)), cache
+
+    def attend_ragged_piece(self, qk: Tensor, v: Tensor, cache: Cache, rows: Rows) -> tuple[Tensor, Cache]:
+        """`attend_rows` for tokens whose mask fits in memory."""
+        n, slots = v.shape[-2], cache[0].shape[-2]
+        position = rows.positions(n)
+        qk = self.rotary_emb.at(qk, position).to(v.dtype)
+        q, k = self.as_rows(qk[:-1]), qk[-1]
+        is_step = n == 1 and not torch.is_grad_enabled()
+        if not is_step:
+            filled = min(max(rows.starts), slots)
+            keys, values = (
+                torch.cat((old[:, :, :filled].to(q.dtype), new), dim=2) for old, new in zip(cache, (k, v), strict=True)
+            )
+            mask = rows.once(('mask', n, slots, self.reach), lambda: ragged_mask(position, slots, filled, self.reach))
+            keys, values, mask = map(self.repeat_groups, (keys, values, mask))
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+
+        row, token = rows.newest(slots)
+        slot = rows.once(('slot', slots), lambda: position[row, token] % slots)
+        write = Tensor.index_put if torch.is_grad_enabled() else Tensor.index_put_
+        keys, values = (
+            write(old.transpose(1, 2), (row, slot), new.transpose(1, 2)[row, token].to(old.dtype)).transpose(1, 2)
+            for old, new in zip(cache, (k, v), strict=True)
+        )
+        if is_step:
+            # no copy of the cache: the token is already in it
+            filled = min(rows.end, slots)
+            mask = rows.once(('filled', filled), lambda: torch.arange(filled, device=k.device) <= position[..., None])
+            out = self.step(q, keys[:, :, :filled], values[:, :, :filled], mask=mask[:, None])
+        return out, (keys, values)
+
     def step(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attention of one token to all of these keys. Groups act as several queries, so that no key is repeated.
 
         q: `(groups * batch, kv_heads, 1, dim_head)`; keys, values: `(batch, kv_heads, slots, dim_head)`; mask:
-        `(1, slots)`.
+        `(1, slots)` or `(batch, 1, 1, slots)`.
         """
         q = q.unflatten(0, (self.groups, -1))[..., 0, :].permute(1, 2, 0, 3)
         out = F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype), attn_mask=mask)

@@ -18,7 +18,9 @@ class Mixer(Protocol):
     - `dim`, `dim_head`, `heads`, `window`: settings of the level;
     - `length`: number of tokens of a phase in a pass over `seq_len` ids;
     - `layer`: number of the block, from 0;
-    - `backend`: the model's `attn_backend`.
+    - `backend`: the model's `attn_backend`;
+    - `placed`: whether boundaries in the text place the tokens of the level. Rows of a batch are then at different
+      positions.
 
     Optional members:
 
@@ -28,6 +30,10 @@ class Mixer(Protocol):
     - `with_room(state, tokens)`: for a state that grows, returns the state with room for that many tokens. A block
       calls it first, with phases as the leading axis of each tensor: `(phases, batch, ...)`.
     - `static_step`: False where the operations of a step depend on its position.
+    - `uses_position`: False where results do not depend on `start`. Rows of a batch at different positions can then
+      run together.
+    - `takes_rows`: True where `start` may also be the `Rows` of a ragged chunk, with a state. Otherwise a block calls
+      the mixer once for each group of rows of the same start and length.
     """
 
     def __call__(self, x: Tensor, state: MixerState | None, start: int) -> tuple[Tensor, MixerState | None]:

@@ -43,6 +43,8 @@ class GateLoop(nn.Module):
         ValueError: `state_heads` does not divide `dim`.
     """
 
+    uses_position = False
+
     def __init__(self, *, dim: int, state_heads: int | None = None) -> None:
         super().__init__()
         self.dim = dim

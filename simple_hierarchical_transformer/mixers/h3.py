@@ -38,6 +38,7 @@ class H3(nn.Module):
         ValueError: a value is not allowed.
     """
 
+    uses_position = False
     roles: ClassVar[Mapping[str, str]] = dict(ssm='kernel', shift_ssm='kernel')
 
     def __init__(

@@ -150,6 +150,12 @@ class Rotary(KeepsExact):
         row = start - first
         return self.rotate(qk, cos[..., row : row + 1, :], sin[..., row : row + 1, :])
 
+    def at(self, qk: Tensor, position: Tensor) -> Tensor:
+        """Like `forward`, at a position for each token, int64 `(batch, seq)`. Not for xPos."""
+        flat = position.flatten()
+        cos, sin = factors_at(self.freqs, qk.dtype, flat, flat, xpos=False)
+        return self.rotate(qk, *(t.view(len(position), 1, -1, t.shape[-1]) for t in (cos, sin)))
+
     def factors(self, like: Tensor, start: int, n: int, origin: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine for each position and pair: `(n, dim / 2)`, or with xPos `(2, 1, 1, n, dim / 2)`.
 

@@ -21,6 +21,7 @@ class S4D(nn.Module):
     `(batch, seq, dim)` to `(batch, seq, dim)`. See `DiagonalSSM` for time, state and arguments.
     """
 
+    uses_position = False
     roles: ClassVar[Mapping[str, str]] = dict(ssm='kernel')
 
     def __init__(

@@ -28,6 +28,8 @@ class SimpleGateLoop(nn.Module):
         dim: width of the tokens.
     """
 
+    uses_position = False
+
     def __init__(self, *, dim: int) -> None:
         super().__init__()
         self.dim = dim

@@ -12,19 +12,23 @@ from .next_token import NextToken
 from .parts import LossParts as LossParts
 from .parts import split_counts as split_counts
 from .parts import total_loss as total_loss
+from .pieces import PieceShare
 from .ponder import Ponder
 from .prophet import Prophet
 from .quantized import Quantized
 from .quantized import quantize as quantize
 from .quantized import quantized_tokens as quantized_tokens
+from .ratio import Ratio
 from .reconstruction import Reconstruction
+from .surprise import Surprised
 
 if TYPE_CHECKING:
     from ..config import Config
 
 # the order of `LossParts.named` and of `count_targets`, and that in which modules are built
 OBJECTIVES: tuple[type[Objective], ...] = (
-    NextToken, Reconstruction, Prophet, Quantized, NextLatent, Ponder, Autoencoding,
+    NextToken, Reconstruction, Prophet, Quantized, NextLatent, Ponder, Autoencoding, Ratio, Surprised,
+    PieceShare,
 )  # fmt: skip
 
 

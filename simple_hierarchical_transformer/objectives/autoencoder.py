@@ -12,6 +12,7 @@ from .base import Batch, CrossEntropy, Targets
 if TYPE_CHECKING:
     from ..config import Config
     from ..model import HierarchicalTransformer
+    from ..pieces import Pieces
     from ..read import Read
 
 
@@ -28,7 +29,7 @@ class Autoencoding(CrossEntropy):
         coarsest = max(config.compressions)
         return [cls(weight=config.autoencoder_loss_weight, compression=coarsest, stride=coarsest)]
 
-    def targets(self, batch: Batch) -> Targets:
+    def targets(self, batch: Batch, pieces: Pieces | None = None) -> Targets:
         windows, ignored = batch.past(self.compression, self.stride)
         return Targets(windows.flatten(1), ignored)
 

@@ -15,6 +15,7 @@ from ..ops.cross_entropy import cross_entropy
 if TYPE_CHECKING:
     from ..config import Config
     from ..model import HierarchicalTransformer
+    from ..pieces import Pieces
     from ..read import Read
 
 O = TypeVar('O', bound='Objective')  # noqa: E741
@@ -52,23 +53,28 @@ class Batch(NamedTuple):
         """The index of the first id at which a level of this stride has a token."""
         return Grid(stride).offset(self.position)
 
-    def at_tokens(self, stride: int) -> Tensor:
-        """The ids at which a level of this stride has tokens, `(batch, tokens)`."""
+    def at_tokens(self, stride: int, pieces: Pieces | None = None) -> Tensor:
+        """The ids at which a level of this stride has tokens, `(batch, tokens)`.
+
+        `pieces` are those of a placed level. Its padding has `ignore_index`.
+        """
+        if pieces is not None:
+            return pieces.pick(self.ids, self.ignore_index)
         return self.ids[:, Grid(stride).at(self.position)]
 
-    def past(self, compression: int, stride: int) -> Targets:
+    def past(self, compression: int, stride: int, pieces: Pieces | None = None) -> Targets:
         """The ids in the window of each token of a level, as targets of a reconstruction. See `past_windows`."""
         ignored, offset = self.recon_ignore_index, self.offset(stride)
         windows = past_windows(self.ids, compression=compression, stride=stride, ignore_index=ignored, offset=offset)
-        return Targets(windows, ignored)
+        return Targets(windows if pieces is None else pieces.pick(windows, ignored), ignored)
 
-    def future(self, compression: int, stride: int) -> Targets:
+    def future(self, compression: int, stride: int, pieces: Pieces | None = None) -> Targets:
         """The ids that follow each token of a level, as targets of a prediction. See `future_windows`."""
         ignored, offset = self.ignore_index, self.offset(stride)
         windows = future_windows(
             self.labels, compression=compression, stride=stride, ignore_index=ignored, offset=offset
         )
-        return Targets(windows, ignored)
+        return Targets(windows if pieces is None else pieces.pick(windows, ignored), ignored)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +96,8 @@ class Objective:
     """The index of its level, None for the whole model."""
     compression: int = 0
     stride: int = 1
+    placed: bool = False
+    """Whether boundaries place its level."""
 
     @property
     def name(self) -> str:
@@ -110,7 +118,14 @@ class Objective:
     def per_level(cls: type[O], config: Config, weights: Sequence[float], **settings: object) -> list[O]:
         """One objective for each level whose weight is above 0."""
         return [
-            cls(weight=weight, level=i, compression=level.compression, stride=level.stride, **settings)
+            cls(
+                weight=weight,
+                level=i,
+                compression=level.compression,
+                stride=level.stride,
+                placed=level.is_placed,
+                **settings,
+            )
             for i, (level, weight) in enumerate(zip(config.levels, weights, strict=True))
             if weight > 0
         ]
@@ -119,12 +134,46 @@ class Objective:
         """The modules that the model builds for it, by the names of `containers`."""
         return {}
 
-    def targets(self, batch: Batch) -> Targets:
+    @property
+    def targets_per_token(self) -> int:
+        """The number of targets of each token of its level."""
+        return 1
+
+    @property
+    def scale(self) -> float:
+        """The factor of the loss for each of its `counts`: intended tokens of a placed level are counted as ids."""
+        return self.compression / self.targets_per_token if self.placed else 1.0
+
+    def targets(self, batch: Batch, pieces: Pieces | None = None) -> Targets:
+        """What is predicted. `pieces` are those of its level, if it is placed."""
         raise NotImplementedError
 
-    def counts(self, targets: Targets) -> list[Tensor]:
-        """The number of targets of each of its `terms`, int64 scalars."""
+    def counts(self, batch: Batch) -> list[Tensor]:
+        """The number of targets of each of its `terms`, int64 scalars.
+
+        The tokens of a placed level are known only after a pass. Its losses are sums over tokens, divided by the
+        intended number of tokens. So it counts the ids with a label, and `scale` does the rest.
+        """
+        if self.placed:
+            return [(batch.labels != batch.ignore_index).sum()] * self.terms
+        return self.count(self.targets(batch))
+
+    def count(self, targets: Targets) -> list[Tensor]:
+        """The number of targets of each of its `terms`, where tokens have a fixed stride."""
         return [targets.counted.sum()]
+
+    def divisors(self, batch: Batch, counts: Sequence[Tensor] | None) -> Sequence[Tensor] | None:
+        """The given counts. Without them, its own where the mean over targets is not meant, otherwise None."""
+        return self.counts(batch) if counts is None and self.placed else counts
+
+    def targets_of(self, read: Read, batch: Batch) -> Targets:
+        """The targets of what was read."""
+        pieces = self.pieces(read)
+        return self.targets(batch) if pieces is None else self.targets(batch, pieces)
+
+    def pieces(self, read: Read) -> Pieces | None:
+        """The pieces of its level, if it is placed."""
+        return None if self.level is None or not self.placed else read.pieces[self.level]
 
     def loss(self, model: HierarchicalTransformer, read: Read, batch: Batch, counts: Sequence[Tensor] | None) -> Tensor:
         """The loss before its weight, a scalar. With `counts`, sums are divided by those instead of their own."""
@@ -148,9 +197,11 @@ class CrossEntropy(Objective):
         return 1.0
 
     def loss(self, model: HierarchicalTransformer, read: Read, batch: Batch, counts: Sequence[Tensor] | None) -> Tensor:
-        x, (values, ignored) = self.tokens(model, read, batch), self.targets(batch)
-        count = None if counts is None else counts[0]
-        return cross_entropy(x, self.head(model), values, ignored, count=count, sample=self.sample(model))
+        x, (values, ignored) = self.tokens(model, read, batch), self.targets_of(read, batch)
+        divisors = self.divisors(batch, counts)
+        count = None if divisors is None else divisors[0]
+        loss = cross_entropy(x, self.head(model), values, ignored, count=count, sample=self.sample(model))
+        return loss * self.scale if self.placed else loss
 
 
 def past_windows(ids: Tensor, *, compression: int, stride: int, ignore_index: int, offset: int = 0) -> Tensor:

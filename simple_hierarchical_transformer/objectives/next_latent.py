@@ -21,6 +21,7 @@ from .base import Batch, Objective, Targets
 if TYPE_CHECKING:
     from ..config import Config
     from ..model import HierarchicalTransformer
+    from ..pieces import Pieces
     from ..read import Read
 
 LatentLoss = Callable[[Tensor, Tensor], Tensor]
@@ -94,6 +95,17 @@ class ChunkSummarizer(nn.Module):
         end = torch.arange(summed.shape[1], device=embeds.device) * s + offset + 1
         return self.proj(summed / end.clamp(max=c)[:, None])
 
+    def of_pieces(self, embeds: Tensor, pieces: Pieces) -> Tensor:
+        """The mean of the embeddings of each piece of a placed level, `(batch, k, dim)`."""
+        marks = pieces.at_positions.long()
+        # pieces end at their boundaries. What follows the last one is left out
+        piece = marks.cumsum(1) - marks
+        k = pieces.positions.shape[1]
+        sums = embeds.new_zeros(embeds.shape[0], k + 1, embeds.shape[-1])
+        sums = sums.scatter_add(1, piece[..., None].expand_as(embeds), embeds)[:, :k]
+        lengths = embeds.new_zeros(embeds.shape[0], k + 1).scatter_add(1, piece, torch.ones_like(embeds[..., 0]))[:, :k]
+        return self.proj(sums / lengths.clamp(min=1)[..., None])
+
 
 class LatentDynamics(nn.Module):
     """The next latent from the latent and the summary of the next chunk: `h + MLP(LayerNorm([h, summary]))`.
@@ -138,6 +150,7 @@ def next_latent_loss(
     rollout_weights: Sequence[float],
     decay: float | None,
     counts: Sequence[Tensor] | None = None,
+    exists: Tensor | None = None,
 ) -> Tensor:
     """How well `dynamics` rolls a level's latents forward, a step for each of `rollout_weights`.
 
@@ -145,7 +158,8 @@ def next_latent_loss(
     from the same first `seq - steps` latents, so a sequence no longer than the rollout adds zero. Targets are
     detached. With `decay`, each token's step is further scaled by exp(-decay * its summed loss of the steps before):
     a rollout that has gone astray is not worth following. With `counts`, each step's sum is divided by its own of them
-    instead of by how many targets count.
+    instead of by how many targets count. `exists`, `(batch, seq)`, says which tokens are no padding at the end of a row,
+    where rows differ in length.
 
     Next-latent prediction: Teoh et al. 2025, arXiv 2511.05963.
     """
@@ -153,6 +167,8 @@ def next_latent_loss(
     starts = max(latents.shape[1] - steps, 0)
     counts = rollout_counts(valid, steps) if counts is None else counts
     targets = latents.detach()
+    # rollouts that end in padding do not start, as those that would end after the longest row
+    started = None if exists is None else exists[:, steps : steps + starts]
 
     pred = latents[:, :starts]
     total, so_far = latents.new_zeros(()), latents.new_zeros(())
@@ -165,7 +181,8 @@ def next_latent_loss(
         weighted = loss * weight if decay is None else loss * weight * (-decay * so_far).exp()
         so_far = so_far + loss.detach()
 
-        total = total + (weighted * valid[:, reached]).sum() / count.clamp(min=1)
+        counted = valid[:, reached] if started is None else valid[:, reached] & started
+        total = total + (weighted * counted).sum() / count.clamp(min=1)
 
     return total
 
@@ -212,31 +229,36 @@ class NextLatent(Objective):
             )
         return {'latent_dynamics': dynamics, 'chunk_summarizers': summarizer}
 
-    def targets(self, batch: Batch) -> Targets:
+    def targets(self, batch: Batch, pieces: Pieces | None = None) -> Targets:
         # tokens that end in an ignored id do not count
-        return Targets(batch.at_tokens(self.stride), batch.ignore_index)
+        return Targets(batch.at_tokens(self.stride, pieces), batch.ignore_index)
 
-    def counts(self, targets: Targets) -> list[Tensor]:
+    def count(self, targets: Targets) -> list[Tensor]:
         return rollout_counts(targets.counted, self.terms)
 
     def loss(self, model: HierarchicalTransformer, read: Read, batch: Batch, counts: Sequence[Tensor] | None) -> Tensor:
         assert self.level is not None
-        key, latents = str(self.level), read.tokens[self.level]
+        key, latents, pieces = str(self.level), read.tokens[self.level], self.pieces(read)
         embeds = read.embeds.detach() if self.detach_summaries else read.embeds
         summarizer, offset = model.chunk_summarizers[key], batch.offset(self.stride)
         if isinstance(summarizer, ChunkSummarizer):
-            summaries = summarizer(embeds, offset)
-        else:
+            summaries = summarizer(embeds, offset) if pieces is None else summarizer.of_pieces(embeds, pieces)
+        elif pieces is None:
             # a user's module knows no offset, so its chunk starts at the level's first token
             summaries = summarizer(embeds[:, offset:]) if latents.shape[1] else latents
+        else:
+            # it has stride 1
+            summaries = pieces.pick(summarizer(embeds))
         name = f'chunk_summarizers of hierarchy {self.compression}'
-        return next_latent_loss(
+        loss = next_latent_loss(
             latents,
             check_output(name, summaries, latents.shape, embeds),
-            self.targets(batch).counted,
+            self.targets(batch, pieces).counted,
             dynamics=model.latent_dynamics[key],
             loss_fn=self.loss_fn,
             rollout_weights=self.rollout_weights,
             decay=self.decay,
-            counts=counts,
+            counts=self.divisors(batch, counts),
+            exists=None if pieces is None else pieces.exists,
         )
+        return loss * self.scale if self.placed else loss

@@ -12,6 +12,7 @@ from .base import Batch, CrossEntropy, Targets
 if TYPE_CHECKING:
     from ..config import Config
     from ..model import HierarchicalTransformer
+    from ..pieces import Pieces
     from ..read import Read
 
 
@@ -23,7 +24,7 @@ class NextToken(CrossEntropy):
     def from_config(cls, config: Config) -> list[NextToken]:
         return [cls(weight=1.0)]
 
-    def targets(self, batch: Batch) -> Targets:
+    def targets(self, batch: Batch, pieces: Pieces | None = None) -> Targets:
         return Targets(batch.labels, batch.ignore_index)
 
     def tokens(self, model: HierarchicalTransformer, read: Read, batch: Batch) -> Tensor:

@@ -13,6 +13,7 @@ from .base import Batch, Objective, Targets
 if TYPE_CHECKING:
     from ..config import Config
     from ..model import HierarchicalTransformer
+    from ..pieces import Pieces
     from ..read import Read
 
 
@@ -26,7 +27,7 @@ class Ponder(Objective):
         halts = [config.halting is not None and i in config.predict_from for i in range(len(config.levels))]
         return cls.per_level(config, [config.ponder_loss_weight if each else 0.0 for each in halts])
 
-    def targets(self, batch: Batch) -> Targets:
+    def targets(self, batch: Batch, pieces: Pieces | None = None) -> Targets:
         # every token counts: no id is below 0
         return Targets(batch.at_tokens(self.stride), -1)
 

@@ -15,6 +15,7 @@ from .base import Batch, CrossEntropy, Targets
 if TYPE_CHECKING:
     from ..config import Config
     from ..model import HierarchicalTransformer
+    from ..pieces import Pieces
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +43,12 @@ class Prophet(CrossEntropy):
         dim = config.levels[self.level].dim
         return {'to_prophet': nn.Linear(dim, self.compression * config.num_tokens, bias=False)}
 
-    def targets(self, batch: Batch) -> Targets:
-        return batch.future(self.compression, self.stride)
+    @property
+    def targets_per_token(self) -> int:
+        return self.compression
+
+    def targets(self, batch: Batch, pieces: Pieces | None = None) -> Targets:
+        return batch.future(self.compression, self.stride, pieces)
 
     def head(self, model: HierarchicalTransformer) -> nn.Module:
         return model.to_prophet[str(self.level)]

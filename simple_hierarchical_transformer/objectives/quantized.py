@@ -17,6 +17,7 @@ from .base import Batch, Objective, Targets
 if TYPE_CHECKING:
     from ..config import Config
     from ..model import HierarchicalTransformer
+    from ..pieces import Pieces
     from ..read import Read
 
 
@@ -76,27 +77,33 @@ class Quantized(Objective):
             ),
         }
 
-    def targets(self, batch: Batch) -> Targets:
+    @property
+    def targets_per_token(self) -> int:
+        return self.codebooks
+
+    def targets(self, batch: Batch, pieces: Pieces | None = None) -> Targets:
         """Which tokens count: -1 for one that ends in an ignored id, else 0. The ids depend on what was read."""
-        last = batch.at_tokens(self.stride)[:, 1:, None].expand(-1, -1, self.codebooks)
+        last = batch.at_tokens(self.stride, pieces)[:, 1:, None].expand(-1, -1, self.codebooks)
         return Targets(torch.where(last == batch.ignore_index, -1, 0), -1)
 
     def loss(self, model: HierarchicalTransformer, read: Read, batch: Batch, counts: Sequence[Tensor] | None) -> Tensor:
         assert self.level is not None
-        values, ignored = self.targets(batch)
+        values, ignored = self.targets_of(read, batch)
+        divisors = self.divisors(batch, counts)
         ids: Tensor = model.quantizers[str(self.level)](quantized_tokens(model, read)[self.level].detach())
         if ids.shape[-1] != self.codebooks:
             raise ValueError(
                 f'quantizers of hierarchy {self.compression} must return {self.codebooks} ids for each token, as '
                 f'quantizer_codebooks says, got {ids.shape[-1]}'
             )
-        return cross_entropy(
+        loss = cross_entropy(
             read.tokens[self.level][:, :-1],
             model.to_quantized[str(self.level)],
             ids[:, 1:].masked_fill(values == ignored, ignored),
             ignored,
-            count=None if counts is None else counts[0],
+            count=None if divisors is None else divisors[0],
         )
+        return loss * self.scale if self.placed else loss
 
 
 def quantized_tokens(model: HierarchicalTransformer, read: Read) -> list[Tensor]:

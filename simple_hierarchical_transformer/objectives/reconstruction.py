@@ -12,6 +12,7 @@ from .base import Batch, CrossEntropy, Targets
 if TYPE_CHECKING:
     from ..config import Config
     from ..model import HierarchicalTransformer
+    from ..pieces import Pieces
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,12 @@ class Reconstruction(CrossEntropy):
         weights = [config.recon_loss_weight if c > 1 else 0.0 for c in config.compressions]
         return cls.per_level(config, weights)
 
-    def targets(self, batch: Batch) -> Targets:
-        return batch.past(self.compression, self.stride)
+    @property
+    def targets_per_token(self) -> int:
+        return self.compression
+
+    def targets(self, batch: Batch, pieces: Pieces | None = None) -> Targets:
+        return batch.past(self.compression, self.stride, pieces)
 
     def head(self, model: HierarchicalTransformer) -> nn.Module:
         assert self.level is not None

@@ -110,7 +110,7 @@ GOOD: dict[str, Any] = dict(num_tokens=11, dim=8, depth=1, seq_len=16, dim_head=
         (dict(predict_use_all_hierarchy=1), 'predict_use_all_hierarchy must be True or False, got 1'),
         (dict(detach_summaries=None), 'detach_summaries must be True or False, got None'),
         (dict(predict_hierarchy=True), 'predict_hierarchy must be one of hierarchies [1], got True'),
-        (dict(merge='mean'), "merge must be one of concat, linear, attention, got 'mean'"),
+        (dict(merge='mean'), "merge must be one of concat, linear, attention, skip, got 'mean'"),
         (dict(merge_window=-1), 'merge_window must be an integer of at least 0, got -1'),
         (dict(merge_window=2, hierarchies=(1, 2)), "merge_window is for merge = 'attention', got 2 with 'concat'"),
         (

@@ -1,0 +1,81 @@
+"""Boundaries where the next id is hard to predict: Pagnoni et al. 2024, arXiv 2412.09871, section 2.3."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.linear import chain
+from ..ops.norm import RMSNorm
+from .base import Boundaries
+
+# logits in memory at a time
+CHUNK = 1 << 22
+# tokens that the threshold is calibrated on, and the weight of a new batch in its moving average
+SAMPLE = 1 << 14
+RATE = 0.05
+
+
+class Surprise(Boundaries):
+    """A boundary where the entropy of the next id exceeds a threshold.
+
+    A linear head on the finer tokens predicts the next id. No gradient flows from it into the tokens. Training mode
+    moves the threshold so that one in `spacing` tokens exceeds it: a moving average of the quantile of each batch,
+    which takes effect in the next one. Before the first training step, only the first token is a boundary.
+
+    Args:
+        dim: the width of the finer tokens.
+        num_tokens: the size of the vocabulary.
+        spacing: the intended number of finer tokens in a piece.
+        rise: compare not the entropy, but its rise from one token to the next, with the threshold.
+    """
+
+    roles: ClassVar[Mapping[str, str]] = dict(to_logits='head')
+    threshold: Tensor
+
+    def __init__(self, dim: int, num_tokens: int, spacing: int, rise: bool = False) -> None:
+        super().__init__()
+        self.spacing = spacing
+        self.rise = rise
+        self.norm = RMSNorm(dim)
+        self.to_logits = nn.Linear(dim, num_tokens, bias=False)
+        self.register_buffer('threshold', torch.tensor(math.inf))
+
+    def extra_repr(self) -> str:
+        return f'spacing={self.spacing}, rise={self.rise}'
+
+    @torch.no_grad()
+    def entropy(self, x: Tensor) -> Tensor:
+        """The entropy of the next id after tokens `(batch, n, dim)`, in nats: `(batch, n)`."""
+        rows = x.detach().flatten(0, 1)
+        found = []
+        for part in rows.split(max(CHUNK // self.to_logits.weight.shape[0], 1)):
+            logits = chain(part, self.norm, self.to_logits)
+            log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
+            found.append(-(log_probs.exp() * log_probs).sum(dim=-1))
+        return torch.cat(found).view(x.shape[:2])
+
+    def forward(self, x: Tensor, ids: Tensor, index: Tensor) -> Tensor:
+        if self.rise:
+            entropy = self.entropy(x)
+            measure = entropy[:, 1:] - entropy[:, :-1]
+        else:
+            measure = self.entropy(x[:, 1:])
+        boundary = measure > self.threshold
+        if self.training and torch.is_grad_enabled():
+            # without this batch's own boundaries, which must not depend on later tokens
+            self.calibrate(measure[index > 0][:SAMPLE])
+        return boundary
+
+    @torch.no_grad()
+    def calibrate(self, measure: Tensor) -> None:
+        """Moves the threshold towards the value that one in `spacing` of these tokens exceeds."""
+        if not len(measure):
+            return
+        found = measure.to(self.threshold.dtype).quantile(1 - 1 / self.spacing)
+        moved = torch.lerp(self.threshold, found, RATE)
+        self.threshold.copy_(torch.where(self.threshold.isinf(), found, moved))
