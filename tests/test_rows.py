@@ -71,9 +71,8 @@ RAGGED = [[1, 0, 1], [5, 0, 2], [1, 1, 1], [0, 1, 0], [9, 8, 0], [0, 4, 13], [1,
 
 def placed(name: str, *, is_placed: bool = True) -> Level:
     mixer, window, options = CASES[name]
-    made = replace(level(window=window), mixer=mixer, mixer_kwargs=options)
-    object.__setattr__(made, 'boundaries', 'words' if is_placed else None)
-    return made
+    boundaries = 'words' if is_placed else None
+    return replace(level(window=window), mixer=mixer, mixer_kwargs=options, boundaries=boundaries)
 
 
 def make(name: str, *, is_placed: bool = True, **options: Any) -> HierarchicalBlock:

@@ -62,7 +62,7 @@ def build_mixer(level: Level, *, length: int, layer: int, backend: str) -> Any:
     parameters = inspect.signature(mixer).parameters
     settings = dict(
         dim=level.dim, dim_head=level.dim_head, heads=level.heads, window=level.window, length=length, layer=layer,
-        backend=backend, placed=getattr(level, 'boundaries', None) is not None,
+        backend=backend, placed=level.is_placed,
     )  # fmt: skip
     takes_any = any(each.kind == each.VAR_KEYWORD for each in parameters.values())
     options = [name for name in parameters if name not in settings]
