@@ -228,6 +228,10 @@ def place(
     check_output('boundaries', marks.boundary, tuple(x.shape[:2]), x)
     if marks.boundary.dtype != torch.bool:
         raise ValueError(f'boundaries must return a bool tensor, got {marks.boundary.dtype}')
+    if marks.probability is not None:
+        check_output('boundaries', marks.probability, tuple(x.shape[:2]), x)
+        if not marks.probability.is_floating_point():
+            raise ValueError(f'boundaries must return floating-point probabilities, got {marks.probability.dtype}')
     # without a sync: no token of a chunk later than the first has index 0
     boundary = (marks.boundary | (index == 0)) & (index >= 0)
 

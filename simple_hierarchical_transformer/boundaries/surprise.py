@@ -15,9 +15,11 @@ from .base import Boundaries
 
 # logits in memory at a time
 CHUNK = 1 << 22
-# tokens that the threshold is calibrated on, and the weight of a new batch in its moving average
+# tokens that the threshold is calibrated on
 SAMPLE = 1 << 14
-RATE = 0.05
+# the weight of a new batch in the threshold's moving average: with a smaller one, the threshold stays behind where the
+# entropy falls fast, and no token exceeds it for many steps
+RATE = 0.3
 
 
 class Surprise(Boundaries):
