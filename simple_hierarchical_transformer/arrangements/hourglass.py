@@ -119,7 +119,7 @@ class Nested:
         return x
 
     def run_layers(self, k: int, x: Tensor, start: int | Rows, frame: Frame | None = None) -> Tensor:
-        """The layers of the k-th finest level with all inside it, on its tokens x, of which the first has index `start`.
+        """The layers of the k-th finest level with all inside it, on its tokens x. The first has index `start`.
 
         `frame` is given for a placed level.
         """
@@ -170,7 +170,7 @@ def check_boundaries(config: Config) -> None:
         c = level.compression
         if finer.is_placed and not level.is_placed:
             raise ValueError(
-                f"boundaries must place hierarchy {c} too, which is inside placed hierarchy {finer.compression}: "
+                f'boundaries must place hierarchy {c} too, which is inside placed hierarchy {finer.compression}: '
                 "'every' has one token for a fixed number of finer tokens. Got None"
             )
         if not level.is_placed:
