@@ -65,10 +65,13 @@ def is_capturable(model: StatefulModel) -> TypeGuard[CapturableModel]:
     """Whether every step of the model is the same sequence of kernels and nothing else.
 
     False if a module belongs to neither this package nor torch.nn, has hooks, or is patched or compiled: a replay would
-    skip its Python code. False for mixers whose work depends on the position.
+    skip its Python code. False for mixers whose work depends on the position, and for levels that boundaries place:
+    whether these get a token depends on the ids.
     """
     levels = getattr(model, 'levels', None)
     if not isinstance(model, nn.Module) or not isinstance(levels, (list, tuple)):
+        return False
+    if any(getattr(level, 'is_placed', False) for level in levels):
         return False
     if _has_any_global_hook() or is_traced():
         return False
