@@ -80,6 +80,13 @@ def assert_steps_are_the_model_s(model: HierarchicalTransformer, length: int, ro
     assert len(steps.graphs) == steps.cycle - never
 
 
+def test_steps_of_placed_levels_are_not_captured() -> None:
+    """Whether a placed level gets a token depends on the ids, so steps differ."""
+    assert is_capturable(build(HOURGLASS))
+    placed = dict(HOURGLASS, hierarchical_stride=1, boundaries=(None, 'every'))
+    assert not is_capturable(build(placed))
+
+
 @given(configs())
 def test_recorded_steps_serve_all_positions(config: dict[str, Any]) -> None:
     model = build(config).eval()

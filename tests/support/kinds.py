@@ -39,10 +39,15 @@ KINDS: dict[str, dict[str, Any]] = {
     'pooled': dict(compressor='attention', merge='attention', merge_window=1, merge_into='all'),
     'mean': dict(compressor='mean', hierarchies=(4, 1), hierarchical_stride=(4, 1), dim=(12, 16), merge_into='all'),
     'hourglass': dict(arrangement='hourglass', residual='gru', ff_activation='swiglu', dim=(16, 12)),
+    'placed': dict(
+        arrangement='hourglass', hierarchies=(1, 4, 8), hierarchical_stride=1, window_sizes=(4, None, None),
+        dim=(16, 12, 12), boundaries=(None, 'learned', 'every'), downsample=('token', 'attention', 'token'),
+        upsample=('repeat', 'smooth', 'offset'), merge='skip',
+    ),
     'reversible': dict(reversible=True),
     'checkpointed': dict(gradient_checkpointing=True, ff_chunks=2),
     'shared': dict(share_layers=True, halting='act', ff_activation='relu2', mixer_kwargs=dict(qk_norm=True)),
-}
+}  # fmt: skip
 
 
 MAPS = (nn.Linear, nn.Conv1d, nn.LayerNorm, RMSNorm)
