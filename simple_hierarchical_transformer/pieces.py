@@ -69,7 +69,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Pieces:
-    """The pieces of a chunk of finer tokens `(batch, n, dim)`. One of the level's tokens `(batch, k, dim)` ends each."""
+    """The pieces of a chunk of finer tokens `(batch, n, dim)`, and the tokens `(batch, k, dim)` that end them."""
 
     boundary: Tensor
     """At which finer tokens a piece ends, bool `(batch, n)`."""

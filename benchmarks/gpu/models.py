@@ -20,6 +20,8 @@ CONTEXT, ROWS = PRESET['seq_len'], PRESET['batch_size']
 WIDTH, HEAD = PRESET['model']['dim'], 64
 WINDOW = PRESET['model']['window_sizes'][0]
 TABLES = ('ngrams', 'word_ngrams', 'ngram_dropout', 'recall', 'word_recall')
+# what H-Net, Hwang et al. 2025, arXiv 2507.07955, does with learned boundaries
+HNET = dict(upsample='smooth', merge='skip')
 MODES = ('eager', 'compiled', 'whole')
 PLAIN = 'plain transformer'
 
@@ -34,6 +36,18 @@ def flat(window: int | None, width: int = WIDTH, depth: int | None = None) -> Se
     return one_level(preset(width), depth or sum(PRESET['model']['depth']), window)
 
 
+def placed(rule: str, width: int = WIDTH, **options: Any) -> Settings:
+    """The recipe of the preset with coarse tokens placed by a rule: six fine layers, and six of twice the width.
+
+    With a coarse token for every six bytes, which is about the length of English words, a layer of the coarse level
+    costs two thirds of a fine one. So the model costs about as much per byte as ten fine layers.
+    """
+    return dict(
+        preset(width), dim=(width, 2 * width), heads=(width // HEAD, 2 * width // HEAD), depth=(6, 6),
+        hierarchies=(1, 8), hierarchical_stride=1, boundaries=(None, rule), **options,
+    )  # fmt: skip
+
+
 def without_tables(settings: Settings) -> Settings:
     """The same model without n-grams and recall."""
     return {name: value for name, value in settings.items() if name not in TABLES}
@@ -44,6 +58,8 @@ MODELS: dict[str, Callable[[int], Settings]] = {
     'preset': preset,
     'flat, window 64': lambda width: flat(WINDOW, width),
     'flat, full': lambda width: flat(None, width),
+    'words': lambda width: placed('words', width),
+    'learned': lambda width: placed('learned', width, **HNET),
     PLAIN: lambda width: dict(dim=width, depth=sum(PRESET['model']['depth']), heads=width // HEAD, dim_head=HEAD),
     'preset, no tables': lambda width: without_tables(preset(width)),
     'flat, window 64, no tables': lambda width: without_tables(flat(WINDOW, width)),

@@ -2,6 +2,7 @@
 
     python benchmarks/gpu/race.py --data FILE                    three models share nine minutes
     python benchmarks/gpu/race.py --data FILE --compile
+    python benchmarks/gpu/race.py --data FILE --models 'flat, window 64' words learned
     python benchmarks/gpu/race.py --data FILE --models preset --each 8
 
 Each model is a run of train.py with the settings of the `gpu` preset, and with its schedule over those minutes. The
@@ -28,7 +29,7 @@ from benchmarks.common.models import Settings, flat_depth
 from benchmarks.common.tables import aligned
 from benchmarks.common.training import load_corpus, load_final, model_options, read_metrics, train_command
 from benchmarks.gpu.bench import Bench, new_gpu_parser, parse_args
-from benchmarks.gpu.models import PRESET, WINDOW, flat, parameter_counts, preset, small, step_flops
+from benchmarks.gpu.models import HNET, PRESET, WINDOW, flat, parameter_counts, placed, preset, small, step_flops
 from simple_hierarchical_transformer.data.batches import evaluation_batches
 from simple_hierarchical_transformer.training.scores import bits_per_byte
 
@@ -37,7 +38,11 @@ MODELS: dict[str, Settings] = {
     'preset': preset(),
     'flat, window 64': flat(WINDOW, depth=DEPTH),
     'flat, full': flat(None, depth=DEPTH),
+    'words': placed('words'),
+    'learned': placed('learned', **HNET),
 }
+# the others take a run of their own
+FIRST = ('preset', 'flat, window 64', 'flat, full')
 # minutes of a run for starting, saving and scoring
 AROUND = 0.75
 VALID_BYTES, TEST_BYTES = 1 << 18, 1 << 21
@@ -109,7 +114,7 @@ def final_table(rows: Sequence[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = new_gpu_parser(__doc__)
     parser.add_argument('--data', required=True, help='a value of train.py --data')
-    parser.add_argument('--models', nargs='+', choices=MODELS, default=list(MODELS))
+    parser.add_argument('--models', nargs='+', choices=MODELS, default=list(FIRST))
     parser.add_argument(
         '--each', type=float, help='training minutes of each model (default: an equal share of --minutes)'
     )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..ops.linear import chain
 from ..ops.norm import RMSNorm
+from ..ops.precision import KeepsExact, exact_dtype
 from .base import Boundaries
 
 # logits in memory at a time
@@ -22,7 +23,7 @@ SAMPLE = 1 << 14
 RATE = 0.3
 
 
-class Surprise(Boundaries):
+class Surprise(KeepsExact, Boundaries):
     """A boundary where the entropy of the next id exceeds a threshold.
 
     A linear head on the finer tokens predicts the next id. No gradient flows from it into the tokens. Training mode
@@ -37,6 +38,7 @@ class Surprise(Boundaries):
     """
 
     roles: ClassVar[Mapping[str, str]] = dict(to_logits='head')
+    exact = ('threshold',)
     threshold: Tensor
 
     def __init__(self, dim: int, num_tokens: int, spacing: int, rise: bool = False) -> None:
@@ -45,7 +47,7 @@ class Surprise(Boundaries):
         self.rise = rise
         self.norm = RMSNorm(dim)
         self.to_logits = nn.Linear(dim, num_tokens, bias=False)
-        self.register_buffer('threshold', torch.tensor(math.inf))
+        self.register_buffer('threshold', torch.tensor(math.inf, dtype=exact_dtype()))
 
     def extra_repr(self) -> str:
         return f'spacing={self.spacing}, rise={self.rise}'

@@ -17,8 +17,8 @@ from .base import Merge, MergeState, at_each_position, normalised
 class SkipMerge(Merge):
     """Replaces a finer token by the coarser token at its position plus a linear map of itself, which starts at zero.
 
-    The coarser token is projected where the widths differ. The map of the finer token and the sum are computed in
-    float32, also under autocast. Hwang et al. 2025, arXiv 2507.07955, section 2.3.
+    The coarser token is projected where the widths differ. Autocast does not round the map of the finer token, and the
+    sum is computed in float32 or more. Hwang et al. 2025, arXiv 2507.07955, section 2.3.
     """
 
     def build(self, levels: Sequence[Level]) -> None:
@@ -39,8 +39,8 @@ class SkipMerge(Merge):
         (finer, coarser), state = at_each_position(tokens, self.strides, state, position, [(), (self.to_finer,)])
         exact = torch.promote_types(finer.dtype, torch.float32)
         with no_autocast(finer.device):
-            kept = chain(finer.to(exact), self.residual)
-        return (finer, kept, coarser.to(exact)), state
+            kept = chain(finer, self.residual)
+        return (finer, kept.to(exact), coarser.to(exact)), state
 
     def updates(self, gathered: Any, ablated: Collection[int]) -> list[Tensor]:
         finer, kept, coarser = gathered
