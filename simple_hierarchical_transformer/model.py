@@ -71,6 +71,7 @@ class HierarchicalTransformer(
         levels = config.levels
         # settings that calls read; the other options only decide what is built
         self.levels = levels
+        self.measured_spacing = {}
         self.num_tokens = config.num_tokens
         self.seq_len = config.seq_len
         self.ignore_index = config.ignore_index
@@ -340,7 +341,9 @@ class HierarchicalTransformer(
         # each position reads a level's latest token, which is repeated until the next one
         before = memory.features() or (None,) * len(members)
         columns, last = spread_placed([tokens[i] for i in self.predict_from], self.predict_from, outputs.pieces, before)
-        features, after = concat_levels(columns, [level.stride for level in members], memory.features(), memory.position)
+        features, after = concat_levels(
+            columns, [level.stride for level in members], memory.features(), memory.position
+        )
         memory.put_features(after and tuple(last.get(k, each) for k, each in enumerate(after)))
         ablated = [k for k, level in enumerate(members) if level.compression in request.ablated]
         return Read(

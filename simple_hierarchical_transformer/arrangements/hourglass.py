@@ -105,8 +105,11 @@ class Nested:
         """
         model, i = self.model, self.model.order[k]
         level, before, key = model.levels[i], self.memory.placed(i), str(i)
-        # the intended number of finer tokens in a piece
-        spacing = level.spacing // model.levels[model.order[k - 1]].spacing
+        # the intended number of finer tokens in a piece. Nothing can be counted on 'meta', but it may have been measured
+        j = model.order[k - 1]
+        spacing: float = level.spacing // model.levels[j].spacing
+        if finer.is_meta:
+            spacing = model.spacing(i) / model.spacing(j)
         pieces, after = place(model.boundaries[key], spacing, finer, self.ids, frame, before)
         self.outputs.pieces[i] = pieces
         picked, down = take(finer, pieces.at), None
@@ -170,7 +173,7 @@ def check_boundaries(config: Config) -> None:
         c = level.compression
         if finer.is_placed and not level.is_placed:
             raise ValueError(
-                f"boundaries must place hierarchy {c} too, which is inside placed hierarchy {finer.compression}: "
+                f'boundaries must place hierarchy {c} too, which is inside placed hierarchy {finer.compression}: '
                 "'every' has one token for a fixed number of finer tokens. Got None"
             )
         if not level.is_placed:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -188,6 +188,8 @@ def estimate(
     parameters: dict[int | None, int],
     compressions: Sequence[int],
     flops: float,
+    spacing: dict[int, float],
+    counted: Collection[int],
     memory: dict[str, int],
     data: Sequence[tuple[Corpus, dict[str, range]]],
     seconds: float | None,
@@ -202,6 +204,8 @@ def estimate(
         parameters: the number of parameters of each level, by its index. None holds those of several levels.
         compressions: the compression of each level.
         flops: operations per byte.
+        spacing: the mean number of bytes in a piece of each placed level, by its index.
+        counted: the indices of those of them that were counted. The others are intended.
         memory: bytes by purpose. Empty if they are unknown.
         data: each corpus with its splits.
         seconds: the time of a step. None if it was not timed.
@@ -214,6 +218,9 @@ def estimate(
     for i, count in parameters.items():
         of = 'embeddings, merges, logits' if i is None else f'level {compressions[i]}x'
         yield f'  {of:30}{count:>14,}'
+    for i, length in spacing.items():
+        how = 'counted in a sample of the data' if i in counted else 'as intended, since its rule must first learn'
+        yield f'bytes in a piece of level {compressions[i]}x: {length:.2f}, {how}'
     yield f'operations per byte, forward and backward: {flops:,.0f}'
     if memory:
         yield f'memory of a run on one device, at the peak of a step: {sum(memory.values()) / 1e9:.3f} GB'
