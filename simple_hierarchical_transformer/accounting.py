@@ -33,7 +33,7 @@ class Accountable:
     """
 
     def spacing(self, i: int) -> float:
-        """The number of ids from one token of level i to the next. For a placed level, the mean: measured or intended."""
+        """The number of ids from one token of level i to the next: the measured or the intended mean, if it is placed."""
         model = cast('HierarchicalTransformer', self)
         return self.measured_spacing.get(i, model.levels[i].spacing)
 

@@ -33,6 +33,7 @@ from .pieces import spread_placed
 from .pretrained import Pretrained
 from .published import adapt_published_keys
 from .read import Read
+from .segmentation import Segmenting
 from .stateful import Stateful, layout_of
 from .summary import summary
 
@@ -43,6 +44,7 @@ class HierarchicalTransformer(
     TypedModule,  # nn.Module, with the types of calls
     Stateful,  # initial_state, checks of states
     Generative,  # generate, stream, score
+    Segmenting,  # pieces
     Pretrained,  # save_pretrained, from_pretrained
     library_name='simple-hierarchical-transformer',
     license='mit',

@@ -105,7 +105,7 @@ class Nested:
         """
         model, i = self.model, self.model.order[k]
         level, before, key = model.levels[i], self.memory.placed(i), str(i)
-        # the intended number of finer tokens in a piece. Nothing can be counted on 'meta', but it may have been measured
+        # the intended number of finer tokens in a piece. On 'meta', where none are counted, it may have been measured
         j = model.order[k - 1]
         spacing: float = level.spacing // model.levels[j].spacing
         if finer.is_meta:

@@ -23,6 +23,7 @@ from . import checkpoints, run_tensors
 from .compiled import compile_blocks
 from .optim import WeightAverage, build_optimizer, learning_rate
 from .progress import Progress
+from .report import PIECES
 from .settings import BYTES, TEXTS
 from .sharded import full
 
@@ -252,4 +253,4 @@ class Learner:
 
 def bytes_per_piece(share: PieceShare) -> str:
     """The name of the mean length of a level's pieces in metrics and trackers."""
-    return f'bytes_per_piece/{share.compression}x'
+    return f'{PIECES}{share.compression}x'

@@ -22,6 +22,8 @@ from ..terminal import printable
 # value. Rows between two validations have no scores of the validation split.
 Row = dict[str, Any]
 DOTS = 100
+# metrics with the mean length of the pieces of a level: this and the level's name
+PIECES = 'bytes_per_piece/'
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -132,6 +134,13 @@ def account(
             title = name.removesuffix('_bits_per_byte').replace('_', ' ', 1)
             before = '' if first[name] is None else f'{first[name]:.3f}'
             lines.append(f'| {title} | {before} | {value:.3f} |')
+    lengths = [
+        f'{value:.2f} at level {name.removeprefix(PIECES)}'
+        for name, value in last.items()
+        if name.startswith(PIECES) and value is not None
+    ]
+    if lengths:
+        lines += ['', f'Mean bytes in a piece of training text at the end: {", ".join(lengths)}.']
     return '\n'.join(lines)
 
 
@@ -144,8 +153,12 @@ def report(
     commands: dict[str, str],
     picture: str | None,
     sample: str,
+    pieces: str = '',
 ) -> str:
-    """The text of report.md: the scores of a run, the commands to use it, and its settings."""
+    """The text of report.md: the scores of a run, the commands to use it, and its settings.
+
+    `pieces` is a section on placed levels.
+    """
     scored = validations(rows)
     last = scored[-1]
     best = min((row for row in scored if not math.isnan(valid_score(row))), key=valid_score, default=last)
@@ -168,6 +181,7 @@ def report(
         '',
         fenced(sample),
         '',
+        *([pieces, ''] if pieces else []),
         '## Commands',
         '',
     ]

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from ..data.batches import Batches, split_bytes
 from ..terminal import UNREAD, abandon, printable
-from . import checkpoints, cost, report, run_folder, run_tensors
+from . import checkpoints, cost, piece_report, report, run_folder, run_tensors
 from .evaluate import evaluate
 from .learner import Learner
 from .plan import make_plan
@@ -397,17 +397,24 @@ class Run:
         resuming = workspace.resuming(self.out)
         more = f'--steps {2 * self.s.steps}' if self.s.steps else f'--minutes {2 * self.s.minutes:g}'
         rows, count = self.progress.rows, sum(self.plan.parameters.values())
+        pieces = piece_report.segment(self.learner, self.sources[0], self.spans[0]['valid'])
 
         def write() -> None:
             checkpoints.save_final(
                 self.out, self.progress.step, lambda folder: self.save_model(folder, weights),
                 identity=self.progress.identity, scratch=self.scratch,
             )  # fmt: skip
+            if pieces and self.draws:
+                piece_report.draw_pieces(pieces, self.out / 'pieces.png')
             text = report.report(
                 self.settings,
                 rows,
                 self.account(),
-                facts={'parameters': f'{count:,}', 'steps skipped': f'{self.progress.skipped:,}'},
+                facts={
+                    'parameters': f'{count:,}',
+                    'operations per byte': f'{self.plan.flops:,.0f}',
+                    'steps skipped': f'{self.progress.skipped:,}',
+                },
                 commands={
                     'Score all of it': scoring,
                     'Sample from it': sampling,
@@ -416,6 +423,7 @@ class Run:
                 },
                 picture='loss.png' if self.draws else None,
                 sample=self.sample,
+                pieces=piece_report.section(pieces, 'pieces.png' if self.draws else None) if pieces else '',
             )
             report.write_text(self.out / 'report.md', text)
 
