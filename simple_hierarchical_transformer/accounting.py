@@ -33,7 +33,7 @@ class Accountable:
     """
 
     def spacing(self, i: int) -> float:
-        """The number of ids from one token of level i to the next: the measured or the intended mean, if it is placed."""
+        """The number of ids from one token of level i to the next. If it is placed, the measured or intended mean."""
         model = cast('HierarchicalTransformer', self)
         return self.measured_spacing.get(i, model.levels[i].spacing)
 

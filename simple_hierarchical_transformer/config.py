@@ -17,7 +17,7 @@ from .arrangements import arrangement_of
 from .block import ACTIVATIONS
 from .boundaries import BOUNDARIES
 from .checks import MOST_IN_TURN, MOST_PARTS, check_number, check_sequence, is_int, per_level, plain
-from .generation.prompts import BYTE_VOCABULARIES
+from .config_checks import check_together
 from .levels import Level, build_levels
 from .merges import MERGES, find_receivers
 from .mixers import MIXERS
@@ -130,8 +130,8 @@ class Config:
     )
     boundaries: str | nn.Module | Sequence[str | nn.Module | None] | None = option(
         None,
-        help="Where a level of an hourglass has its tokens. None: at a fixed stride. Otherwise the level is placed by a "
-        "rule, and its compression in `hierarchies` is the intended mean distance: 'words', at the end of each word "
+        help='Where a level of an hourglass has its tokens. None: at a fixed stride. Otherwise a rule places them '
+        "and its compression in `hierarchies` is the intended mean distance: 'words', at the end of each word "
         "(SpaceByte, Slagle 2024, arXiv 2404.14408); 'sentences'; 'learned' (H-Net, Hwang et al. 2025, arXiv "
         "2507.07955); 'surprise', where the entropy of the next id exceeds a threshold, or 'rise', where it rises by "
         "more than that (BLT, Pagnoni et al. 2024, arXiv 2412.09871); 'every', at a fixed number of finer tokens; or "
@@ -146,8 +146,7 @@ class Config:
         per_level=True,
     )
     upsample: (
-        Literal['repeat', 'boundary', 'offset', 'smooth']
-        | Sequence[Literal['repeat', 'boundary', 'offset', 'smooth']]
+        Literal['repeat', 'boundary', 'offset', 'smooth'] | Sequence[Literal['repeat', 'boundary', 'offset', 'smooth']]
     ) = option(
         'repeat',
         help="What a merge gets of a placed level: 'repeat', its latest token at each finer token; 'boundary', its "
@@ -386,13 +385,7 @@ class Config:
             check: Check | None = each.metadata['check']
             if check is not None and not each.metadata['per_level']:
                 check(each.name, getattr(self, each.name))
-        self.check_embeddings()
-        self.check_layers()
-        self.check_prediction()
-        arrangement_of(self).check(self)
-        self.check_merges()
-        self.check_autoencoder()
-        self.check_next_latent()
+        check_together(self)
 
     # what follows from the options
 
@@ -470,77 +463,3 @@ class Config:
     @property
     def rollout_decay(self) -> float | None:
         return self.dynamic_loss_decay if self.dynamic_rollout_loss_weight else None
-
-    # checks of options against each other
-
-    def check_embeddings(self) -> None:
-        for name in ('word_ngrams', 'word_recall'):
-            if getattr(self, name) and self.num_tokens not in BYTE_VOCABULARIES:
-                raise ValueError(
-                    f'{name} reads ids as bytes: num_tokens must be 256, 257 or 258, got {self.num_tokens}'
-                )
-
-    def check_layers(self) -> None:
-        if self.halting is not None and (not self.share_layers or arrangement_of(self).nested):
-            raise ValueError(
-                f"halting is for share_layers = True and arrangement = 'parallel', got {self.share_layers} and "
-                f'{self.arrangement!r}'
-            )
-        together: dict[str, Any] = dict(
-            residual='add', halting=None, arrangement='parallel', gradient_checkpointing=False
-        )
-        for name, allowed in together.items() if self.reversible else ():
-            if (given := getattr(self, name)) != allowed:
-                raise ValueError(f'reversible goes with {name} = {allowed!r}, got {given!r}')
-        differ = any(level.depth < self.layers for level in self.levels)
-        if differ and (not arrangement_of(self).nested or self.share_layers):
-            raise ValueError(
-                f"depth may differ between hierarchies with arrangement = 'hourglass' and share_layers = False alone, "
-                f'got {self.depth!r} with {self.arrangement!r} and {self.share_layers}'
-            )
-        for kwargs in (level.mixer_kwargs for level in self.levels if level.mixer == 'attention'):
-            interleaves = 'pattern' in kwargs and kwargs.get('pattern_mode', 'interleave') == 'interleave'
-            if self.share_layers and interleaves:
-                raise ValueError("share_layers has no layers to interleave: pattern_mode must be 'union' or 'heads'")
-
-    def check_prediction(self) -> None:
-        if all(self.levels[i].stride > 1 for i in self.predict_from):
-            strides = {self.compressions[i]: self.levels[i].stride for i in self.predict_from}
-            raise ValueError(
-                'hierarchical_stride must be 1 for the level that predicts (predict_hierarchy), or for one level '
-                f'where all predict (predict_use_all_hierarchy), got strides {strides} by hierarchy'
-            )
-
-    def check_merges(self) -> None:
-        if self.hierarchy_merge_all and len(self.receivers) < len(self.levels):
-            raise ValueError(f'hierarchy_merge_all merges into all, and merge_into is {self.merge_into!r}')
-        if self.merge_window and self.merge != 'attention':
-            raise ValueError(f"merge_window is for merge = 'attention', got {self.merge_window} with {self.merge!r}")
-
-    def check_autoencoder(self) -> None:
-        if not self.autoencoder:
-            return
-        if arrangement_of(self).nested:
-            raise ValueError(f'autoencoder feeds levels side by side, and arrangement is {self.arrangement!r}')
-        if set(self.values('compressor')) != {'conv'}:
-            raise ValueError(f"autoencoder takes the compressors' place, and compressor is {self.compressor!r}")
-        if max(self.compressions) == 1:
-            raise ValueError(f'autoencoder needs a hierarchy that compresses, got {self.compressions}')
-
-    def check_next_latent(self) -> None:
-        # checks the weights
-        _ = self.rollouts
-        if len(self.summarizers) != len(self.levels):
-            raise ValueError(
-                f'chunk_summarizers must have one module or None for each of the {len(self.levels)} hierarchies, '
-                f'got {len(self.summarizers)}'
-            )
-        weights = self.values('next_latent_loss_weight')
-        for level, summarizer, weight in zip(self.levels, self.summarizers, weights, strict=True):
-            if summarizer is not None and not isinstance(summarizer, nn.Module):
-                raise ValueError(f'chunk_summarizers must be modules or None, got {summarizer!r}')
-            if summarizer is not None and weight == 0:
-                raise ValueError(
-                    f'chunk_summarizers has a module for hierarchy {level.compression}, which has a '
-                    'next_latent_loss_weight of 0 and would never use it'
-                )

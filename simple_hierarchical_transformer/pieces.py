@@ -1,7 +1,7 @@
 """Where the tokens of a placed level stand in a chunk.
 
-A rule of `boundaries` cuts the finer tokens of each row into pieces, and a placed level has one token for each piece. So
-its rows have different lengths. They are padded at the right, up to the longest.
+A rule of `boundaries` cuts the finer tokens of each row into pieces, and a placed level has one token for each piece.
+So its rows have different lengths. They are padded at the right, up to the longest.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from .boundaries import Boundaries, Marks
+from .boundaries import Marks
 from .checks import check_output
 from .levels import Grid
 from .memory import PlacedState
@@ -46,17 +45,17 @@ class Frame:
         places = torch.arange(ids.shape[1], device=ids.device)[grid.at(position)]
         return cls(places.expand(ids.shape[0], -1), grid.count(position))
 
-    @cached_property
+    @property
     def places(self) -> Tensor:
         """0, 1, ..., n - 1: `(n,)`."""
         return torch.arange(self.positions.shape[1], device=self.positions.device)
 
-    @cached_property
+    @property
     def exists(self) -> Tensor | None:
         """Which tokens are no padding, bool `(batch, n)`. None for all."""
         return None if self.lengths is None else self.places < self.lengths[:, None]
 
-    @cached_property
+    @property
     def index(self) -> Tensor:
         """The index of each token in its row, `(batch, n)`, and -1 for padding."""
         starts = self.starts[:, None] if isinstance(self.starts, Tensor) else self.starts
@@ -71,10 +70,12 @@ class Frame:
 
 @dataclass(frozen=True)
 class Pieces:
-    """The pieces of a chunk of finer tokens `(batch, n, dim)`, and the level's tokens `(batch, k, ...)` that end them."""
+    """The pieces of a chunk of finer tokens `(batch, n, dim)`, each ended by one of the level's tokens `(batch, k, dim)`."""
 
     boundary: Tensor
     """At which finer tokens a piece ends, bool `(batch, n)`."""
+    ended: Tensor
+    """The number of pieces that have ended in the chunk at each finer token, itself included: `(batch, n)`."""
     probability: Tensor | None
     """The probability of a boundary at each finer token, `(batch, n)`, if the rule learns it."""
     finer: Frame
@@ -100,17 +101,12 @@ class Pieces:
         """The position in the chunk of each of the level's tokens, `(batch, k)`."""
         return self.frame.positions
 
-    @cached_property
+    @property
     def exists(self) -> Tensor:
         """Which of the level's tokens are no padding, bool `(batch, k)`."""
         return cast(Tensor, self.frame.exists)
 
-    @cached_property
-    def ended(self) -> Tensor:
-        """The number of pieces that have ended in the chunk at each finer token, itself included: `(batch, n)`."""
-        return self.boundary.long().cumsum(1)
-
-    @cached_property
+    @property
     def at_positions(self) -> Tensor:
         """Which positions of the chunk have one of the level's tokens, bool `(batch, ids)`."""
         if self.finer.lengths is None and self.boundary.shape[1] == self.ids:
@@ -231,17 +227,19 @@ def place(
     at_tokens = ids if finer.lengths is None and finer.positions.shape == ids.shape else take(ids, finer.positions)
     all_ids = recent(at_tokens, None if before is None else before.ids, reach, -1)
     vectors = recent(x, None if before is None else before.finer, reach, 0) if reads_tokens else x
-    found = rule(vectors, all_ids, finer.index)
+    index = finer.index
+    found = rule(vectors, all_ids, index)
     marks = found if isinstance(found, Marks) else Marks(found)
     check_output('boundaries', marks.boundary, tuple(x.shape[:2]), x)
     if marks.boundary.dtype != torch.bool:
         raise ValueError(f'boundaries must return a bool tensor, got {marks.boundary.dtype}')
     # without a sync: no token of a chunk later than the first has index 0
-    boundary = (marks.boundary | (finer.index == 0)) & (finer.index >= 0)
+    boundary = (marks.boundary | (index == 0)) & (index >= 0)
 
     counts = boundary.sum(1)
     n, k = x.shape[1], capacity(counts, x.shape[1], spacing)
-    slots = torch.where(boundary, boundary.long().cumsum(1) - 1, k)
+    ended = boundary.long().cumsum(1)
+    slots = torch.where(boundary, ended - 1, k)
     places = torch.arange(n, device=x.device).expand_as(slots)
     at = slots.new_zeros(x.shape[0], k + 1).scatter(1, slots, places)[:, :k]
     positions = take(finer.positions, at) if n else at
@@ -250,7 +248,7 @@ def place(
     start: Rows | int = 0
     if isinstance(starts, Tensor):
         start = k if starts.is_meta else rows_of(starts, counts, k)
-    pieces = Pieces(boundary, marks.probability, finer, frame, at=at, start=start, tokens=x, ids=ids.shape[1])
+    pieces = Pieces(boundary, ended, marks.probability, finer, frame, at=at, start=start, tokens=x, ids=ids.shape[1])
     if before is None:
         return pieces, None
     after = PlacedState(

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .levels import Level
@@ -27,9 +26,10 @@ Kept = tuple[Tensor, ...]
 class PieceAttention(nn.Module):
     """Adds to the finer token at a boundary what learned queries, one for each head, find in the piece that it ends.
 
-    After the pooling of bytes in Pagnoni et al. 2024, arXiv 2412.09871, section 3.2. Only the product of a learned query
-    and the key matrix matters, so the parameter is that product. The state holds the sums of the unfinished piece:
-    largest score, weights and weighted values, `(batch, heads)`, `(batch, heads)` and `(batch, heads, dim_head)`.
+    After the pooling of bytes in Pagnoni et al. 2024, arXiv 2412.09871, section 3.2. Only the product of a learned
+    query and the key matrix matters, so the parameter is that product. The state holds the sums of the unfinished
+    piece: largest score, weights and weighted values, `(batch, heads)`, `(batch, heads)` and `(batch, heads,
+    dim_head)`.
 
     Args:
         dim: the width of the finer tokens.

@@ -51,8 +51,8 @@ def main(argv: list[str] | None = None, prog: str = 'python -m simple_hierarchic
     parser.add_argument(
         '--show-boundaries',
         action='store_true',
-        help=f'mark the end of each piece of the finest placed level with {MARK}, of the next with {MARK * 2}, and so on; '
-        'takes twice the time',
+        help=f'mark the end of each piece of the finest placed level with {MARK}, of the next with {MARK * 2}, and so '
+        'on; takes twice the time',
     )
     # the range of torch.Generator.manual_seed
     seeds = Number(int, -(2**63), 2**64 - 1)

@@ -124,8 +124,8 @@ def depths_of(levels: Sequence[LevelPieces]) -> list[int]:
 class Marker:
     """Writes bytes as text with marks at the ends of pieces.
 
-    A mark follows the whole character that a boundary is in. Only a line break follows its marks, so that no line begins
-    with one. Bytes that are not UTF-8 are shown as escapes.
+    A mark follows the whole character that a boundary is in. Only a line break follows its marks, so that no line
+    begins with one. Bytes that are not UTF-8 are shown as escapes.
 
     Args:
         colours: whether marks are coloured, for a terminal.

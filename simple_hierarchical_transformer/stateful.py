@@ -65,14 +65,19 @@ class Stateful:
             key = str(i)
             if key not in model.boundaries:
                 return None
-            rule, finer = model.boundaries[key], model.compressors[i].dim_in
-            reach: int = getattr(rule, 'reach', 1)
-            pools = {name: modules[key] for name, modules in (('down', model.downsamplers), ('up', model.upsamplers)) if key in modules}
+            rule: Any = model.boundaries[key]
+            compressor: Any = model.compressors[i]
+            reach = getattr(rule, 'reach', 1)
+            down, up = (
+                cast(Any, parts[key]).initial_state(batch_size, like) if key in parts else ()
+                for parts in (model.downsamplers, model.upsamplers)
+            )
             return PlacedState(
                 count=torch.zeros(batch_size, dtype=torch.long, device=like.device),
                 ids=torch.full((batch_size, reach), -1, device=like.device),
-                finer=zeros(batch_size, reach, finer) if getattr(rule, 'reads_tokens', True) else None,
-                **{name: cast(Any, module).initial_state(batch_size, like) for name, module in pools.items()},
+                finer=zeros(batch_size, reach, compressor.dim_in) if getattr(rule, 'reads_tokens', True) else None,
+                down=down,
+                up=up,
             )
 
         recall = model.recall_emb

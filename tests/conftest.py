@@ -24,6 +24,7 @@ from support.golden import GOLDEN, Golden, load_golden
 
 # files of tests that train or compile models or start processes: `make fast` leaves them out
 SLOW = {
+    'benchmarks/test_benchmark_boundaries.py',
     'benchmarks/test_benchmark_gpu.py',
     'benchmarks/test_benchmark_quality.py',
     'benchmarks/test_benchmark_race.py',

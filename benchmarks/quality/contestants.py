@@ -95,15 +95,19 @@ def loss_of(model: nn.Module, ids: Tensor, *, auxiliary: bool) -> Tensor:
 
 
 def train(model: nn.Module, text: Tensor, run: dict[str, Any]) -> dict[str, Any]:
-    """Trains with AdamW, warm-up and decay for `run['seconds']` of wall-clock time."""
+    """Trains with AdamW, warm-up and decay for `run['seconds']` of wall-clock time.
+
+    With `run['clock'] == 'process'` it is the time of this process, on all of its threads.
+    """
+    clock = time.process_time if run.get('clock') == 'process' else time.monotonic
     seq_len, batch, auxiliary = run['seq_len'], run['batch'], run['builder'] == 'published'
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [dict(params=matrices, weight_decay=0.1), dict(params=others, weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, lr=run['lr'], betas=(0.9, 0.95), fused=True)
     generator = torch.Generator().manual_seed(run['seed'])
-    steps, began = 0, time.monotonic()
-    while (progress := (time.monotonic() - began) / run['seconds']) < 1:
+    steps, began = 0, clock()
+    while (progress := (clock() - began) / run['seconds']) < 1:
         starts = torch.randint(len(text) - seq_len, (batch,), generator=generator).tolist()
         ids = torch.stack([text[start : start + seq_len + 1] for start in starts]).long()
         loss = loss_of(model, ids, auxiliary=auxiliary)
@@ -116,7 +120,7 @@ def train(model: nn.Module, text: Tensor, run: dict[str, Any]) -> dict[str, Any]
         optimizer.step()
         optimizer.zero_grad()
         steps += 1
-    return dict(steps=steps, bytes=steps * batch * seq_len, train_seconds=time.monotonic() - began)
+    return dict(steps=steps, bytes=steps * batch * seq_len, train_seconds=clock() - began)
 
 
 @torch.no_grad()
@@ -155,6 +159,9 @@ def main() -> None:
     text = read_bytes(run['data'], run['train'])
     # the byte before a split is the context of its first byte
     held_out = {name: read_bytes(run['data'], [run[name][0] - 1, run[name][1]]) for name in ('valid', 'test')}
+    # parts that are scored as streams, each with a byte of context before it
+    streams = [read_bytes(run['data'], span) for span in run.get('streams', [])]
+    streams = streams or [held_out['test'][: run['streaming_bytes'] + 1]]
     seq_len = run['seq_len']
 
     # JSON has only lists, and the packages expect tuples
@@ -170,8 +177,8 @@ def main() -> None:
         parameters=sum(p.numel() for p in model.parameters()),
         valid_bits=windowed_bits(model, held_out['valid'], seq_len),
         bits=windowed_bits(model, held_out['test'], seq_len),
-        streaming_bits=windowed_bits(
-            model, held_out['test'][: run['streaming_bytes'] + 1], seq_len, fresh=seq_len // OVERLAP
+        streaming_bits=statistics.mean(
+            windowed_bits(model, stream, seq_len, fresh=seq_len // OVERLAP) for stream in streams
         ),
         version=metadata.version(run['package']),
         torch=torch.__version__,

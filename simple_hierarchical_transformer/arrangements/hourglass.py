@@ -122,7 +122,7 @@ class Nested:
         return x
 
     def run_layers(self, k: int, x: Tensor, start: int | Rows, frame: Frame | None = None) -> Tensor:
-        """The layers of the k-th finest level with all inside it, on its tokens x, of which the first has index `start`.
+        """The layers of the k-th finest level with all inside it, on its tokens x. The first has index `start`.
 
         `frame` is given for a placed level.
         """

@@ -16,9 +16,7 @@ from .concat import ConcatMerge
 from .linear import LinearMerge
 from .skip import SkipMerge
 
-MERGES: dict[str, type[Merge]] = dict(
-    concat=ConcatMerge, linear=LinearMerge, attention=AttentionMerge, skip=SkipMerge
-)
+MERGES: dict[str, type[Merge]] = dict(concat=ConcatMerge, linear=LinearMerge, attention=AttentionMerge, skip=SkipMerge)
 
 
 def find_receivers(

@@ -52,6 +52,10 @@ class SkipMerge(Merge):
         kept = effective_weight(self.residual, finer).square().sum()
         # an identity has one weight of 1 for each channel
         like = coarser.new_zeros(1, self.dims[1])
-        passed = effective_weight(self.to_finer, like).square().sum() if self.dims[0] != self.dims[1] else kept.new_tensor(float(self.dims[0]))
+        passed = (
+            effective_weight(self.to_finer, like).square().sum()
+            if self.dims[0] != self.dims[1]
+            else kept.new_tensor(float(self.dims[0]))
+        )
         shares = [share if i not in ablated else torch.zeros_like(share) for i, share in enumerate((kept, passed))]
         return [normalised(torch.stack(shares))]

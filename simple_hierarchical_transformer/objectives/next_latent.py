@@ -158,8 +158,8 @@ def next_latent_loss(
     from the same first `seq - steps` latents, so a sequence no longer than the rollout adds zero. Targets are
     detached. With `decay`, each token's step is further scaled by exp(-decay * its summed loss of the steps before):
     a rollout that has gone astray is not worth following. With `counts`, each step's sum is divided by its own of them
-    instead of by how many targets count. `exists`, `(batch, seq)`, says which tokens are no padding at the end of a row,
-    where rows differ in length.
+    instead of by how many targets count. Where rows differ in length, `exists`, `(batch, seq)`, says which tokens are
+    no padding.
 
     Next-latent prediction: Teoh et al. 2025, arXiv 2511.05963.
     """

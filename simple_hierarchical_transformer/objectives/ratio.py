@@ -65,8 +65,8 @@ class Ratio(Objective):
         if exists is None:
             f, g = boundary.mean(1), probability.mean(1)
         else:
-            n = exists.sum(1).clamp(min=1)
-            f, g = boundary.sum(1) / n, (probability * exists).sum(1) / n
+            count = exists.sum(1).clamp(min=1)
+            f, g = boundary.sum(1) / count, (probability * exists).sum(1) / count
         n = self.spacing
         ratio = n / (n - 1) * ((n - 1) * f * g + (1 - f) * (1 - g))
         return ratio.sum() / (self.counts(batch) if counts is None else counts)[0].clamp(min=1)

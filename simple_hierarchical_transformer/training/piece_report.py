@@ -58,15 +58,15 @@ def section(found: Segmentation, picture: str | None) -> str:
     lines = [
         '## Pieces',
         '',
-        'The first bytes of the validation split, with a mark at the end of each piece: one for the finest placed level, '
-        'two for the next coarser one, and so on.',
+        'The first bytes of the validation split. Each piece of the finest placed level ends with one mark, of the '
+        'next coarser level with two, and so on.',
         '',
         fenced(str(first(found, SHOWN))),
         '',
         *([f'![a text with its pieces, and the lengths of pieces]({picture})', ''] if picture else []),
         f'In the first {len(found.ids):,} bytes:',
         '',
-        '| level | rule | pieces | mean length | intended | median | longest | at word boundaries | of word boundaries |',
+        '| level | rule | pieces | mean length | intended | median | longest | at word ends | of word ends |',
         '|---|---|---|---|---|---|---|---|---|',
     ]
     for level in found.levels:
@@ -77,7 +77,7 @@ def section(found: Segmentation, picture: str | None) -> str:
         )
     lines += [
         '',
-        'Lengths are in bytes. The last two columns compare with the word rule of SpaceByte: the share of the boundaries '
+        'Lengths are in bytes. The last two columns compare with the word rule of SpaceByte: the share of boundaries '
         'that it also has, and the share of its boundaries that are among them.',
     ]
     return '\n'.join(lines)
