@@ -12,6 +12,7 @@ from itertools import chain
 from typing import Any, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import is_int, plain
@@ -491,3 +492,37 @@ class Memory:
             merges=tuple(self.next_merges),
             placed=tuple(self.next_placed),
         )
+
+
+class MemoryOfRows(Memory):
+    """The blocks' memory of some rows of a batch, while the other rows have no tokens. Without gradients.
+
+    Blocks get copies of the states of these rows, and what they return is written into the states of all rows.
+
+    Args:
+        memory: the memory of all rows.
+        rows: int64 `(rows,)`.
+    """
+
+    def __init__(self, memory: Memory, rows: Tensor) -> None:
+        self.memory, self.rows = memory, rows
+        self.state, self.position = memory.state, memory.position
+
+    def block(self, layer: int, i: int) -> BlockState | None:
+        before = self.memory.latest_block(layer, i)
+        return before and before.map(lambda tensor: tensor.index_select(1, self.rows))
+
+    def put_block(self, layer: int, i: int, value: BlockState | None) -> None:
+        before = self.memory.latest_block(layer, i)
+        if before is None or value is None:
+            return
+        held: list[Tensor | None] = []
+        for whole, part in zip(before.held, value.held, strict=True):
+            if whole is not None and part is not None:
+                # a cache of these rows may have grown
+                more = [size - old for size, old in zip(part.shape[2:], whole.shape[2:], strict=True)]
+                if any(more):
+                    whole = F.pad(whole, [size for each in reversed(more) for size in (0, each)])
+                whole.index_copy_(1, self.rows, part)
+            held.append(whole)
+        self.memory.put_block(layer, i, BlockState.of(held))

@@ -70,7 +70,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Pieces:
-    """The pieces of a chunk of finer tokens `(batch, n, dim)`, each ended by one of the level's tokens `(batch, k, dim)`."""
+    """The pieces of a chunk of finer tokens `(batch, n, dim)`, and the tokens `(batch, k, dim)` that end them."""
 
     boundary: Tensor
     """At which finer tokens a piece ends, bool `(batch, n)`."""

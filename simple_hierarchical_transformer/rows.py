@@ -66,6 +66,18 @@ class Rows:
         together = all(start == first for start in self.starts)
         return first if together and all(length == n for length in self.lengths) else None
 
+    def with_tokens(self, n: int) -> tuple[Tensor, Rows | int] | None:
+        """The rows that have tokens in a chunk of `n`, int64 `(rows,)`, and their start, as blocks take it.
+
+        None if all rows have tokens, or none has.
+        """
+        members = [row for row, length in enumerate(self.lengths) if length]
+        if len(members) in (0, len(self.lengths)):
+            return None
+        rows = Rows([self.starts[row] for row in members], [self.lengths[row] for row in members], self.device)
+        common = rows.common_start(n)
+        return torch.tensor(members, device=self.device), rows if common is None else common
+
     def positions(self, n: int) -> Tensor:
         """The position of each token of a chunk of `n`, as if padding were tokens too: int64 `(batch, n)`."""
         count = torch.arange(n, device=self.device)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import threading
 import time
@@ -156,10 +157,12 @@ SHAPES = (
 VARIANTS = (
     *(
         Contestant(f'words, upsample {kind}', placed('words', upsample=kind), spacing=WORD, rate_of=WORDS)
-        for kind in ('repeat', 'boundary', 'offset', 'smooth')
+        # the default is 'repeat', and 'smooth' needs the probabilities of 'learned'
+        for kind in ('boundary', 'offset')
     ),
     Contestant('words, downsample attention', placed('words', downsample='attention'), spacing=WORD, rate_of=WORDS),
     Contestant('words, merge skip', placed('words', merge='skip'), spacing=WORD, rate_of=WORDS),
+    Contestant('learned, merge linear', placed('learned', upsample='smooth'), rate_of='learned'),
     Contestant('learned, ratio 0.05', placed('learned', **HNET, ratio_loss_weight=0.05), rate_of='learned'),
 )
 
@@ -169,13 +172,21 @@ def with_tables(each: Contestant) -> Contestant:
     return Contestant(each.name + WITH_TABLES, each.model, each.window, each.spacing, True, rate_of)
 
 
-# as it is, but for a window that covers the context of training
-AS_PRESET = Contestant(
-    'cpu preset',
-    {**PRESET['model'], 'window_sizes': (PRESET['model']['window_sizes'][0], PRESET['seq_len'] // STRIDE)},
-    tables=True,
-)
-OURS = {each.name: each for each in (*SHAPES, *map(with_tables, SHAPES), AS_PRESET, *VARIANTS)}
+# models that do not grow, for the race
+ONE_SIZE = (
+    # as it is, but for a window that covers the context of training
+    Contestant(
+        'cpu preset',
+        {**PRESET['model'], 'window_sizes': (PRESET['model']['window_sizes'][0], PRESET['seq_len'] // STRIDE)},
+        tables=True,
+    ),
+    # six coarse layers of the fine width cost as much as one fine layer
+    Contestant(
+        'words, coarse width as fine', placed('words', dim=RACE_SIZE.dim, heads=RACE_SIZE.heads, depth=(2, WORD)),
+        spacing=WORD, rate_of=WORDS,
+    ),
+)  # fmt: skip
+OURS = {each.name: each for each in (*SHAPES, *map(with_tables, SHAPES), *VARIANTS, *ONE_SIZE)}
 # packages of others in environments of their own
 PEERS = {each.name: each for each in race.PEERS if each.name in ('MEGABYTE', 'published, 1/2')}
 # contestants of each kind of comparison, unless `--only` names others
@@ -295,7 +306,7 @@ class Bench:
             return False
         try:
             found = self.ours(run) if run.contestant in OURS else self.peer(run)
-        except SystemExit as error:
+        except (SystemExit, subprocess.CalledProcessError) as error:
             # other contestants go on
             print(f'{run.key}: {error}', file=sys.stderr, flush=True)
             return False
@@ -349,7 +360,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--seeds', type=int, default=2)
     parser.add_argument('--rates', type=float, nargs='+', default=list(RATES), help='to choose from. One needs no runs')
     parser.add_argument('--tune', type=float, help='budget of runs that choose (default: 120 seconds, 1e12 operations)')
-    parser.add_argument('--only', nargs='+', choices=[*OURS, *PEERS], metavar='NAME', help=f'of: {"; ".join(OURS)}')
+    parser.add_argument(
+        '--only', nargs='+', choices=[*OURS, *PEERS], metavar='NAME', help=f'of: {"; ".join((*OURS, *PEERS))}'
+    )
     parser.add_argument('--jobs', type=int, default=1, help='runs side by side, each on one core')
     parser.add_argument('--for', type=float, dest='time', metavar='MINUTES', help='start no run that would end later')
     parser.add_argument('--plan', action='store_true', help='list the runs that are left, and run nothing')
@@ -363,7 +376,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         return args
     if not args.data:
         parser.error('--data: give the text to read')
-    if args.kind == 'scaling' and (others := {*PEERS, AS_PRESET.name}.intersection(args.only or ())):
+    if args.kind == 'scaling' and (others := {*PEERS, *(each.name for each in ONE_SIZE)}.intersection(args.only or ())):
         parser.error(f'--only: {", ".join(sorted(others))} has one size, and is for the race')
     if args.toy:
         args.seconds, args.operations = [0.3], [1e8, 2e8, 4e8]

@@ -237,7 +237,7 @@ def draw_scaling(runs: Runs, path: Path) -> None:
         left.plot(*zip(*points, strict=True), 'o', color=color, markersize=4, label=name)
         if enough(points):
             xs, line = sorted({x for x, _ in points}), fit(points)
-            left.plot(xs, [line.at(x) for x in xs], color=color, label=f'slope -{line.b:.3f}')
+            left.plot(xs, [line.at(x) for x in xs], color=color, label=f'slope {-line.b:.3f}')
         if name != twin_of(name) and ratios:
             right.plot([x for x, _ in ratios], [100 * (y - 1) for _, y in ratios], 'o', color=color, markersize=4)
             if enough(ratios):

@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,29 +82,17 @@ def build(settings: Mapping[str, Any], length: int) -> HierarchicalTransformer:
         return HierarchicalTransformer(**BYTES, seq_len=length, **settings)
 
 
-def placed_levels(settings: Mapping[str, Any]) -> list[int]:
-    """The indices of levels whose tokens are placed by a rule."""
-    rules = settings.get('boundaries')
-    return [i for i, rule in enumerate(rules) if rule is not None] if isinstance(rules, (tuple, list)) else []
-
-
 def operations_of(settings: Mapping[str, Any], length: int) -> Callable[[Mapping[int, float]], float]:
-    """A function from the share of boundaries of each placed level to the operations of a step on one sequence.
-
-    Operations grow linearly with the number of tokens of a level, so two mean lengths of its pieces are counted: the
-    intended one, and half of it.
-    """
-    whole = cost.step_flops(build(settings, length), length)
-    intended, extra = {}, {}
-    for level in placed_levels(settings):
-        lengths = list(settings['hierarchies'])
-        intended[level] = 1 / lengths[level]
-        lengths[level] //= 2
-        # operations of as many more tokens as the level is intended to have
-        extra[level] = cost.step_flops(build({**settings, 'hierarchies': lengths}, length), length) - whole
+    """A function from the share of boundaries of each placed level to the operations of a step on one sequence."""
+    model = build(settings, length)
+    levels = model.levels
 
     def count(shares: Mapping[int, float]) -> float:
-        return whole + sum(extra[i] * (shares[i] / intended[i] - 1) for i in extra)
+        # a level with the measured mean length of its pieces in the place of the intended one
+        lengths: dict[int, Any] = {i: 1 / share if share else math.inf for i, share in shares.items()}
+        measured = {i: replace(levels[i], compression=each) for i, each in lengths.items()}
+        model.levels = tuple(measured.get(i, level) for i, level in enumerate(levels))
+        return cost.step_flops(model, length)
 
     return count
 
@@ -111,8 +100,8 @@ def operations_of(settings: Mapping[str, Any], length: int) -> Callable[[Mapping
 class Shares:
     """The shares of boundaries that a step logs, and their means over the run."""
 
-    def __init__(self, settings: Mapping[str, Any]) -> None:
-        self.names = {i: f'pieces/{settings["hierarchies"][i]}x' for i in placed_levels(settings)}
+    def __init__(self, model: HierarchicalTransformer) -> None:
+        self.names = {i: f'pieces/{level.compression}x' for i, level in enumerate(model.levels) if level.is_placed}
         self.sums, self.steps = dict.fromkeys(self.names, 0.0), 0
 
     def add(self, logged: Mapping[str, float]) -> dict[int, float]:
@@ -145,7 +134,7 @@ def train(run: Mapping[str, Any]) -> dict[str, Any]:
     progress = Progress()
     # the learner reads how much of the run is done from a clock of one minute
     learner = Learner(SimpleNamespace(**settings), Accelerator(cpu=True), batches, progress)
-    count, shares = operations_of(settings['model'], length), Shares(settings['model'])
+    count, shares = operations_of(settings['model'], length), Shares(learner.model)
     pace = [matmul_pace()]
 
     operations = seconds = 0.0
@@ -156,8 +145,8 @@ def train(run: Mapping[str, Any]) -> dict[str, Any]:
         began = time.process_time()
         progress.elapsed = 60 * done
         _, _, logged = learner.step(batches[progress.step], progress.elapsed)
-        operations += rows * count(shares.add(logged))
         seconds += time.process_time() - began
+        operations += rows * count(shares.add(logged))
         before, done = done, (seconds if run['unit'] == 'seconds' else operations) / budget
         if done < 1 and any(before < share <= done for share in moments):
             bits = statistics.mean(bits_of(learner.model, texts[::PART]))

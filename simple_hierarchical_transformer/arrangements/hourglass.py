@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from ..boundaries import OF_BYTES
 from ..compressors import Source
 from ..generation.prompts import BYTE_VOCABULARIES
 from ..levels import OWN
-from ..memory import Memory
+from ..memory import Memory, MemoryOfRows
 from ..pieces import Frame, place, take
 from ..rows import Rows
 from .base import Arrangement, LevelOutputs, MergeSpec, Request, checkpointed, compress, run_block
@@ -115,11 +116,32 @@ class Nested:
         picked, down = take(finer, pieces.at), None
         if key in model.downsamplers:
             picked, down = model.downsamplers[key](finer, pieces, before and before.down)
-        x, _ = compress(model, i, picked, None, 0)
-        x = self.run_layers(k, x, pieces.start, pieces.frame)
+        few = None
+        if isinstance(pieces.start, Rows) and k + 1 == len(model.order) and not torch.is_grad_enabled():
+            few = pieces.start.with_tokens(pieces.at.shape[1])
+        if few is None:
+            x, _ = compress(model, i, picked, None, 0)
+            x = self.run_layers(k, x, pieces.start, pieces.frame)
+        else:
+            x = self.run_few(k, picked, *few)
         x, up = model.upsamplers[key](x, pieces, before and before.up)
         self.memory.put_placed(i, after and replace(after, down=down or (), up=up))
         return x
+
+    def run_few(self, k: int, picked: Tensor, members: Tensor, start: Rows | int) -> Tensor:
+        """The layers of the innermost level, which is placed, for the rows in `members` alone. Others have no tokens.
+
+        In a batch that generates, few rows meet a boundary at the same step.
+        """
+        i = self.model.order[k]
+        few = replace(self, memory=MemoryOfRows(self.memory, members), outputs=replace(self.outputs))
+        few.outputs.inputs, few.outputs.tokens = list(self.outputs.inputs), list(self.outputs.tokens)
+        x, _ = compress(self.model, i, picked.index_select(0, members), None, 0)
+        x = few.run_layers(k, x, start)
+        for mine, theirs in ((self.outputs.inputs, few.outputs.inputs), (self.outputs.tokens, few.outputs.tokens)):
+            part = theirs[i]
+            mine[i] = part.new_zeros(len(picked), *part.shape[1:]).index_copy(0, members, part)
+        return self.outputs.tokens[i]
 
     def run_layers(self, k: int, x: Tensor, start: int | Rows, frame: Frame | None = None) -> Tensor:
         """The layers of the k-th finest level with all inside it, on its tokens x. The first has index `start`.

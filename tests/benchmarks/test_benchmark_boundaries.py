@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ def boundaries(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     threads = torch.get_num_threads()
     yield importlib.import_module('benchmarks.quality.boundaries')
     torch.set_num_threads(threads)
+
+
+def tuning(folder: Path) -> set[str]:
+    return {path.stem for path in folder.glob('*-tuning.json')}
 
 
 def test_a_toy_continues_where_it_stopped_and_is_reported(
@@ -46,12 +51,20 @@ def test_a_toy_continues_where_it_stopped_and_is_reported(
     assert ask('race', '--only', FLAT, '--rates', '1') == {path.stem}
     assert path.read_text() == held
 
+    # this package stands in for the published one, which has the same constructor
+    peer = boundaries.race.Contestant('peer', 'torch', 'published', dict(dim=16, depth=1, heads=1, dim_head=8))
+    monkeypatch.setattr(boundaries, 'PEERS', dict(peer=peer))
+    monkeypatch.setattr(boundaries.race, 'PEER_PATH', str(ROOT))
+    monkeypatch.setattr(boundaries.race, 'python_of', lambda *_: sys.executable)
+    [peers] = ask('race', '--only', 'peer', '--rates', '1', '--tune', '0.1') - {path.stem} - tuning(tmp_path)
+    assert 0 < json.loads((tmp_path / f'{peers}.json').read_text())['bits'] < 9
+
     # further runs in this process, which takes less time
     run = importlib.import_module('benchmarks.quality.boundaries_run')
     monkeypatch.setattr(boundaries.race, 'call', lambda _, given, **__: (json.dumps(run.train(json.loads(given))), 0))
     ask('scaling', '--only', FLAT, STRIDE, '--rates', '0.5', '1')
     scaling = [json.loads(each.read_text()) for each in tmp_path.glob('scaling-*.json')]
-    # two rates of two models, and three sizes of two models
+    # two rates of two models, then three sizes of them
     assert sorted(each['tuning'] for each in scaling) == [False] * 6 + [True] * 4
     for each in scaling:
         # the last step may go beyond the budget
@@ -108,3 +121,23 @@ def test_flat_twins_cost_as_much(boundaries: Any) -> None:
             run.operations_of(boundaries.OURS[name].settings(size, terms), terms.length)({}) for name in (FLAT, STRIDE)
         )
         assert 0.75 < strided / flat < 4 / 3
+
+
+def test_operations_follow_the_share_of_boundaries(boundaries: Any) -> None:
+    run = importlib.import_module('benchmarks.quality.boundaries_run')
+    terms, word = boundaries.Terms(), boundaries.OURS['words'].settings(boundaries.RACE_SIZE, boundaries.Terms())
+    count = run.operations_of(word, terms.length)
+    for length in (2, 4, 8, 16):
+        model = run.build({**word, 'hierarchies': (1, length)}, terms.length)
+        assert count({1: 1 / length}) == run.cost.step_flops(model, terms.length)
+
+
+def test_contestants_are_models(boundaries: Any) -> None:
+    run = importlib.import_module('benchmarks.quality.boundaries_run')
+    for name, contestant in boundaries.OURS.items():
+        for kind, budget in (('race', 600.0), ('scaling', 1e13)):
+            settings = boundaries.Run(kind, name, budget, 1.0, 0).settings(boundaries.Terms())
+            model = run.build(settings['model'], settings['seq_len'])
+            assert (len(model.levels) == 1) == (contestant.model is None)
+            assert (model.ngram_emb is not None) == contestant.tables
+            assert all(level.window is not None for level in model.levels)
