@@ -110,21 +110,26 @@ def first(found: Segmentation, n: int) -> Segmentation:
     return Segmentation(found.ids[:n], levels)
 
 
-def draw_pieces(found: Segmentation, path: Path) -> None:
-    """Draws a text with its pieces, what learned rules see at each byte, and a histogram of lengths.
+def draw_pieces(found: Segmentation, path: Path, shown: int = SHOWN) -> None:
+    """Draws a text with its pieces, what learned rules see at each byte, and a histogram of lengths, as a PNG.
 
     Needs matplotlib.
+
+    Args:
+        found: what `model.pieces` returned.
+        path: the file to write.
+        shown: how many of the first ids are shown. The histogram is of all.
     """
     from matplotlib.figure import Figure
 
-    shown = first(found, SHOWN)
-    curves = [each for each in shown.levels if each.probability is not None or each.entropy is not None]
-    count = -(-len(shown.ids) // LINE)
-    heights = [0.35 * (1 + len(shown.levels)) + 0.6 * len(curves)] * count + [2.2]
+    begin = first(found, shown)
+    curves = [each for each in begin.levels if each.probability is not None or each.entropy is not None]
+    count = -(-len(begin.ids) // LINE)
+    heights = [0.35 * (1 + len(begin.levels)) + 0.6 * len(curves)] * count + [2.2]
     figure = Figure(figsize=(12, sum(heights) + 0.5), layout='constrained')
     *lines, histogram = figure.subplots(count + 1, 1, height_ratios=heights)
     for i, axes in enumerate(lines):
-        draw_line(axes, shown, curves, range(i * LINE, min((i + 1) * LINE, len(shown.ids))), named=i == 0)
+        draw_line(axes, begin, curves, range(i * LINE, min((i + 1) * LINE, len(begin.ids))), named=i == 0)
     for number, level in enumerate(found.levels):
         if lengths := level.lengths:
             label = f'{level.compression}x, {level.rule}: {mean(lengths):.1f} bytes on average'

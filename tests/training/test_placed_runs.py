@@ -56,7 +56,7 @@ def test_a_run_records_pieces_resumes_and_reports(
     assert '![a text with its pieces, and the lengths of pieces](pieces.png)' in report
     assert matplotlib.image.imread(out / 'pieces.png').std() > 0
     assert 'Mean bytes in a piece of training text at the end' in (out / 'final' / 'README.md').read_text()
-    assert '| 32x | boundaries learned | 16 |' in (out / 'final' / 'README.md').read_text()
+    assert '| 32x | learned | 16 |' in (out / 'final' / 'README.md').read_text()
 
     # the same numbers from a checkpoint, also from one of a version that did not record pieces
     whole = outcome(out, 9)
