@@ -252,8 +252,8 @@ class Learner:
             progress.skipped += 1
         logged = dict(zip(self.losses, values, strict=True), bits_per_byte=values[1] / math.log(2))
         for each in self.piece_shares:
-            # a share is hard to read
-            if share := logged.pop(each.name):
+            # a segment may have no piece
+            if share := logged[each.name]:
                 logged[bytes_per_piece(each)] = 1 / share
         return learned, stops > 0, logged | dict(learning_rate=rate, gradient_norm=norm, skipped=progress.skipped)
 
