@@ -275,7 +275,8 @@ class HierarchicalBlock(nn.Module):
                 f'{" without a state" if state is None else ""}'
             )
         if not any(rows.lengths):
-            return x, state
+            # padding alone. DDP and FSDP wait for a gradient of each weight, also if it is zero
+            return (part(x, None, 0)[0] if torch.is_grad_enabled() else x), state
         state = self.with_room(state, rows.end)
         out, own = part(x, state.phases(0, 1), rows)
         # without gradients the views were written in place

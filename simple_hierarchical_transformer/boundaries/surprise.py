@@ -82,4 +82,6 @@ class Surprise(KeepsExact, Boundaries):
             return
         found = measure.to(self.threshold.dtype).quantile(1 - 1 / self.spacing)
         moved = torch.lerp(self.threshold, found, RATE)
-        self.threshold.copy_(torch.where(self.threshold.isinf(), found, moved))
+        moved = torch.where(self.threshold.isinf(), found, moved)
+        # runs skip a step whose loss is not finite
+        self.threshold.copy_(torch.where(found.isfinite(), moved, self.threshold))
