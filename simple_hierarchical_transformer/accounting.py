@@ -26,6 +26,17 @@ class Accountable:
         **{name: role for kind in OBJECTIVES for name, role in kind.containers.items() if role is not None},
     )
 
+    measured_spacing: dict[int, float]
+    """The mean number of ids from one token to the next as measured, by the index of a placed level. Empty at first.
+
+    Costs and plans on 'meta' use it in place of the intended mean, `Level.spacing`.
+    """
+
+    def spacing(self, i: int) -> float:
+        """The number of ids from one token of level i to the next. If it is placed, the measured or intended mean."""
+        model = cast('HierarchicalTransformer', self)
+        return self.measured_spacing.get(i, model.levels[i].spacing)
+
     def by_level(self) -> Iterator[tuple[nn.Module | nn.Parameter, int]]:
         """The parts that belong to one level each, and its index. Shared parts come once for each level."""
         model = cast('HierarchicalTransformer', self)
@@ -44,13 +55,13 @@ class Accountable:
     def token_counts(self, n: float) -> Iterator[tuple[nn.Module | nn.Parameter, float]]:
         """How many tokens parts process when the model reads n ids. Parts that are not named process n."""
         model = cast('HierarchicalTransformer', self)
-        yield from ((part, n / model.levels[i].spacing) for part, i in self.by_level())
+        yield from ((part, n / self.spacing(i)) for part, i in self.by_level())
         if arrangement_of(model).nested:
             for i, j in pairwise(model.order):
                 # these read finer tokens
                 for parts in (model.boundaries, model.downsamplers):
                     if str(j) in parts:
-                        yield parts[str(j)], n / model.levels[i].spacing
+                        yield parts[str(j)], n / self.spacing(i)
             # a merge counts tokens of the finer of its two levels
             for i, merge in zip(model.order, model.hierarchical_merges, strict=False):
-                yield merge, n / model.levels[i].spacing
+                yield merge, n / self.spacing(i)

@@ -221,9 +221,11 @@ class PlacedState:
     """The state of the upsampler."""
 
     def tensors(self) -> Iterator[Tensor]:
-        yield from (self.count, self.ids, *self.down, *self.up)
+        # in the order of `map`, in which a run restores them
+        yield from (self.count, self.ids)
         if self.finer is not None:
             yield self.finer
+        yield from (*self.down, *self.up)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> PlacedState:
         return PlacedState(

@@ -34,6 +34,7 @@ from .pieces import spread_placed
 from .pretrained import Pretrained
 from .published import adapt_published_keys
 from .read import Read
+from .segmentation import Segmenting
 from .stateful import Stateful, layout_of
 from .summary import summary
 
@@ -44,6 +45,7 @@ class HierarchicalTransformer(
     TypedModule,  # nn.Module, with the types of calls
     Stateful,  # initial_state, checks of states
     Generative,  # generate, stream, score
+    Segmenting,  # pieces
     Pretrained,  # save_pretrained, from_pretrained
     library_name='simple-hierarchical-transformer',
     license='mit',
@@ -72,6 +74,7 @@ class HierarchicalTransformer(
         levels = config.levels
         # settings that calls read; the other options only decide what is built
         self.levels = levels
+        self.measured_spacing = {}
         self.num_tokens = config.num_tokens
         self.seq_len = config.seq_len
         self.ignore_index = config.ignore_index

@@ -6,9 +6,10 @@ So its rows have different lengths. They are padded at the right, up to the long
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -151,15 +152,14 @@ class Pieces:
         return self.spread(x, before, self.at_positions.long().cumsum(1))
 
 
-def capacity(counts: Tensor, n: int, spacing: int) -> int:
+def capacity(counts: Tensor, n: int, spacing: float) -> int:
     """The number of tokens that rows with `counts` tokens `(batch,)` of n finer ones are padded to.
 
     It is the largest count. Under a compiler it is one of a few sizes, so that there are few graphs. No token is ever
-    left out.
+    left out. On 'meta', where nothing can be counted, it is what `spacing` gives.
     """
-    expected = -(-n // spacing)
     if counts.is_meta or n == 0:
-        return expected
+        return math.ceil(n / spacing)
     if is_transformed() or is_exporting():
         # values cannot be read there
         return n
@@ -167,7 +167,7 @@ def capacity(counts: Tensor, n: int, spacing: int) -> int:
     most = max(largest(counts), int(torch.is_grad_enabled()))
     if not torch.compiler.is_compiling():
         return most
-    size = expected
+    size: Any = -(-n // spacing)
     while size < most:
         size *= 2
     return min(size, n)
@@ -202,13 +202,18 @@ def kept(x: Tensor, frame: Frame, reach: int) -> Tensor:
 
 
 def place(
-    rule: Callable[..., Marks | Tensor], spacing: int, x: Tensor, ids: Tensor, finer: Frame, before: PlacedState | None
+    rule: Callable[..., Marks | Tensor],
+    spacing: float,
+    x: Tensor,
+    ids: Tensor,
+    finer: Frame,
+    before: PlacedState | None,
 ) -> tuple[Pieces, PlacedState | None]:
     """Cuts finer tokens x `(batch, n, dim)` into pieces.
 
     Args:
         rule: one of `boundaries`.
-        spacing: the intended number of finer tokens in a piece.
+        spacing: the expected number of finer tokens in a piece.
         x: the finer tokens.
         ids: the ids of the chunk, `(batch, ids)`.
         finer: the frame of the finer tokens.

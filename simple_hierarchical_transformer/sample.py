@@ -18,6 +18,7 @@ from .checks import MOST
 from .config_file import CONFIG_FILE
 from .generation.prompts import BYTE_VOCABULARIES
 from .model import HierarchicalTransformer
+from .segmentation import MARK, Marker, PieceReader, depths_of
 from .terminal import UNREAD, Number, abandon, prepare, unread
 
 
@@ -46,6 +47,12 @@ def main(argv: list[str] | None = None, prog: str = 'python -m simple_hierarchic
     )
     parser.add_argument(
         '--repetition-penalty', type=float, default=1.0, help='above 1, bytes that have occurred become less likely'
+    )
+    parser.add_argument(
+        '--show-boundaries',
+        action='store_true',
+        help=f'mark the end of each piece of the finest placed level with {MARK}, of the next with {MARK * 2}, and so '
+        'on; takes twice the time',
     )
     # the range of torch.Generator.manual_seed
     seeds = Number(int, -(2**63), 2**64 - 1)
@@ -78,20 +85,19 @@ def main(argv: list[str] | None = None, prog: str = 'python -m simple_hierarchic
             generator=None if args.seed is None else torch.Generator(device).manual_seed(args.seed),
         )
 
-        # a character may arrive in pieces. Bytes that are not valid UTF-8 are shown as escapes
-        decoder = codecs.getincrementaldecoder('utf-8')(errors='backslashreplace')
-        sys.stdout.write(decoder.decode(text))
+        writer: Text | MarkedText = MarkedText(model) if args.show_boundaries else Text()
+        sys.stdout.write(writer.show(text))
         start, count, first = time.perf_counter(), 0, 0.0
         try:
             for new in stream:
-                sys.stdout.write(decoder.decode(new))
+                sys.stdout.write(writer.show(new))
                 sys.stdout.flush()
                 count += len(new)
                 first = first or time.perf_counter() - start
         except KeyboardInterrupt:
             pass
         spent = time.perf_counter() - start - first
-        sys.stdout.write(decoder.decode(b'', final=True) + '\n')
+        sys.stdout.write(writer.finish() + '\n')
         sys.stdout.flush()
         # the time to the first byte is the time to read the prompt
         rate = f', {(count - 1) / spent:.0f} per second' if count > 1 else ''
@@ -106,6 +112,34 @@ def main(argv: list[str] | None = None, prog: str = 'python -m simple_hierarchic
         sys.exit(UNREAD)
     except (ValueError, RuntimeError) as error:
         sys.exit(f'error: {error}')
+
+
+class Text:
+    """Decodes bytes as they come. A character may arrive in parts. Bytes that are not UTF-8 are shown as escapes."""
+
+    def __init__(self) -> None:
+        self.decoder = codecs.getincrementaldecoder('utf-8')(errors='backslashreplace')
+
+    def show(self, new: bytes) -> str:
+        """The characters that end in the next bytes."""
+        return self.decoder.decode(new)
+
+    def finish(self) -> str:
+        """What remains, after the last byte."""
+        return self.decoder.decode(b'', final=True)
+
+
+class MarkedText:
+    """Like `Text`, with marks at the ends of pieces. They have colours on a terminal, unless NO_COLOR is set."""
+
+    def __init__(self, model: HierarchicalTransformer) -> None:
+        self.reader = PieceReader(model)
+        self.marker = Marker(colours=sys.stdout.isatty() and not os.environ.get('NO_COLOR'))
+        self.finish = self.marker.finish
+
+    def show(self, new: bytes) -> str:
+        ids = torch.tensor(list(new), device=self.reader.model.token_emb.weight.device)
+        return self.marker.show(new, depths_of(self.reader.read(ids)) if new else [])
 
 
 if __name__ == '__main__':

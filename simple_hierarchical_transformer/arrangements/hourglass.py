@@ -106,8 +106,11 @@ class Nested:
         """
         model, i = self.model, self.model.order[k]
         level, before, key = model.levels[i], self.memory.placed(i), str(i)
-        # the intended number of finer tokens in a piece
-        spacing = level.spacing // model.levels[model.order[k - 1]].spacing
+        # the intended number of finer tokens in a piece. On 'meta', where none are counted, it may have been measured
+        j = model.order[k - 1]
+        spacing: float = level.spacing // model.levels[j].spacing
+        if finer.is_meta:
+            spacing = model.spacing(i) / model.spacing(j)
         pieces, after = place(model.boundaries[key], spacing, finer, self.ids, frame, before)
         self.outputs.pieces[i] = pieces
         picked, down = take(finer, pieces.at), None

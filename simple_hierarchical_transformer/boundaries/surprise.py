@@ -70,7 +70,7 @@ class Surprise(KeepsExact, Boundaries):
         else:
             measure = self.entropy(x[:, 1:])
         boundary = measure > self.threshold
-        if self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and not measure.is_meta:
             # without this batch's own boundaries, which must not depend on later tokens
             self.calibrate(measure[index > 0][:SAMPLE])
         return boundary

@@ -65,8 +65,8 @@ def is_capturable(model: StatefulModel) -> TypeGuard[CapturableModel]:
     """Whether every step of the model is the same sequence of kernels and nothing else.
 
     False if a module belongs to neither this package nor torch.nn, has hooks, or is patched or compiled: a replay would
-    skip its Python code. False for mixers whose work depends on the position, and for levels that boundaries place:
-    whether these get a token depends on the ids.
+    skip its Python code. False for mixers whose work depends on the position, and for placed levels, which have a new
+    token wherever the text has a boundary.
     """
     levels = getattr(model, 'levels', None)
     if not isinstance(model, nn.Module) or not isinstance(levels, (list, tuple)):

@@ -12,15 +12,15 @@ from .next_token import NextToken
 from .parts import LossParts as LossParts
 from .parts import split_counts as split_counts
 from .parts import total_loss as total_loss
-from .pieces import PieceShare
+from .pieces import PieceShare as PieceShare
 from .ponder import Ponder
 from .prophet import Prophet
 from .quantized import Quantized
 from .quantized import quantize as quantize
 from .quantized import quantized_tokens as quantized_tokens
-from .ratio import Ratio
+from .ratio import Ratio as Ratio
 from .reconstruction import Reconstruction
-from .surprise import Surprised
+from .surprise import Surprised as Surprised
 
 if TYPE_CHECKING:
     from ..config import Config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +17,13 @@ from torch import Tensor
 from ..data.batches import Batches, seed_of
 from ..memory import State
 from ..model import HierarchicalTransformer
+from ..objectives import PieceShare, Ratio, Surprised
 from ..weights import shared_names
 from . import checkpoints, run_tensors
 from .compiled import compile_blocks
 from .optim import WeightAverage, build_optimizer, learning_rate
 from .progress import Progress
+from .report import PIECES
 from .settings import BYTES, TEXTS
 from .sharded import full
 
@@ -94,6 +96,9 @@ class Learner:
             *(f'next_latent/{level.compression}x' for level in model.levels),
         ]
         self.losses = list(dict.fromkeys((*common, *model.loss_weights)))
+        self.piece_shares = [each for each in model.objectives if isinstance(each, PieceShare)]
+        # the losses that rows of metrics have besides the score
+        self.placing = [each.name for each in model.objectives if isinstance(each, (Ratio, Surprised))]
 
     def restore(self, folder: Path) -> None:
         """Loads the tensors of a checkpoint. `progress` must already be that of its record."""
@@ -175,6 +180,28 @@ class Learner:
         # all processes have the same norm
         return torch.cat((losses, norm.detach()[None].to(losses) / self.world))
 
+    def placed_row(self) -> dict[str, float | None]:
+        """What a row of metrics has of placed levels: means over the steps since the last row. Begins new ones."""
+        sums, scored = self.progress.sums, self.progress.scored
+        self.progress.sums = {}
+        row: dict[str, float | None] = {}
+        for each in self.piece_shares:
+            share = sums.get(each.name, 0.0)
+            row[bytes_per_piece(each)] = scored / share if share else None
+        return row | {name: sums[name] / scored if scored and name in sums else None for name in self.placing}
+
+    def piece_lengths(self, values: Mapping[str, float]) -> list[float]:
+        """The mean lengths of the pieces of placed levels among values to log, in bytes."""
+        names = map(bytes_per_piece, self.piece_shares)
+        return [values[name] for name in names if name in values]
+
+    def measure_spacing(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Takes the latest lengths of pieces in rows of metrics as those that the model's cost is computed from."""
+        for each in self.piece_shares:
+            found = [row[name] for row in rows if row.get(name := bytes_per_piece(each))]
+            if found and each.level is not None:
+                self.model.measured_spacing[each.level] = found[-1]
+
     def step(self, ids: Tensor, clock: float = 0.0, stop: bool = False) -> tuple[bool, bool, dict[str, float]]:
         """Trains on the sequences of a step, unless its loss or gradient is not finite.
 
@@ -208,10 +235,22 @@ class Learner:
         progress.in_a_row = 0 if learned else progress.in_a_row + 1
         if learned:
             progress.nats, progress.scored = progress.nats + values[1], progress.scored + 1
+            named = dict(zip(self.losses, values, strict=True))
+            for name in (*self.placing, *(each.name for each in self.piece_shares)):
+                progress.sums[name] = progress.sums.get(name, 0.0) + named[name]
             if self.average:
                 self.average.update()
         else:
             self.states = []
             progress.skipped += 1
         logged = dict(zip(self.losses, values, strict=True), bits_per_byte=values[1] / math.log(2))
+        for each in self.piece_shares:
+            # a share is hard to read
+            if share := logged.pop(each.name):
+                logged[bytes_per_piece(each)] = 1 / share
         return learned, stops > 0, logged | dict(learning_rate=rate, gradient_norm=norm, skipped=progress.skipped)
+
+
+def bytes_per_piece(share: PieceShare) -> str:
+    """The name of the mean length of a level's pieces in metrics and trackers."""
+    return f'{PIECES}{share.compression}x'

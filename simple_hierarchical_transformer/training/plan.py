@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import SimpleNamespace
 
 from accelerate import Accelerator
+from torch import Tensor
 
+from ..boundaries import BOUNDARIES, OF_SURPRISE, Finer
+from ..model import HierarchicalTransformer
+from ..pieces import Frame, place
 from . import cost
 from .learner import make_model, make_optimizer
 from .processes import say
@@ -22,6 +28,10 @@ class Plan:
     """The number of parameters of each level, by its index. None holds those that serve several levels."""
     flops: float
     """Operations per byte, forward and backward."""
+    spacing: dict[int, float] = field(default_factory=dict)
+    """The mean number of bytes in a piece of each placed level, by its index."""
+    counted: dict[int, float] = field(default_factory=dict)
+    """Those of them that were counted in the text. The others are the intended ones."""
     memory: dict[str, int] = field(default_factory=dict)
     """Bytes on one device at the peak of a step, by purpose. Empty if they cannot be planned."""
     shortage: str = ''
@@ -30,7 +40,14 @@ class Plan:
     """Whether the run may begin."""
 
 
-def make_plan(s: SimpleNamespace, accelerator: Accelerator, *, length: int, segments: int) -> Plan:
+def make_plan(
+    s: SimpleNamespace,
+    accelerator: Accelerator,
+    *,
+    length: int,
+    segments: int,
+    sample: Callable[[], Tensor] | None = None,
+) -> Plan:
     """Plans a run with a model on 'meta', which takes no memory.
 
     Args:
@@ -38,6 +55,7 @@ def make_plan(s: SimpleNamespace, accelerator: Accelerator, *, length: int, segm
         accelerator: the accelerator of this process.
         length: the number of bytes of a sequence in a step.
         segments: the number of consecutive segments.
+        sample: returns sequences of the run, `(rows, n)`. Pieces are counted in them where a rule reads only ids.
 
     Raises:
         ValueError: --model or --segment-length is not allowed, or the memory cannot be counted.
@@ -47,11 +65,19 @@ def make_plan(s: SimpleNamespace, accelerator: Accelerator, *, length: int, segm
     if length < (stride := max(level.stride for level in model.levels)):
         # a level without a token has no gradient, and other processes would wait for it
         raise ValueError(f'--segment-length must be at least the largest stride, {stride}, got {length}')
+    counts: dict[int, Tensor] = {}
+    if sample is not None and any(level.is_placed for level in model.levels):
+        ids = sample()
+        counts, width = count_pieces(model, ids), ids.shape[1]
+        model.measured_spacing = {i: width / each.double().mean().item() for i, each in counts.items()}
     plan = Plan(
         compressions=[level.compression for level in model.levels],
         parameters=cost.parameters_by_level(model),
         flops=cost.step_flops(model, length) / length,
+        spacing={i: model.spacing(i) for i, level in enumerate(model.levels) if level.is_placed},
+        counted=model.measured_spacing,
     )
+    model.measured_spacing = densest_spacing(model, {i: width / int(each.max()) for i, each in counts.items()})
     try:
         plan.memory = cost.step_memory(
             model,
@@ -82,3 +108,42 @@ def make_plan(s: SimpleNamespace, accelerator: Accelerator, *, length: int, segm
         # less
         plan.fits = device.type != 'cpu' and sum(held) // parts <= limit
     return plan
+
+
+def count_pieces(model: HierarchicalTransformer, ids: Tensor) -> dict[int, Tensor]:
+    """The number of tokens that placed levels have in each row of ids `(rows, n)`, int64 `(rows,)`, by their index.
+
+    Levels whose rules read more than ids are left out, and so are those inside them.
+    """
+    counts: dict[int, Tensor] = {}
+    frame = None
+    for i, j in pairwise(model.order):
+        finer, level = model.levels[i], model.levels[j]
+        if level.boundaries not in BOUNDARIES:
+            continue
+        intended = level.spacing // finer.spacing
+        # the rule of a model on 'meta' has no values
+        rule = BOUNDARIES[level.boundaries](Finer(finer.dim, model.num_tokens, intended))
+        if rule.reads_tokens or (finer.is_placed and i not in counts):
+            break
+        frame = Frame.of_grid(finer.grid, 0, ids) if frame is None else frame
+        pieces, _ = place(rule, intended, ids.new_empty(*frame.positions.shape, 0), ids, frame, None)
+        counts[j], frame = pieces.lengths, pieces.frame
+    return counts
+
+
+def densest_spacing(model: HierarchicalTransformer, counted: Mapping[int, float]) -> dict[int, float]:
+    """The number of ids to a token of placed levels in a step that takes the most memory, by the index of the level.
+
+    A batch is as wide as its row with the most tokens. `counted` holds what was counted in such rows. Of learned rules,
+    an untrained one has a boundary at up to half of the finer tokens, and later ones stay near the intended share.
+    Surprise is calibrated over batches. One row of a batch may have twice as many boundaries as intended.
+    """
+    found: dict[int, float] = {}
+    for i, j in pairwise(model.order):
+        finer, level = model.levels[i], model.levels[j]
+        if level.is_placed:
+            intended = level.spacing / finer.spacing
+            expected = intended / 2 if level.boundaries in OF_SURPRISE else min(intended, 2)
+            found[j] = counted.get(j, found.get(i, finer.spacing) * max(expected, 1))
+    return found

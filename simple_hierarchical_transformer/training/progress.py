@@ -28,6 +28,8 @@ class Progress:
     nats: float = 0.0
     """Sum of the training losses since the last row of metrics, over `scored` steps."""
     scored: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    """Sums of what is recorded of placed levels since the last row of metrics, over `scored` steps."""
     scaler: dict[str, Any] = field(default_factory=dict)
     """The state of float16's gradient scaler."""
     rows: list[dict[str, Any]] = field(default_factory=list)

@@ -50,7 +50,7 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def is_scaler(value: Any) -> bool:
+def is_numbers(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(each, (int, float)) for each in value.values())
 
 
@@ -68,9 +68,12 @@ PROGRESS = dict(
     updates=WHOLE,
     nats=NUMBER,
     scored=WHOLE,
-    scaler=Kind('the state of a gradient scaler', is_scaler),
+    sums=Kind('numbers by name', is_numbers),
+    scaler=Kind('the state of a gradient scaler', is_numbers),
     rows=Kind('a list of rows', lambda value: isinstance(value, list) and len(value) > 0),
 )
+# added after the first files were written
+OPTIONAL = {'sums'}
 ROW = dict(step=WHOLE, minutes=NUMBER, bytes=WHOLE, skipped=WHOLE, train_bits_per_byte=SCORE)
 RECORD = dict(
     settings=Kind('settings by name', lambda value: isinstance(value, dict)),
@@ -92,7 +95,8 @@ def check_record(record: dict[str, Any], file: Path) -> None:
     progress = record.get('progress')
     if not isinstance(progress, dict):
         raise ValueError(f'{file}: progress must be an object of named values, got {brief(progress)}')
-    check_kinds(progress, PROGRESS, file, 'progress.')
+    needed = {name: kind for name, kind in PROGRESS.items() if name in progress or name not in OPTIONAL}
+    check_kinds(progress, needed, file, 'progress.')
     if unknown := sorted(set(progress) - set(PROGRESS)):
         raise ValueError(f'{file}: progress has entries unknown to this version: {", ".join(unknown)}')
     if progress['step'] != record['step']:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from ..terminal import printable
 # value. Rows between two validations have no scores of the validation split.
 Row = dict[str, Any]
 DOTS = 100
+# metrics with the mean length of the pieces of a level: this and the level's name
+PIECES = 'bytes_per_piece/'
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -132,6 +134,13 @@ def account(
             title = name.removesuffix('_bits_per_byte').replace('_', ' ', 1)
             before = '' if first[name] is None else f'{first[name]:.3f}'
             lines.append(f'| {title} | {before} | {value:.3f} |')
+    lengths = [
+        f'{value:.2f} at level {name.removeprefix(PIECES)}'
+        for name, value in last.items()
+        if name.startswith(PIECES) and value is not None
+    ]
+    if lengths:
+        lines += ['', f'Mean bytes in a piece of training text at the end: {", ".join(lengths)}.']
     return '\n'.join(lines)
 
 
@@ -144,8 +153,12 @@ def report(
     commands: dict[str, str],
     picture: str | None,
     sample: str,
+    pieces: str = '',
 ) -> str:
-    """The text of report.md: the scores of a run, the commands to use it, and its settings."""
+    """The text of report.md: the scores of a run, the commands to use it, and its settings.
+
+    `pieces` is a section on placed levels.
+    """
     scored = validations(rows)
     last = scored[-1]
     best = min((row for row in scored if not math.isnan(valid_score(row))), key=valid_score, default=last)
@@ -168,6 +181,7 @@ def report(
         '',
         fenced(sample),
         '',
+        *([pieces, ''] if pieces else []),
         '## Commands',
         '',
     ]
@@ -188,6 +202,8 @@ def estimate(
     parameters: dict[int | None, int],
     compressions: Sequence[int],
     flops: float,
+    spacing: dict[int, float],
+    counted: Collection[int],
     memory: dict[str, int],
     data: Sequence[tuple[Corpus, dict[str, range]]],
     seconds: float | None,
@@ -202,6 +218,8 @@ def estimate(
         parameters: the number of parameters of each level, by its index. None holds those of several levels.
         compressions: the compression of each level.
         flops: operations per byte.
+        spacing: the mean number of bytes in a piece of each placed level, by its index.
+        counted: the indices of those of them that were counted. The others are intended.
         memory: bytes by purpose. Empty if they are unknown.
         data: each corpus with its splits.
         seconds: the time of a step. None if it was not timed.
@@ -214,6 +232,9 @@ def estimate(
     for i, count in parameters.items():
         of = 'embeddings, merges, logits' if i is None else f'level {compressions[i]}x'
         yield f'  {of:30}{count:>14,}'
+    for i, length in spacing.items():
+        how = 'counted in a sample of the data' if i in counted else 'as intended, since its rule must first learn'
+        yield f'bytes in a piece of level {compressions[i]}x: {length:.2f}, {how}'
     yield f'operations per byte, forward and backward: {flops:,.0f}'
     if memory:
         yield f'memory of a run on one device, at the peak of a step: {sum(memory.values()) / 1e9:.3f} GB'

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from ..data.batches import Batches, split_bytes
 from ..terminal import UNREAD, abandon, printable
-from . import checkpoints, cost, report, run_folder, run_tensors
+from . import checkpoints, cost, piece_report, report, run_folder, run_tensors
 from .evaluate import evaluate
 from .learner import Learner
 from .plan import make_plan
@@ -38,6 +38,7 @@ from .watch import Bar
 
 MAX_SKIPPED = 5  # consecutive steps without a finite loss and gradient
 MAX_SKIPPED_SCALED = 30  # the same in float16, where the scaler must first find its scale
+SAMPLED = 1 << 15  # number of bytes in which the plan of a run counts pieces
 VALIDATIONS = 10  # number of validations in a run without --every
 
 
@@ -96,7 +97,9 @@ class Run:
         if found and found[1]['data'] != self.fingerprints:
             raise ValueError(f'{found[0]} was trained on other data than {", ".join(self.names)} now holds')
         with naming(found and found[0]):
-            self.plan = make_plan(s, accelerator, length=self.length, segments=self.batches.segments)
+            self.plan = make_plan(
+                s, accelerator, length=self.length, segments=self.batches.segments, sample=self.sample_ids
+            )
         if not self.plan.fits:
             if args.dry_run:
                 return
@@ -111,6 +114,7 @@ class Run:
             self.learner = Learner(s, accelerator, self.batches, self.progress)
         if checkpoint:
             self.restore(checkpoint[0])
+            self.measure()
         # no other process uses a folder of this name
         self.scratch = self.out / f'.{self.progress.identity}.partial'
 
@@ -167,6 +171,11 @@ class Run:
             part=self.part,
         )
 
+    def sample_ids(self) -> Tensor:
+        """The sequences of the first steps, `(rows, n)`, enough for a mean over them."""
+        first = self.batches[0]
+        return torch.cat([first, *(self.batches[step] for step in range(1, min(SAMPLED // first.numel(), 64)))])
+
     # metrics, samples and checkpoints
 
     def row(self) -> dict[str, Any]:
@@ -179,8 +188,15 @@ class Run:
             skipped=progress.skipped,
             train_bits_per_byte=progress.nats / progress.scored / math.log(2) if progress.scored else None,
         )
+        row |= self.learner.placed_row()
         progress.nats, progress.scored = 0.0, 0
         return row
+
+    def measure(self) -> None:
+        """Computes operations per byte anew, if levels are placed: from the lengths of pieces in the latest rows."""
+        if self.learner.piece_shares:
+            self.learner.measure_spacing(self.progress.rows)
+            self.plan.flops = cost.step_flops(self.learner.model, self.length) / self.length
 
     def validate(self) -> None:
         """Scores the validation split and adds a row of metrics."""
@@ -203,6 +219,7 @@ class Run:
             names = map(printable, self.names)
             row |= {f'valid_{name}_bits_per_byte': x for name, x in zip(names, windowed, strict=True)}
         progress.rows.append(row)
+        self.measure()
 
     def show(self) -> None:
         """Shows the last validation and a sample. Save first, because terminals and trackers may fail."""
@@ -321,7 +338,11 @@ class Run:
             # before the end of the run, saves only after a successful step
             saves = self.learner.done() >= 1 or (learned and progress.step % s.checkpoint_every == 0)
             if progress.step % s.log_every == 0:
-                logged |= bar.show(self.learner.done(), progress.step, logged['bits_per_byte'], progress.skipped)
+                pieces = self.learner.piece_lengths(logged)
+                bar.flops = self.plan.flops
+                logged |= bar.show(
+                    self.learner.done(), progress.step, logged['bits_per_byte'], progress.skipped, pieces
+                )
                 self.accelerator.log({f'train/{name}': value for name, value in logged.items()}, step=progress.step)
                 if not (saves or due):
                     progress.rows.append(self.row())
@@ -376,17 +397,24 @@ class Run:
         resuming = workspace.resuming(self.out)
         more = f'--steps {2 * self.s.steps}' if self.s.steps else f'--minutes {2 * self.s.minutes:g}'
         rows, count = self.progress.rows, sum(self.plan.parameters.values())
+        pieces = piece_report.segment(self.learner, self.sources[0], self.spans[0]['valid'])
 
         def write() -> None:
             checkpoints.save_final(
                 self.out, self.progress.step, lambda folder: self.save_model(folder, weights),
                 identity=self.progress.identity, scratch=self.scratch,
             )  # fmt: skip
+            if pieces and self.draws:
+                piece_report.draw_pieces(pieces, self.out / 'pieces.png')
             text = report.report(
                 self.settings,
                 rows,
                 self.account(),
-                facts={'parameters': f'{count:,}', 'steps skipped': f'{self.progress.skipped:,}'},
+                facts={
+                    'parameters': f'{count:,}',
+                    'operations per byte': f'{self.plan.flops:,.0f}',
+                    'steps skipped': f'{self.progress.skipped:,}',
+                },
                 commands={
                     'Score all of it': scoring,
                     'Sample from it': sampling,
@@ -395,6 +423,7 @@ class Run:
                 },
                 picture='loss.png' if self.draws else None,
                 sample=self.sample,
+                pieces=piece_report.section(pieces, 'pieces.png' if self.draws else None) if pieces else '',
             )
             report.write_text(self.out / 'report.md', text)
 
@@ -427,6 +456,8 @@ class Run:
             parameters=self.plan.parameters,
             compressions=self.plan.compressions,
             flops=self.plan.flops,
+            spacing=self.plan.spacing,
+            counted=self.plan.counted,
             memory=self.plan.memory,
             data=list(zip(self.sources, self.spans, strict=True)),
             # the first step is slower: it sets up caches

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -27,7 +27,7 @@ class Bar:
 
     Args:
         done: where the bar starts.
-        flops: operations per byte.
+        flops: operations per byte. A caller may change the attribute.
         peak: operations per second that the devices could reach.
         shown: whether this process shows the bar.
     """
@@ -52,14 +52,19 @@ class Bar:
         self.size += size
         self.seconds += seconds
 
-    def show(self, done: float, step: int, bits: float, skipped: int) -> dict[str, float]:
-        """Shows the steps added since the last call, and returns their speed."""
+    def show(self, done: float, step: int, bits: float, skipped: int, pieces: Sequence[float] = ()) -> dict[str, float]:
+        """Shows the steps added since the last call, and returns their speed.
+
+        `pieces` are the mean lengths of the pieces of placed levels in bytes.
+        """
         speed = self.size / max(self.seconds, 1e-9)
         self.size, self.seconds = 0, 0.0
         share = speed * self.flops / self.peak
         left = (time.monotonic() - self.began) * max(1 - done, 0.0) / max(done - self.first, 1e-9)
         text = (
-            f'step {step:,}, {bits:.3f} bits per byte, {speed:,.0f} bytes/s, {share:.0%} of peak, {duration(left)} left'
+            f'step {step:,}, {bits:.3f} bits per byte, '
+            + (f'pieces of {" and ".join(f"{each:.1f}" for each in pieces)} bytes, ' if pieces else '')
+            + f'{speed:,.0f} bytes/s, {share:.0%} of peak, {duration(left)} left'
             + (f', {skipped:,} skipped' if skipped else '')
         )
         self.bar.set_description_str(text, refresh=False)
