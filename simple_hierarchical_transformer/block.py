@@ -202,6 +202,10 @@ class HierarchicalBlock(nn.Module):
         With a state and one phase, `start` may be the `Rows` of a ragged chunk. Each row then gives what it gives
         alone. Outputs of its padding are finite and mean nothing.
         """
+        if not x.shape[1] and not torch.is_grad_enabled():
+            # a step of generation without a boundary. The block is still called: FSDP gathers weights in its hooks, on
+            # all processes together
+            return x, state
         return self.within_phases(self.mix, x, state, start)
 
     def operations(self, n: float) -> float:
