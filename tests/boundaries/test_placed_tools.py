@@ -42,13 +42,14 @@ def texts(rows: int, n: int) -> Tensor:
 
 @pytest.mark.slow
 @torch._dynamo.config.patch(recompile_limit=32)
-@every_kind
+@pytest.mark.parametrize('kind', ['words', 'learned'])
 def test_compiled_models_give_the_same_numbers_with_few_graphs(kind: str) -> None:
     """The number of tokens depends on the text, and is padded to one of a few sizes under a compiler."""
-    model, graphs = build(KINDS[kind]), GraphCounter()
+    two = dict(BASE, boundaries=(None, kind), depth=1, recon_loss_weight=0.0, next_latent_loss_weight=0.0)
+    model, graphs = build(dict(two, upsample='smooth' if kind == 'learned' else 'repeat')), GraphCounter()
     compiled = torch.compile(model, backend=graphs, dynamic=True)
     counts = []
-    for share in (0.0, 0.1, 0.3, 0.5, 0.8, 1.0):
+    for share in (0.0, 0.3, 1.0):
         for _ in range(2):
             ids = torch.where(torch.rand(2, 64) < share, torch.tensor([32, 97]).repeat(32), 98)
             expected = model(ids, return_loss=True)[0]
@@ -58,7 +59,7 @@ def test_compiled_models_give_the_same_numbers_with_few_graphs(kind: str) -> Non
     ours = torch.autograd.grad(compiled(ids, return_loss=True)[0], wanted)
     torch.testing.assert_close(ours, torch.autograd.grad(model(ids, return_loss=True)[0], wanted), rtol=1e-7, atol=1e-9)
     seen = graphs.count
-    for share in (0.05, 0.2, 0.6, 0.9):
+    for share in (0.05, 0.6, 0.9):
         ids = torch.where(torch.rand(2, 64) < share, torch.tensor([32, 97]).repeat(32), 98)
         torch.testing.assert_close(compiled(ids, return_loss=True)[0], model(ids, return_loss=True)[0])
     # shares that lie between those of before need no new graph
