@@ -278,9 +278,9 @@ class HierarchicalBlock(nn.Module):
                 f'start must be an int without a state or with phases, got rows for {self.phases} phases'
                 f'{" without a state" if state is None else ""}'
             )
-        if not any(rows.lengths) and not torch.is_grad_enabled():
-            return x, state
-        # with gradients, padding keeps the weights in the graph: DDP and FSDP wait for their gradients
+        if not any(rows.lengths):
+            # with gradients, padding keeps the weights in the graph: DDP and FSDP wait for their gradients
+            return part(x, None, 0)[0] if x.shape[1] and torch.is_grad_enabled() else x, state
         state = self.with_room(state, rows.end)
         out, own = part(x, state.phases(0, 1), rows)
         # without gradients the views were written in place
