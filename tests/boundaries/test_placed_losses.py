@@ -11,6 +11,7 @@ from support.configs import build
 from torch import Tensor
 
 from simple_hierarchical_transformer import HierarchicalTransformer
+from simple_hierarchical_transformer.mixers import MIXERS
 
 LOSSES: dict[str, Any] = dict(
     num_tokens=256, dim=8, depth=(2, 2, 1), seq_len=64, dim_head=4, heads=2, arrangement='hourglass',
@@ -173,17 +174,40 @@ def test_a_batch_without_targets_gives_finite_gradients(kind: str) -> None:
         assert p.grad.isfinite().all(), name
 
 
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {},
+        *({'mixer': name, 'window_sizes': None} for name in MIXERS if name != 'attention'),
+        {'mixer_kwargs': {'pattern': 'fixed', 'pattern_mode': 'union'}, 'window_sizes': None},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize('kind', CASES)
-def test_chunks_train_every_weight(kind: str) -> None:
+def test_chunks_train_every_weight(kind: str, changes: dict[str, Any]) -> None:
     """A chunk in the middle of a word has no token of a placed level. DDP still waits for each gradient."""
-    model = build(CASES[kind])
+    model = build({**CASES[kind], **changes})
     with torch.no_grad():
-        _, state = model(texts(1)[:, :5].new_tensor([list(b'Thequ')]), return_state=True)
-    loss, _, state = model(torch.tensor([list(b'ickbr')]), return_loss=True, state=state, return_state=True)
+        _, state = model(torch.tensor([list(b'Thequ')] * 2), return_state=True)
+    loss, _, state = model(torch.tensor([list(b'ickbr')] * 2), return_loss=True, state=state, return_state=True)
     loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     assert all(p.grad.isfinite().all() for p in model.parameters())
     assert state.position == 9
+
+
+def test_chunks_shorter_than_a_stride_have_no_finer_tokens() -> None:
+    model = build(
+        dict(
+            CASES['words'], hierarchies=(1, 4, 16), hierarchical_stride=(1, 4, 1), boundaries=(None, None, 'sentences')
+        )
+    )
+    ids = texts(3)
+    whole, state, outs = model(ids), None, []
+    for chunk in ids.split([5, 1, 1, 1, 42], dim=1):
+        out, state = model(chunk, state=state, return_state=True)
+        outs.append(out)
+    torch.testing.assert_close(torch.cat(outs, dim=1), whole, rtol=0, atol=1e-10)
 
 
 def test_half_precision_trains() -> None:
