@@ -202,6 +202,10 @@ class HierarchicalBlock(nn.Module):
         With a state and one phase, `start` may be the `Rows` of a ragged chunk. Each row then gives what it gives
         alone. Outputs of its padding are finite and mean nothing.
         """
+        if not x.shape[1] and not torch.is_grad_enabled():
+            # a step of generation without a boundary. The block is still called: FSDP gathers weights in its hooks, on
+            # all processes together
+            return x, state
         return self.within_phases(self.mix, x, state, start)
 
     def operations(self, n: float) -> float:
@@ -275,8 +279,8 @@ class HierarchicalBlock(nn.Module):
                 f'{" without a state" if state is None else ""}'
             )
         if not any(rows.lengths):
-            # padding alone. DDP and FSDP wait for a gradient of each weight, also if it is zero
-            return (part(x, None, 0)[0] if torch.is_grad_enabled() else x), state
+            # with gradients, padding keeps the weights in the graph: DDP and FSDP wait for their gradients
+            return part(x, None, 0)[0] if x.shape[1] and torch.is_grad_enabled() else x, state
         state = self.with_room(state, rows.end)
         out, own = part(x, state.phases(0, 1), rows)
         # without gradients the views were written in place

@@ -228,7 +228,8 @@ def place(
     all_ids = recent(at_tokens, None if before is None else before.ids, reach, -1)
     vectors = recent(x, None if before is None else before.finer, reach, 0) if reads_tokens else x
     index = finer.index
-    found = rule(vectors, all_ids, index)
+    # a rule may need at least one token
+    found = rule(vectors, all_ids, index) if x.shape[1] else index == 0
     marks = found if isinstance(found, Marks) else Marks(found)
     check_output('boundaries', marks.boundary, tuple(x.shape[:2]), x)
     if marks.boundary.dtype != torch.bool:

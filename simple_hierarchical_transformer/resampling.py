@@ -182,10 +182,10 @@ class Smooth(Repeat):
     """
 
     def forward(self, x: Tensor, pieces: Pieces, state: Kept | None) -> tuple[Tensor, Kept | None]:
-        if pieces.probability is None:
-            raise ValueError("upsample = 'smooth' needs boundaries that return a probability")
         if not x.shape[1]:
             return super().forward(x, pieces, state)
+        if pieces.probability is None:
+            raise ValueError("upsample = 'smooth' needs boundaries that return a probability")
         exact = torch.promote_types(x.dtype, torch.float32)
         p = take(pieces.probability.to(exact), pieces.at).clamp(EPS, 1 - EPS)[..., None]
         smoothed = scan(1 - p, p * x.to(exact), None if state is None else state[0][:, 0].to(exact))

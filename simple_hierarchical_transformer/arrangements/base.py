@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from ..compressors import Source
@@ -110,9 +109,6 @@ def run_block(
     model: HierarchicalTransformer, layer: int, i: int, x: Tensor, before: BlockState | None, start: int | Rows
 ) -> tuple[Tensor, BlockState | None]:
     """Layer `layer` of level i, and its next state. `start` is the index of the first of its tokens x."""
-    if not x.shape[1] and not torch.is_grad_enabled():
-        # a step of generation that is no boundary
-        return x, before
     if model.step_embeds:
         x = x + model.step_embeds[i][layer]
     return model.block(layer, i)(x, before, start)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..ops.linear import chain
 from ..ops.norm import RMSNorm
 from ..ops.precision import KeepsExact, exact_dtype
+from ..ops.tracing import is_transformed
 from .base import Boundaries
 
 # logits in memory at a time
@@ -70,18 +71,23 @@ class Surprise(KeepsExact, Boundaries):
         else:
             measure = self.entropy(x[:, 1:])
         boundary = measure > self.threshold
-        if self.training and torch.is_grad_enabled() and not measure.is_meta:
+        # transforms of torch.func cannot write a buffer
+        if self.training and torch.is_grad_enabled() and not is_transformed():
             # without this batch's own boundaries, which must not depend on later tokens
-            self.calibrate(measure[index > 0][:SAMPLE])
+            self.calibrate(measure, index > 0)
         return boundary
 
     @torch.no_grad()
-    def calibrate(self, measure: Tensor) -> None:
-        """Moves the threshold towards the value that one in `spacing` of these tokens exceeds."""
+    def calibrate(self, measure: Tensor, counted: Tensor) -> None:
+        """Moves the threshold towards the value that one in `spacing` of the counted tokens exceeds.
+
+        Both are `(batch, n)`.
+        """
+        # without a sync, and without a shape that depends on the data
+        measure = measure.detach().masked_fill(~counted, math.nan).flatten()[:SAMPLE]
         if not len(measure):
             return
-        found = measure.to(self.threshold.dtype).quantile(1 - 1 / self.spacing)
-        moved = torch.lerp(self.threshold, found, RATE)
-        moved = torch.where(self.threshold.isinf(), found, moved)
+        found = measure.to(self.threshold.dtype).nanquantile(1 - 1 / self.spacing)
+        moved = torch.where(self.threshold.isinf(), found, torch.lerp(self.threshold, found, RATE))
         # runs skip a step whose loss is not finite
         self.threshold.copy_(torch.where(found.isfinite(), moved, self.threshold))

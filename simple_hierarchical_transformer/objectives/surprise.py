@@ -27,6 +27,9 @@ class Surprised(Objective):
     kind: ClassVar[str] = 'surprise'
     trains_final_tokens: ClassVar[bool] = False
 
+    spacing: float = 1.0
+    """The mean number of positions from one of the finer tokens to the next."""
+
     @classmethod
     def from_config(cls, config: Config) -> list[Surprised]:
         objectives = []
@@ -37,13 +40,18 @@ class Surprised(Objective):
                     cls(
                         weight=config.surprise_loss_weight,
                         level=i,
+                        compression=level.compression,
                         # its targets are those of the finer tokens
-                        compression=below.spacing,
                         stride=below.stride,
                         placed=below.is_placed,
+                        spacing=below.spacing,
                     )
                 )
         return objectives
+
+    @property
+    def scale(self) -> float:
+        return self.spacing if self.placed else 1.0
 
     def targets(self, batch: Batch, pieces: Pieces | None = None) -> Targets:
         if pieces is None:

@@ -14,6 +14,8 @@ from support.configs import SMALL, build
 from support.placed import read_in_chunks, tokens_by_row
 from torch import Tensor
 
+from simple_hierarchical_transformer.mixers import MIXERS
+
 BASE: dict[str, Any] = dict(
     SMALL, num_tokens=256, seq_len=64, arrangement='hourglass', hierarchies=(1, 4), depth=(2, 1),
     window_sizes=(6, None), ignore_index=-1, recon_ignore_index=-1,
@@ -130,6 +132,22 @@ def test_chunks_of_texts_equal_one_pass(kind: str, rows: list[bytes], sizes: lis
         logits, levels = read_in_chunks(model, ids, cut)
     torch.testing.assert_close(logits, model.to_logits(read.features), rtol=0, atol=1e-10)
     torch.testing.assert_close(levels, tokens_by_row(read), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize('mixer', [*MIXERS])
+def test_every_mixer_reads_rows_at_different_places(mixer: str) -> None:
+    model = build(dict(KINDS['learned in learned'], mixer=mixer, window_sizes=None, depth=1))
+    ids = ids_of(*TEXTS[:5])[:, :50]
+    with torch.no_grad():
+        whole = model(ids)
+        for sizes in ([1] * 7 + [20, 23], [11, 39]):
+            chunked, _ = read_in_chunks(model, ids, sizes)
+            torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-10)
+        changed = ids.clone()
+        changed[:, 30:] = 46
+        torch.testing.assert_close(model(changed)[:, :30], whole[:, :30], rtol=0, atol=1e-12)
+        alone = model(ids[3:4])
+        torch.testing.assert_close(whole[3:4], alone, rtol=0, atol=1e-10)
 
 
 @every_kind

@@ -18,6 +18,76 @@ from simple_hierarchical_transformer.mixers import MIXERS
 GOOD: dict[str, Any] = dict(num_tokens=11, dim=8, depth=1, seq_len=16, dim_head=4, heads=2)
 
 
+# options of placed levels in an hourglass, and what is said of them
+PLACED: list[tuple[dict[str, Any], str]] = [
+    (
+        dict(hierarchies=(1, 4), boundaries=(None, 'spaces')),
+        'boundaries must be None, one of every, words, sentences, learned, surprise, rise, or a module, got '
+        "'spaces' for hierarchy 4",
+    ),
+    (dict(hierarchies=(1, 4), boundaries=(None, 3)), 'or a module, got 3 for hierarchy 4'),
+    (dict(hierarchies=(1, 4), boundaries=(None,)), 'boundaries must be one value or one for each of the 2'),
+    (
+        dict(hierarchies=(1, 4), boundaries=nn.Identity()),
+        'boundaries must have one module or None for each hierarchy, got one module for all',
+    ),
+    (
+        dict(hierarchies=(4, 1), boundaries=(None, 'every')),
+        "boundaries must be None for the finest hierarchy, 1, got 'every'",
+    ),
+    (dict(boundaries='every'), "boundaries must be None for the finest hierarchy, 1, got 'every'"),
+    (
+        dict(hierarchies=(1, 4, 8), boundaries=(None, 'every', None)),
+        'boundaries must place hierarchy 8 too, which is inside placed hierarchy 4',
+    ),
+    (
+        dict(hierarchies=(1, 4), hierarchical_stride=(1, 2), boundaries=(None, 'every')),
+        'hierarchical_stride must be 1 for a level with boundaries, got 2 for hierarchy 4',
+    ),
+    (
+        dict(hierarchies=(1, 4), compressor=('conv', 'mean'), boundaries=(None, 'every')),
+        "compressor must be 'conv', the default, for a level with boundaries, which has downsample in its place, got "
+        "'mean' for hierarchy 4",
+    ),
+    *(
+        (
+            dict(hierarchies=(1, 4), boundaries=(None, rule)),
+            f'boundaries {rule!r} reads ids as bytes: num_tokens must be 256, 257 or 258, got 11',
+        )
+        for rule in ('words', 'sentences')
+    ),
+    (
+        dict(num_tokens=256, hierarchies=(1, 4, 8), boundaries=(None, 'every', 'words')),
+        "boundaries = 'words' reads every id, so the next finer hierarchy must have stride 1, got 4 for hierarchy 8",
+    ),
+    (
+        dict(num_tokens=256, hierarchies=(1, 2, 8), hierarchical_stride=(1, 2, 1), boundaries=(None, None, 'words')),
+        "boundaries = 'words' reads every id, so the next finer hierarchy must have stride 1, got 2 for hierarchy 8",
+    ),
+    (
+        dict(hierarchies=(1, 4), boundaries=(None, 'every'), upsample='smooth'),
+        "upsample = 'smooth' needs boundaries with probabilities, 'learned' or a module, got 'every' for hierarchy 4",
+    ),
+    (
+        dict(hierarchies=(1, 4, 8), boundaries=(None, 'every', 'every'), merge='attention', merge_window=2),
+        'merge_window must be 0 where a placed hierarchy is inside another, as 8 in 4, got 2',
+    ),
+    (
+        dict(hierarchies=(1, 4), boundaries=(None, 'every'), upsample='nearest'),
+        "upsample must be one of repeat, boundary, offset, smooth, got 'nearest'",
+    ),
+    (
+        dict(hierarchies=(1, 4), boundaries=(None, 'every'), downsample='mean'),
+        "downsample must be one of token, attention, got 'mean'",
+    ),
+    (dict(hierarchies=(1, 4), downsample='attention'), "downsample is for levels with boundaries, got 'attention'"),
+    (
+        dict(hierarchies=(1, 4), boundaries=(None, 'every'), upsample=('offset', 'repeat')),
+        "upsample is for levels with boundaries, got 'offset' for hierarchy 1",
+    ),
+]
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
@@ -221,6 +291,14 @@ GOOD: dict[str, Any] = dict(num_tokens=11, dim=8, depth=1, seq_len=16, dim_head=
             dict(depth=(1, 2), hierarchies=(1, 2), arrangement='hourglass', share_layers=True),
             'depth may differ between hierarchies',
         ),
+        (dict(ratio_loss_weight=-1), 'ratio_loss_weight must be a finite number of at least 0, got -1'),
+        (dict(surprise_loss_weight=math.nan), 'surprise_loss_weight must be a finite number of at least 0, got nan'),
+        (dict(merge='skip', hierarchies=(1, 2)), "merge = 'skip' is for arrangement = 'hourglass', got 'parallel'"),
+        (
+            dict(hierarchies=(1, 4), boundaries=(None, 'every')),
+            "boundaries are for arrangement = 'hourglass', got 'parallel'",
+        ),
+        *((arguments | dict(arrangement='hourglass'), message) for arguments, message in PLACED),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else '',
 )
@@ -256,8 +334,10 @@ def build_or_refuse(**arguments: Any) -> None:
 @pytest.mark.parametrize('name', inspect.signature(HierarchicalTransformer).parameters)
 def test_constructor_builds_or_refuses_any_value(name: str) -> None:
     good = dict(GOOD, dim=(8, 8), hierarchies=(1, 4), hierarchical_stride=(1, 4), merge='attention', merge_window=1)
+    placed = good | dict(hierarchical_stride=1, merge_window=0, arrangement='hourglass', boundaries=(None, 'learned'))
     for value in HOSTILE:
         build_or_refuse(**{**good, 'quantized_loss_weight': 0.1, 'ngrams': (2,), name: value})
+        build_or_refuse(**{**placed, name: value})
 
 
 @pytest.mark.filterwarnings('ignore::UserWarning')
@@ -267,7 +347,7 @@ def test_constructor_builds_or_refuses_any_value(name: str) -> None:
         (mixer, name)
         for mixer, kind in MIXERS.items()
         for name in inspect.signature(kind).parameters
-        if name not in ('dim', 'dim_head', 'heads', 'window', 'length', 'layer', 'backend')
+        if name not in ('dim', 'dim_head', 'heads', 'window', 'length', 'layer', 'backend', 'placed')
     ],
 )
 def test_mixers_are_built_or_refuse_any_value(mixer: str, name: str) -> None:
