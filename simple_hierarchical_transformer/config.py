@@ -138,6 +138,13 @@ class Config:
         'a module (`boundaries.Boundaries`). The finest level has None, and levels inside a placed one are placed.',
         per_level=True,
     )
+    max_piece: int | Sequence[int | None] | None = option(
+        None,
+        help='Largest number of finer tokens in a piece of a placed level. After so many without a boundary, there is '
+        'one. None: four times the intended number, and at least 32.',
+        check=optional(integer()),
+        per_level=True,
+    )
     downsample: Literal['token', 'attention'] | Sequence[Literal['token', 'attention']] = option(
         'token',
         help="What a placed level reads: 'token', the finer token at the boundary; 'attention', also what learned "

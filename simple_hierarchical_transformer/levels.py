@@ -69,6 +69,7 @@ class Level:
     boundaries: str | None = None
     downsample: str = 'token'
     upsample: str = 'repeat'
+    max_piece: int | None = None
     grid: Grid = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -16,10 +16,13 @@ from torch import Tensor
 
 from .boundaries import Marks
 from .checks import check_output
-from .levels import Grid
+from .levels import Grid, Level
 from .memory import PlacedState
 from .ops.tracing import is_exporting, is_transformed
 from .rows import Rows
+
+# the largest number of finer tokens in a piece, unless a piece is intended to have more than a quarter of that
+LONGEST = 32
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -152,6 +155,11 @@ class Pieces:
         return self.spread(x, before, self.at_positions.long().cumsum(1))
 
 
+def longest_piece(level: Level, finer: Level) -> int:
+    """The largest number of finer tokens in a piece of a placed level."""
+    return max(LONGEST, 4 * (level.spacing // finer.spacing)) if level.max_piece is None else level.max_piece
+
+
 def capacity(counts: Tensor, n: int, spacing: float) -> int:
     """The number of tokens that rows with `counts` tokens `(batch,)` of n finer ones are padded to.
 
@@ -208,6 +216,7 @@ def place(
     ids: Tensor,
     finer: Frame,
     before: PlacedState | None,
+    longest: int | None = None,
 ) -> tuple[Pieces, PlacedState | None]:
     """Cuts finer tokens x `(batch, n, dim)` into pieces.
 
@@ -218,6 +227,8 @@ def place(
         ids: the ids of the chunk, `(batch, ids)`.
         finer: the frame of the finer tokens.
         before: the state before the chunk.
+        longest: the largest number of finer tokens in a piece. Where the rule finds no boundary for so long, there is
+            one nevertheless, with a probability of 1.
 
     Returns:
         The pieces, and the next state, whose `down` and `up` are still those of `before`.
@@ -240,6 +251,16 @@ def place(
             raise ValueError(f'boundaries must return floating-point probabilities, got {marks.probability.dtype}')
     # without a sync: no token of a chunk later than the first has index 0
     boundary = (marks.boundary | (index == 0)) & (index >= 0)
+    probability = marks.probability
+    cut = None if before is None else before.cut
+    if longest is not None and x.shape[1]:
+        # the boundary that the rule found last, at each token
+        found_at = torch.where(boundary, index, 0).cummax(1).values
+        found_at = found_at if cut is None else found_at.maximum(cut[:, None])
+        cut = found_at[:, -1]
+        forced = (index > found_at) & ((index - found_at) % longest == 0)
+        boundary = boundary | forced
+        probability = None if probability is None else probability.masked_fill(forced, 1.0)
 
     counts = boundary.sum(1)
     n, k = x.shape[1], capacity(counts, x.shape[1], spacing)
@@ -253,11 +274,12 @@ def place(
     start: Rows | int = 0
     if isinstance(starts, Tensor):
         start = k if starts.is_meta else rows_of(starts, counts, k)
-    pieces = Pieces(boundary, ended, marks.probability, finer, frame, at=at, start=start, tokens=x, ids=ids.shape[1])
+    pieces = Pieces(boundary, ended, probability, finer, frame, at=at, start=start, tokens=x, ids=ids.shape[1])
     if before is None:
         return pieces, None
     after = PlacedState(
         count=before.count + counts,
+        cut=before.cut if cut is None else cut,
         ids=kept(all_ids, finer, reach),
         finer=None if before.finer is None else kept(vectors, finer, reach).to(before.finer.dtype),
         down=before.down,

@@ -14,7 +14,7 @@ from ..compressors import Source
 from ..generation.prompts import BYTE_VOCABULARIES
 from ..levels import OWN
 from ..memory import Memory, MemoryOfRows
-from ..pieces import Frame, place, take
+from ..pieces import Frame, longest_piece, place, take
 from ..rows import Rows
 from .base import Arrangement, LevelOutputs, MergeSpec, Request, checkpointed, compress, run_block
 
@@ -111,7 +111,8 @@ class Nested:
         spacing: float = level.spacing // model.levels[j].spacing
         if finer.is_meta:
             spacing = model.spacing(i) / model.spacing(j)
-        pieces, after = place(model.boundaries[key], spacing, finer, self.ids, frame, before)
+        longest = longest_piece(level, model.levels[j])
+        pieces, after = place(model.boundaries[key], spacing, finer, self.ids, frame, before, longest)
         self.outputs.pieces[i] = pieces
         picked, down = take(finer, pieces.at), None
         if key in model.downsamplers:
@@ -179,7 +180,7 @@ def check_boundaries(config: Config) -> None:
     """Raises ValueError where options of placed levels are not allowed."""
     levels = [config.levels[i] for i in config.order]
     placed = [level for level in levels if level.is_placed]
-    for name, default in (('downsample', 'token'), ('upsample', 'repeat')):
+    for name, default in (('max_piece', None), ('downsample', 'token'), ('upsample', 'repeat')):
         given = getattr(config, name)
         for level, value in zip(config.levels, config.values(name), strict=True):
             # one value for all is that of the placed levels
@@ -203,6 +204,12 @@ def check_boundaries(config: Config) -> None:
         if level.stride != 1:
             raise ValueError(
                 f'hierarchical_stride must be 1 for a level with boundaries, got {level.stride} for hierarchy {c}'
+            )
+        intended = level.spacing // finer.spacing
+        if level.max_piece is not None and level.max_piece < intended:
+            raise ValueError(
+                f'max_piece must be at least the intended number of finer tokens, {intended}, got {level.max_piece} '
+                f'for hierarchy {c}'
             )
         if isinstance(config.compressor, (tuple, list)) and level.compressor != 'conv':
             raise ValueError(

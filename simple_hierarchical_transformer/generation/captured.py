@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..memory import ROOM, Clock, Position, State
+from ..memory import ROOM, State
 from ..mixers.rotary import BLOCK, Rotary
 from ..ops.linear import is_dense, is_untouched
 from ..ops.precision import autocast_dtype
 from ..ops.tracing import is_traced
+from ..positions import Clock, Position
 from .protocol import StatefulModel
 
 if TYPE_CHECKING:

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_int
-from ..memory import Position, grow, room_for
+from ..memory import grow, room_for
 from ..ops.linear import chain
 from ..ops.norm import RMSNorm
 from ..ops.pattern_attention import MODES, PARTS, PATTERNS, attend_pattern, attended, keys_of_pattern
 from ..ops.recompute import recompute
 from ..ops.window_attention import BACKENDS as BACKENDS
 from ..ops.window_attention import Backend, attend_window
+from ..positions import Position
 from ..rows import Rows
 from .rotary import Rotary
 

@@ -11,10 +11,10 @@ from einops import rearrange, repeat
 from rotary_embedding_torch.rotary_embedding_torch import rotate_half
 from torch import Tensor
 
-from ..memory import Position
 from ..ops.precision import KeepsExact, exact_dtype
 from ..ops.result_cache import ResultCache
 from ..ops.tracing import is_exporting
+from ..positions import Position
 
 THETA = 10_000.0
 XPOS_SCALE_BASE = 512.0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..boundaries import BOUNDARIES, OF_SURPRISE, Finer
 from ..model import HierarchicalTransformer
-from ..pieces import Frame, place
+from ..pieces import Frame, longest_piece, place
 from . import cost
 from .learner import make_model, make_optimizer
 from .processes import say
@@ -123,11 +123,12 @@ def count_pieces(model: HierarchicalTransformer, ids: Tensor) -> dict[int, Tenso
             continue
         intended = level.spacing // finer.spacing
         # the rule of a model on 'meta' has no values
-        rule = BOUNDARIES[level.boundaries](Finer(finer.dim, model.num_tokens, intended))
+        rule = BOUNDARIES[level.boundaries](Finer(finer.dim, model.num_tokens, intended, finer.boundaries))
         if rule.reads_tokens or (finer.is_placed and i not in counts):
             break
         frame = Frame.of_grid(finer.grid, 0, ids) if frame is None else frame
-        pieces, _ = place(rule, intended, ids.new_empty(*frame.positions.shape, 0), ids, frame, None)
+        tokens = ids.new_empty(*frame.positions.shape, 0)
+        pieces, _ = place(rule, intended, tokens, ids, frame, None, longest_piece(level, finer))
         counts[j], frame = pieces.lengths, pieces.frame
     return counts
 

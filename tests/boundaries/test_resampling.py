@@ -30,7 +30,12 @@ def cut(
 
 
 def state_of(batch: int) -> PlacedState:
-    return PlacedState(torch.zeros(batch).long(), torch.full((batch, 1), -1), torch.zeros(batch, 1, DIM).double())
+    return PlacedState(
+        torch.zeros(batch).long(),
+        torch.zeros(batch).long(),
+        torch.full((batch, 1), -1),
+        torch.zeros(batch, 1, DIM).double(),
+    )
 
 
 def inner(x: Tensor) -> Tensor:

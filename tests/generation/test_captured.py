@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 from simple_hierarchical_transformer import HierarchicalTransformer
 from simple_hierarchical_transformer.generation.captured import CapturedSteps, is_capturable
-from simple_hierarchical_transformer.memory import Clock, Position, State
+from simple_hierarchical_transformer.memory import State
 from simple_hierarchical_transformer.mixers.rotary import Rotary
+from simple_hierarchical_transformer.positions import Clock, Position
 
 SMALL: dict[str, Any] = dict(num_tokens=11, dim=16, depth=2, dim_head=8, heads=2, seq_len=48, window_sizes=4)
 HOURGLASS = dict(SMALL, hierarchies=(1, 4), hierarchical_stride=(1, 4), window_sizes=(4, None), arrangement='hourglass')
