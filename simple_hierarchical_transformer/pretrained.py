@@ -57,12 +57,11 @@ MODEL_CARD = """---
 A causal language model that reads a sequence at several resolutions at once, {{ parameters }} parameters, made with
 simple-hierarchical-transformer {{ version }}.
 
-| level | tokens | width | heads | window |
+| level | stride or boundaries | width | heads | window |
 |---|---|---|---|---|
 {% for level in levels -%}
-| {{ level.compression }}x | {{ 'stride ' ~ level.stride if level.boundaries is none else 'boundaries ' ~
-level.boundaries }} | {{ level.dim }} | {{ level.heads }} x {{ level.dim_head }} | {{
-'full' if level.window is none else level.window }} |
+| {{ level.compression }}x | {{ level.boundaries or level.stride }} | {{ level.dim }} | {{ level.heads }} x {{
+level.dim_head }} | {{ 'full' if level.window is none else level.window }} |
 {% endfor %}
 ```python
 from simple_hierarchical_transformer import HierarchicalTransformer

@@ -46,6 +46,7 @@ SLOW = {
     'training/test_command.py',
     'training/test_curves.py',
     'training/test_failing_runs.py',
+    'training/test_placed_processes.py',
     'training/test_placed_runs.py',
     'training/test_plan.py',
     'training/test_processes.py',

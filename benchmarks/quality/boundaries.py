@@ -120,10 +120,11 @@ class Contestant:
 def layered(shared: Mapping[str, Any], size: Size, spacing: int, length: int) -> dict[str, Any]:
     """A model of about the operations of the flat model of a size, with a coarse level inside.
 
-    About two thirds of the flat layers stay fine, half of them before and half after the coarse ones. A coarse layer
-    has twice the width, so one token of it costs four fine ones, and it reads one token in `spacing`.
+    About three quarters of the flat layers stay fine, half of them before and half after the coarse ones. With half of
+    the flat layers, short runs were worse. A coarse layer has twice the width, so one token of it costs four fine ones,
+    and it reads one token in `spacing`.
     """
-    fine = max(2 * round(size.depth / 3), 2)
+    fine = size.depth - max(round(size.depth / 4), 1)
     coarse = max(round((size.depth - fine) * spacing / 4), 1)
     return dict(
         shared,
@@ -141,30 +142,33 @@ def placed(rule: str, **options: Any) -> dict[str, Any]:
     return dict(boundaries=(None, rule), **options)
 
 
-# H-Net, Hwang et al. 2025, arXiv 2507.07955
-HNET: dict[str, Any] = dict(upsample='smooth', merge='skip')
 FLAT, FULL, WORDS = 'flat, window of 64', 'flat, full attention', 'words'
+# what a merge gets of the coarse tokens: as in SpaceByte, and as in H-Net
+AT_BOUNDARY, SMOOTH = dict(upsample='boundary'), dict(upsample='smooth')
 SHAPES = (
     Contestant(FLAT, window=WINDOW),
     Contestant(FULL),
     Contestant('stride 4', dict(hierarchical_stride=(1, STRIDE))),
-    Contestant('stride 4, placed', placed('every'), rate_of='stride 4'),
-    Contestant(WORDS, placed('words'), spacing=WORD),
-    Contestant('learned', placed('learned', **HNET)),
-    Contestant('surprise', placed('surprise')),
-    Contestant('rise', placed('rise'), rate_of='surprise'),
+    Contestant('stride 4, placed', placed('every', **AT_BOUNDARY), rate_of='stride 4'),
+    Contestant(WORDS, placed('words', **AT_BOUNDARY), spacing=WORD),
+    Contestant('learned', placed('learned', **SMOOTH)),
+    Contestant('surprise', placed('surprise', **AT_BOUNDARY)),
+    Contestant('rise', placed('rise', **AT_BOUNDARY), rate_of='surprise'),
 )
 VARIANTS = (
     *(
         Contestant(f'words, upsample {kind}', placed('words', upsample=kind), spacing=WORD, rate_of=WORDS)
-        # the default is 'repeat', and 'smooth' needs the probabilities of 'learned'
-        for kind in ('boundary', 'offset')
+        for kind in ('repeat', 'offset')
     ),
-    Contestant('words, downsample attention', placed('words', downsample='attention'), spacing=WORD, rate_of=WORDS),
-    Contestant('words, merge skip', placed('words', merge='skip'), spacing=WORD, rate_of=WORDS),
-    Contestant('learned, merge linear', placed('learned', upsample='smooth'), rate_of='learned'),
-    Contestant('learned, ratio 0.05', placed('learned', **HNET, ratio_loss_weight=0.05), rate_of='learned'),
-)
+    Contestant(
+        'words, downsample attention', placed('words', downsample='attention', **AT_BOUNDARY), spacing=WORD,
+        rate_of=WORDS,
+    ),
+    Contestant('words, merge concat', placed('words', merge='concat', **AT_BOUNDARY), spacing=WORD, rate_of=WORDS),
+    Contestant('learned, merge skip', placed('learned', merge='skip', **SMOOTH), rate_of='learned'),
+    Contestant('learned, upsample repeat', placed('learned'), rate_of='learned'),
+    Contestant('learned, ratio 0.05', placed('learned', **SMOOTH, ratio_loss_weight=0.05), rate_of='learned'),
+)  # fmt: skip
 
 
 def with_tables(each: Contestant) -> Contestant:

@@ -89,4 +89,5 @@ class Surprise(KeepsExact, Boundaries):
             return
         found = measure.to(self.threshold.dtype).nanquantile(1 - 1 / self.spacing)
         moved = torch.where(self.threshold.isinf(), found, torch.lerp(self.threshold, found, RATE))
-        self.threshold.copy_(torch.where(found.isnan(), self.threshold, moved))
+        # runs skip a step whose loss is not finite
+        self.threshold.copy_(torch.where(found.isfinite(), moved, self.threshold))

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
+from ..boundaries import Surprise
 from ..data.batches import Batches, seed_of
 from ..memory import State
 from ..model import HierarchicalTransformer
@@ -96,6 +97,8 @@ class Learner:
             *(f'next_latent/{level.compression}x' for level in model.levels),
         ]
         self.losses = list(dict.fromkeys((*common, *model.loss_weights)))
+        # training moves these without gradients, so processes must share them
+        self.thresholds = [each.threshold for each in self.model.modules() if isinstance(each, Surprise)]
         self.piece_shares = [each for each in model.objectives if isinstance(each, PieceShare)]
         # the losses that rows of metrics have besides the score
         self.placing = [each.name for each in model.objectives if isinstance(each, (Ratio, Surprised))]
@@ -222,7 +225,11 @@ class Learner:
 
         # one clock and one decision to stop for all: processes that disagree would wait for each other forever
         shared = torch.tensor([clock if self.main else 0.0, stop], device=self.device)
-        *values, norm, progress.elapsed, stops = self.all_reduce(torch.cat((self.gradients(ids), shared))).tolist()
+        own = self.gradients(ids), shared, *(each.to(self.device)[None] / self.world for each in self.thresholds)
+        found = self.all_reduce(torch.cat(own)).tolist()
+        for threshold in reversed(self.thresholds):
+            threshold.fill_(found.pop())
+        *values, norm, progress.elapsed, stops = found
         learned = math.isfinite(values[0]) and math.isfinite(norm)
         if learned or self.accelerator.scaler is not None:
             self.optimizer.step()
@@ -245,8 +252,8 @@ class Learner:
             progress.skipped += 1
         logged = dict(zip(self.losses, values, strict=True), bits_per_byte=values[1] / math.log(2))
         for each in self.piece_shares:
-            # a share is hard to read
-            if share := logged.pop(each.name):
+            # a segment may have no piece
+            if share := logged[each.name]:
                 logged[bytes_per_piece(each)] = 1 / share
         return learned, stops > 0, logged | dict(learning_rate=rate, gradient_norm=norm, skipped=progress.skipped)
 

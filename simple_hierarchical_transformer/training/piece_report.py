@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # bytes that lengths and agreement are computed from, and those that are shown
 READ, SHOWN = 8192, 320
+WHITE_SPACE = b' \t\n\r'
 # bytes in a line of the picture
 LINE = 80
 # two shades for each level: neighbouring pieces differ
@@ -66,21 +67,28 @@ def section(found: Segmentation, picture: str | None) -> str:
         *([f'![a text with its pieces, and the lengths of pieces]({picture})', ''] if picture else []),
         f'In the first {len(found.ids):,} bytes:',
         '',
-        '| level | rule | pieces | mean length | intended | median | longest | at word ends | of word ends |',
-        '|---|---|---|---|---|---|---|---|---|',
+        '| level | rule | pieces | mean | intended | median | longest | at white space | at word ends | of word ends |',
+        '|---|---|---|---|---|---|---|---|---|---|',
     ]
     for level in found.levels:
         lengths, (precision, recall) = level.lengths or [len(level.ids)], level.agreement(ends)
         lines.append(
             f'| {level.compression}x | {level.rule} | {len(level.offsets):,} | {mean(lengths):.2f} | '
-            f'{level.compression} | {median(lengths):g} | {max(lengths):,} | {percent(precision)} | {percent(recall)} |'
+            f'{level.compression} | {median(lengths):g} | {max(lengths):,} | {percent(at_white_space(level))} | '
+            f'{percent(precision)} | {percent(recall)} |'
         )
     lines += [
         '',
-        'Lengths are in bytes. The last two columns compare with the word rule of SpaceByte: the share of boundaries '
-        'that it also has, and the share of its boundaries that are among them.',
+        'Lengths are in bytes. The last three columns are the share of boundaries that are white space, the share of '
+        'boundaries that the word rule of SpaceByte also has, and the share of its boundaries that are among them.',
     ]
     return '\n'.join(lines)
+
+
+def at_white_space(level: LevelPieces) -> float:
+    """The share of boundaries, without the one at the first id, that are white space. NaN if there are no others."""
+    chosen = level.ids[1:][level.boundary[1:]]
+    return torch.isin(chosen, torch.tensor(list(WHITE_SPACE))).double().mean().item()
 
 
 def percent(share: float) -> str:
@@ -102,21 +110,26 @@ def first(found: Segmentation, n: int) -> Segmentation:
     return Segmentation(found.ids[:n], levels)
 
 
-def draw_pieces(found: Segmentation, path: Path) -> None:
-    """Draws a text with its pieces, what learned rules see at each byte, and a histogram of lengths.
+def draw_pieces(found: Segmentation, path: Path, shown: int = SHOWN) -> None:
+    """Draws a text with its pieces, what learned rules see at each byte, and a histogram of lengths, as a PNG.
 
     Needs matplotlib.
+
+    Args:
+        found: what `model.pieces` returned.
+        path: the file to write.
+        shown: how many of the first ids are shown. The histogram is of all.
     """
     from matplotlib.figure import Figure
 
-    shown = first(found, SHOWN)
-    curves = [each for each in shown.levels if each.probability is not None or each.entropy is not None]
-    count = -(-len(shown.ids) // LINE)
-    heights = [0.35 * (1 + len(shown.levels)) + 0.6 * len(curves)] * count + [2.2]
+    begin = first(found, shown)
+    curves = [each for each in begin.levels if each.probability is not None or each.entropy is not None]
+    count = -(-len(begin.ids) // LINE)
+    heights = [0.35 * (1 + len(begin.levels)) + 0.6 * len(curves)] * count + [2.2]
     figure = Figure(figsize=(12, sum(heights) + 0.5), layout='constrained')
     *lines, histogram = figure.subplots(count + 1, 1, height_ratios=heights)
     for i, axes in enumerate(lines):
-        draw_line(axes, shown, curves, range(i * LINE, min((i + 1) * LINE, len(shown.ids))), named=i == 0)
+        draw_line(axes, begin, curves, range(i * LINE, min((i + 1) * LINE, len(begin.ids))), named=i == 0)
     for number, level in enumerate(found.levels):
         if lengths := level.lengths:
             label = f'{level.compression}x, {level.rule}: {mean(lengths):.1f} bytes on average'
@@ -126,6 +139,7 @@ def draw_pieces(found: Segmentation, path: Path) -> None:
             )  # fmt: skip
     histogram.set(xlabel=f'length of a piece in bytes, in {len(found.ids):,} bytes', ylabel='pieces')
     histogram.set_yscale('log')
+    histogram.xaxis.get_major_locator().set_params(integer=True)
     if any(level.lengths for level in found.levels):
         histogram.legend()
     with warnings.catch_warnings():

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..data.batches import Batches, split_bytes
+from ..data.batches import Batches, split_bytes, streaming_rows
 from ..terminal import UNREAD, abandon, printable
 from . import checkpoints, cost, piece_report, report, run_folder, run_tensors
 from .evaluate import evaluate
@@ -172,9 +172,12 @@ class Run:
         )
 
     def sample_ids(self) -> Tensor:
-        """The sequences of the first steps, `(rows, n)`, enough for a mean over them."""
-        first = self.batches[0]
-        return torch.cat([first, *(self.batches[step] for step in range(1, min(SAMPLED // first.numel(), 64)))])
+        """Evenly spaced sequences of the text to train on, `(rows, n)`: the same in all processes."""
+        weights, parts = self.batches.weights / self.batches.weights.sum(), []
+        for corpus, span, weight in zip(self.sources, self.spans, weights.tolist(), strict=True):
+            rows = min(math.ceil(weight * SAMPLED / self.length), len(span['train']) // self.length)
+            parts.append(streaming_rows(corpus, span['train'], rows=rows, size=rows * self.length))
+        return torch.cat(parts)
 
     # metrics, samples and checkpoints
 

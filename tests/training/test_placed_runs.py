@@ -56,7 +56,7 @@ def test_a_run_records_pieces_resumes_and_reports(
     assert '![a text with its pieces, and the lengths of pieces](pieces.png)' in report
     assert matplotlib.image.imread(out / 'pieces.png').std() > 0
     assert 'Mean bytes in a piece of training text at the end' in (out / 'final' / 'README.md').read_text()
-    assert '| 32x | boundaries learned | 16 |' in (out / 'final' / 'README.md').read_text()
+    assert '| 32x | learned | 16 |' in (out / 'final' / 'README.md').read_text()
 
     # the same numbers from a checkpoint, also from one of a version that did not record pieces
     whole = outcome(out, 9)
@@ -152,6 +152,8 @@ def test_the_share_of_word_ends_is_that_of_the_word_rule() -> None:
     assert found[8].agreement(ends) == (1.0, 1.0)
     section = piece_report.section(found, None)
     assert '| 100% | 100% |' in section
+    spaces = sum(TEXT.encode()[i : i + 1].isspace() for i in found[8].offsets[1:])
+    assert piece_report.at_white_space(found[8]) == spaces / (len(found[8].offsets) - 1)
     assert '![' not in section
 
 
@@ -178,7 +180,7 @@ def test_any_bytes_can_be_drawn(tmp_path: Path) -> None:
     ids = torch.tensor(list(raw))
     found = Segmentation(ids, [LevelPieces(8, 'learned', ids, boundary, **nothing)])
     piece_report.draw_pieces(found, tmp_path / 'pieces.png')
-    assert '| 8x | learned | 1 | 14.00 | 8 | 14 | 14 |  | 0% |' in piece_report.section(found, None)
+    assert '| 8x | learned | 1 | 14.00 | 8 | 14 | 14 |  |  | 0% |' in piece_report.section(found, None)
 
 
 def test_edited_sums_are_refused(corpus: Path, tmp_path: Path, train_here: Any, refuse: Callable[..., str]) -> None:
