@@ -30,7 +30,7 @@ SLOW = {
     'benchmarks/test_benchmark_race.py',
     'benchmarks/test_benchmark_report.py',
     'benchmarks/test_benchmark_speed.py',
-    'boundaries/test_placed_processes.py',
+    'boundaries/test_sharded_pieces.py',
     'data/test_download.py',
     'data/test_formats.py',
     'docs/test_examples.py',

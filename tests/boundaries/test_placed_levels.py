@@ -112,7 +112,7 @@ def test_the_number_of_tokens_is_that_of_boundaries() -> None:
 
 
 @every_kind
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(
     rows=st.lists(st.sampled_from(TEXTS), min_size=1, max_size=4),
     sizes=st.lists(st.integers(1, 24), min_size=1, max_size=8),
