@@ -236,7 +236,12 @@ def join(parts: Sequence[LevelPieces]) -> LevelPieces:
 
     def joined(name: str) -> Any:
         values = [getattr(part, name) for part in parts]
-        return None if values[0] is None else torch.cat(values)
+        if all(each is None for each in values):
+            return None
+        # a chunk without finer tokens has no values
+        like = next(each for each in values if each is not None)
+        filled = [like.new_full(part.ids.shape, torch.nan) for part in parts]
+        return torch.cat([fill if each is None else each for each, fill in zip(values, filled, strict=True)])
 
     names = ('ids', 'boundary', 'probability', 'entropy')
     return LevelPieces(parts[0].compression, parts[0].rule, **{name: joined(name) for name in names})

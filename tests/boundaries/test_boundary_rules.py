@@ -212,8 +212,8 @@ def test_training_makes_pieces_of_the_intended_length(rule: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
         share.append(parts.named['pieces/4x'].item())
-    # before the first step only the first id is a boundary
-    assert share[0] == pytest.approx(1 / 63)
+    # before the first step only the first id is a boundary, and what the longest piece demands
+    assert share[0] == pytest.approx(2 / 63)
     assert min(share[1:]) > 1 / 20
     assert sum(share[10:]) / 40 == pytest.approx(1 / 4, abs=0.1)
 
@@ -245,3 +245,41 @@ def test_a_rule_with_wrong_outputs_is_named(change: Any, message: str) -> None:
     model = build(dict(SMALL, arrangement='hourglass', hierarchies=(1, 4), boundaries=rules, upsample='smooth'))
     with pytest.raises(ValueError, match=message):
         model(torch.randint(0, 11, (2, 9)))
+
+
+@pytest.mark.parametrize('rule', ['words', 'learned', 'surprise', 'rise'])
+@pytest.mark.parametrize('longest', [None, 5])
+def test_no_piece_is_longer_than_max_piece(rule: str, longest: int | None) -> None:
+    """Texts without boundaries are cut after so many tokens, counted from the last boundary of the rule."""
+    config = dict(BYTES, boundaries=(None, rule), max_piece=longest, seq_len=512)
+    model, limit = build(config), longest or 32
+    letters, draw = torch.randint(97, 123, (512,)), torch.randint(0, 256, (512,))
+    ids = torch.stack((torch.full((512,), 97), torch.full((512,), 32), letters, draw))
+    with torch.no_grad():
+        whole = model.inspect(ids)
+        pieces = whole.pieces[1]
+        free = build({**config, 'max_piece': 512}).inspect(ids).pieces[1]
+        state, found = None, []
+        for chunk in ids.split([1, 40, 3, 200, 1, 267], dim=1):
+            read = model.inspect(chunk, state=state, return_state=True)
+            state = read.state
+            found.append(read.pieces[1].boundary)
+    assert torch.equal(torch.cat(found, dim=1), pieces.boundary)
+    for row, own in zip(pieces.boundary, free.boundary, strict=True):
+        expected, last = [], 0
+        for i, ends in enumerate(own.tolist()):
+            last = i if ends else last
+            expected.append(ends or (i - last) % limit == 0)
+        assert row.tolist() == expected
+        assert row.nonzero()[:, 0].diff(append=torch.tensor([512])).max() <= limit
+    if rule == 'words':
+        # equal bytes, letters or spaces, have no boundary of their own
+        assert pieces.lengths[:2].tolist() == [-(-512 // limit)] * 2
+
+
+@pytest.mark.parametrize('rule', ['words', 'learned', 'surprise'])
+def test_ten_thousand_equal_bytes(rule: str) -> None:
+    model = build(dict(BYTES, boundaries=(None, rule), seq_len=512, window_sizes=8))
+    found = model.pieces(b'a' * 10_000)[4]
+    assert max(map(len, found.pieces)) <= 32
+    assert torch.isfinite(torch.tensor(model.score(torch.full((1, 10_000), 97))))

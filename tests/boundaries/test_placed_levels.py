@@ -102,7 +102,7 @@ def test_a_row_does_not_depend_on_the_others(kind: str) -> None:
 
 
 def test_the_number_of_tokens_is_that_of_boundaries() -> None:
-    model = build(KINDS['words'])
+    model = build({**KINDS['words'], 'max_piece': 512})
     with torch.no_grad():
         pieces = model.inspect(ids_of(*TEXTS)).pieces[1]
     # all letters, all spaces, and letters and spaces in turn

@@ -206,6 +206,7 @@ CASES: dict[str, dict[str, Any]] = {
     'h3 of own sizes': dict(mixer='h3', mixer_kwargs=dict(state_dim=16, shift_dim=5)),
     'H-Net': dict(NESTED, boundaries=(None, 'learned', 'learned'), upsample='smooth', merge='skip'),
     'SpaceByte': dict(PLACED, upsample='boundary', merge='linear', predict_use_all_hierarchy=True),
+    'short pieces': dict(PLACED, max_piece=8),
     'AU-Net': dict(NESTED, upsample='offset', merge='skip', ff_activation='swiglu'),
     'BLT': dict(PLACED, boundaries=(None, 'surprise'), downsample='attention', merge='attention', merge_window=3),
     'placed inside a stride': dict(

@@ -173,8 +173,9 @@ def placements(draw: st.DrawFn, hierarchies: list[int], strides: list[int]) -> d
         return {}
     first = draw(st.integers(1, len(order) - 1))
     options: dict[str, list[Any]] = dict(
-        boundaries=[None] * len(order), downsample=['token'] * len(order), upsample=['repeat'] * len(order)
-    )
+        boundaries=[None] * len(order), downsample=['token'] * len(order), upsample=['repeat'] * len(order),
+        max_piece=[None] * len(order),
+    )  # fmt: skip
     for place in range(first, len(order)):
         i = order[place]
         rules = ['every', 'learned', 'surprise', 'rise', 'sentences']
@@ -184,6 +185,7 @@ def placements(draw: st.DrawFn, hierarchies: list[int], strides: list[int]) -> d
         options['downsample'][i] = draw(st.sampled_from(['token', 'attention']))
         ways = ['repeat', 'boundary', 'offset', *(['smooth'] if rule == 'learned' else [])]
         options['upsample'][i] = draw(st.sampled_from(ways))
+        options['max_piece'][i] = draw(st.sampled_from([None, 8]))
     weights = dict(
         ratio_loss_weight=draw(st.sampled_from([0.0, 0.05])), surprise_loss_weight=draw(st.sampled_from([0.0, 0.5]))
     )
