@@ -224,7 +224,7 @@ def let_surprise_cut(model: HierarchicalTransformer) -> None:
         entropy = rule.entropy(x)
         measure = entropy[:, 1:] - entropy[:, :-1] if rule.rise else entropy[:, 1:]
         # between two values: a tie would be decided by rounding
-        rule.threshold.copy_(measure[index > 0].quantile(0.6))
+        rule.threshold.copy_(measure[index > 0].quantile(0.6) + 1e-5)
 
     # inner rules see the pieces of outer ones
     hooks = [rule.register_forward_pre_hook(set_threshold) for rule in rules]
