@@ -239,9 +239,9 @@ def join(parts: Sequence[LevelPieces]) -> LevelPieces:
         if all(each is None for each in values):
             return None
         # a chunk without finer tokens has no values
-        like = next(each for each in values if each is not None)
-        filled = [like.new_full(part.ids.shape, torch.nan) for part in parts]
-        return torch.cat([fill if each is None else each for each, fill in zip(values, filled, strict=True)])
+        return torch.cat(
+            [part.ids * torch.nan if each is None else each for part, each in zip(parts, values, strict=True)]
+        )
 
     names = ('ids', 'boundary', 'probability', 'entropy')
     return LevelPieces(parts[0].compression, parts[0].rule, **{name: joined(name) for name in names})
