@@ -65,11 +65,6 @@ class Frame:
         index = (self.places + starts).expand(self.positions.shape)
         return index if self.exists is None else torch.where(self.exists, index, -1)
 
-    @property
-    def end(self) -> Tensor | int:
-        """The number of tokens that each row has after the chunk."""
-        return self.starts + (self.positions.shape[1] if self.lengths is None else self.lengths)
-
 
 @dataclass(frozen=True)
 class Pieces:
