@@ -30,7 +30,7 @@ class LossParts:
     """Each level's next-latent loss before its weight, zero for a level that has none."""
     named: dict[str, Tensor]
     """All that is on, before its weight, level by level: 'ce', 'recon/8x', 'prophet/8x', 'quantized/8x',
-    'autoencoder', 'next_latent/8x', 'ponder/8x', 'ratio/8x', 'surprise/1x', 'pieces/8x'."""
+    'autoencoder', 'next_latent/8x', 'ponder/8x', 'ratio/8x', 'surprise/8x', 'pieces/8x'."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.ce, self.next_latent, self.recon, self.next_latent_per_hierarchy))

@@ -39,5 +39,6 @@ class PieceShare(Objective):
     def loss(self, model: HierarchicalTransformer, read: Read, batch: Batch, counts: Sequence[Tensor] | None) -> Tensor:
         pieces = self.pieces(read)
         assert pieces is not None
-        total = pieces.lengths.sum().to(read.features.dtype)
+        # half precision would round the number
+        total = pieces.lengths.sum().to(torch.promote_types(read.features.dtype, torch.float32))
         return total / (self.counts(batch) if counts is None else counts)[0].clamp(min=1)

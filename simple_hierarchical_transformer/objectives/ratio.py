@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from ..levels import OWN
 from .base import Batch, Objective
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class Ratio(Objective):
         N / (N - 1) * ((N - 1) F G + (1 - F) (1 - G))
 
     N is the intended number of finer tokens in a piece. F is the share of boundaries among the finer tokens of a row,
-    G the mean of their probability. It is 1 where both are 1 / N.
+    G the mean of their probability. It is 1 where both are 1 / N. A row without finer tokens adds 0.
     """
 
     kind: ClassVar[str] = 'ratio'
@@ -37,7 +38,7 @@ class Ratio(Objective):
         objectives = []
         for finer, i in zip(config.order, config.order[1:], strict=False):
             level = config.levels[i]
-            if config.ratio_loss_weight > 0 and level.boundaries in ('learned', 'module'):
+            if config.ratio_loss_weight > 0 and level.boundaries in ('learned', OWN):
                 spacing = level.spacing / config.levels[finer].spacing
                 objectives.append(
                     cls(
@@ -60,13 +61,13 @@ class Ratio(Objective):
         if pieces.probability is None:
             # a user's rule that does not learn
             return read.features.new_zeros(())
-        exists = pieces.finer.exists
+        # -1 for padding
+        exists = pieces.finer.index >= 0
         probability, boundary = pieces.probability, pieces.boundary.to(pieces.probability.dtype)
-        if exists is None:
-            f, g = boundary.mean(1), probability.mean(1)
-        else:
-            count = exists.sum(1).clamp(min=1)
-            f, g = boundary.sum(1) / count, (probability * exists).sum(1) / count
+        count = exists.sum(1)
+        divisor = count.clamp(min=1)
+        f, g = boundary.sum(1) / divisor, (probability * exists).sum(1) / divisor
         n = self.spacing
         ratio = n / (n - 1) * ((n - 1) * f * g + (1 - f) * (1 - g))
-        return ratio.sum() / (self.counts(batch) if counts is None else counts)[0].clamp(min=1)
+        # a chunk may have no finer token of a row
+        return (ratio * (count > 0)).sum() / (self.counts(batch) if counts is None else counts)[0].clamp(min=1)

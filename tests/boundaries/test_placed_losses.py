@@ -11,6 +11,7 @@ from support.configs import build
 from torch import Tensor
 
 from simple_hierarchical_transformer import HierarchicalTransformer
+from simple_hierarchical_transformer.boundaries import AtIds
 from simple_hierarchical_transformer.mixers import MIXERS
 
 LOSSES: dict[str, Any] = dict(
@@ -222,3 +223,35 @@ def test_half_precision_trains() -> None:
         with torch.no_grad():
             _, state = half(texts(3), return_state=True)
         assert state.dtype == torch.bfloat16
+
+
+def test_rows_without_finer_tokens_add_nothing_to_the_ratio() -> None:
+    """A chunk in the middle of a word has no token of the word level, which the router above it would judge."""
+    model = build(dict(CASES['words'], boundaries=(None, 'words', 'learned')))
+    with torch.no_grad():
+        _, state = model(torch.tensor([list(b'Thequ')] * 2), return_state=True)
+    letters, words = list(b'ickbr'), list(b'i k r')
+    none, both = (
+        model(torch.tensor(rows), return_loss=True, state=state.clone(), return_state=True)[1].named['ratio/16x']
+        for rows in ([letters, letters], [letters, words])
+    )
+    alone = model(torch.tensor([words]), return_loss=True, state=state.select(1), return_state=True)[1]
+    assert none == 0
+    torch.testing.assert_close(both, alone.named['ratio/16x'] / 2)
+
+
+def test_a_rule_in_place_of_surprise_needs_no_head() -> None:
+    model = build(CASES['surprise'])
+    model.boundaries['1'] = AtIds(b' ', 256)
+    loss, parts = model(texts(3), return_loss=True)
+    loss.backward()
+    assert parts.named['surprise/4x'] == 0
+    assert parts.named['surprise/16x'] > 0
+
+
+def test_half_precision_does_not_round_the_share_of_tokens() -> None:
+    model = HierarchicalTransformer(**dict(CASES['words'], seq_len=1024)).bfloat16()
+    ids = texts(2, 1000)
+    pieces = model.inspect(ids[:, :-1]).pieces[1]
+    share = model(ids, return_loss=True)[1].named['pieces/4x']
+    assert share.item() == pytest.approx(pieces.lengths.sum().item() / (2 * 999), rel=1e-6)
