@@ -135,7 +135,8 @@ class Config:
         "(SpaceByte, Slagle 2024, arXiv 2404.14408); 'sentences'; 'learned' (H-Net, Hwang et al. 2025, arXiv "
         "2507.07955); 'surprise', where the entropy of the next id exceeds a threshold, or 'rise', where it rises by "
         "more than that (BLT, Pagnoni et al. 2024, arXiv 2412.09871); 'every', at a fixed number of finer tokens; or "
-        'a module (`boundaries.Boundaries`). The finest level has None, and levels inside a placed one are placed.',
+        'a module (`boundaries.Boundaries`). Levels inside a placed one are placed too. The finest level has None, and '
+        'one value is that of all others.',
         per_level=True,
     )
     max_piece: int | Sequence[int | None] | None = option(

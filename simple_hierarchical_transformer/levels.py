@@ -139,6 +139,15 @@ def build_levels(config: Config, mixers: Collection[str], rules: Collection[str]
 
     options = [each for each in fields(config) if each.metadata['per_level']]
     columns = {each.name: per_level(each.name, getattr(config, each.name), len(compressions)) for each in options}
+    if not isinstance(config.boundaries, (tuple, list)):
+        # one rule places all levels but the finest
+        if config.boundaries is not None and len(compressions) == 1:
+            raise ValueError(
+                f'boundaries place levels inside the finest one, and hierarchies is {hierarchies!r}, got '
+                f'{config.boundaries!r}'
+            )
+        finest = min(compressions)
+        columns['boundaries'] = tuple(None if c == finest else config.boundaries for c in compressions)
     return tuple(
         build_level(config, c, {name: column[i] for name, column in columns.items()}, mixers, rules)
         for i, c in enumerate(compressions)

@@ -35,7 +35,10 @@ PLACED: list[tuple[dict[str, Any], str]] = [
         dict(hierarchies=(4, 1), boundaries=(None, 'every')),
         "boundaries must be None for the finest hierarchy, 1, got 'every'",
     ),
-    (dict(boundaries='every'), "boundaries must be None for the finest hierarchy, 1, got 'every'"),
+    (
+        dict(boundaries='every', hierarchies=1, depth=2, dim=8, window_sizes=None),
+        "boundaries place levels inside the finest one, and hierarchies is 1, got 'every'",
+    ),
     (
         dict(hierarchies=(1, 4, 8), boundaries=(None, 'every', None)),
         'boundaries must place hierarchy 8 too, which is inside placed hierarchy 4',
