@@ -115,7 +115,11 @@ class Config:
     )
 
     # levels
-    hierarchies: int | Sequence[int] = option(1, help='Compression factors: different powers of two, as `(1, 2, 8)`.')
+    hierarchies: int | Sequence[int] = option(
+        1,
+        help='Compression factors: different powers of two, as `(1, 2, 8)`. That of a level with `boundaries` may be '
+        'any integer.',
+    )
     window_sizes: int | Literal['auto'] | Sequence[int | Literal['auto'] | None] | None = option(
         None,
         help='Number of level tokens before it that a token attends to, besides itself. None: all; 0: no attention; '
@@ -130,8 +134,8 @@ class Config:
     )
     boundaries: str | nn.Module | Sequence[str | nn.Module | None] | None = option(
         None,
-        help='Where a level of an hourglass has its tokens. None: at a fixed stride. Otherwise a rule places them '
-        "and its compression in `hierarchies` is the intended mean distance: 'words', at the end of each word "
+        help='Where a level of an hourglass has its tokens. None: at a fixed stride. Otherwise a rule places them, and '
+        "the level's number in `hierarchies` is the intended mean distance: 'words', at the first byte after each word "
         "(SpaceByte, Slagle 2024, arXiv 2404.14408); 'sentences'; 'learned' (H-Net, Hwang et al. 2025, arXiv "
         "2507.07955); 'surprise', where the entropy of the next id exceeds a threshold, or 'rise', where it rises by "
         "more than that (BLT, Pagnoni et al. 2024, arXiv 2412.09871); 'every', at a fixed number of finer tokens; or "
@@ -177,7 +181,8 @@ class Config:
         'conv',
         help="How a level's tokens are made: 'conv', 'linear', 'mean', 'attention' (learned queries pool the window), "
         'or a module that maps windows `(windows, taps, dim_in)`, oldest token first, to `(windows, dim)`. The '
-        'module gets all windows of a batch as rows and must treat each row by itself (no batch norm).',
+        'module gets all windows of a batch as rows and must treat each row by itself (no batch norm). Levels with '
+        '`boundaries` have `downsample` instead.',
         per_level=True,
     )
     autoencoder: bool = option(

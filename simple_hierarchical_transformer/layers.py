@@ -65,7 +65,7 @@ def build_placements(config: Config) -> dict[int, tuple[nn.Module, nn.Module | N
             continue
         rule = config.rules[j]
         if rule is None:
-            about = Finer(finer.dim, config.num_tokens, level.spacing // finer.spacing, finer.boundaries)
+            about = Finer(finer.dim, config.num_tokens, level.spacing / finer.spacing)
             rule = BOUNDARIES[level.boundaries](about)
         placements[j] = rule, build_downsampler(level, finer.dim), UPSAMPLERS[level.upsample](level.dim)
     return placements

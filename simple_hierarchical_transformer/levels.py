@@ -131,9 +131,7 @@ def build_levels(config: Config, mixers: Collection[str], rules: Collection[str]
     if not compressions:
         raise ValueError('hierarchies must name at least one compression factor, got none')
     for c in compressions:
-        if not is_power_of_two(c):
-            raise ValueError(f'hierarchies must be powers of two (1, 2, 4, ...), got {c!r} in {hierarchies!r}')
-        check_int('hierarchies', c, maximum=MOST_IN_TURN)
+        check_compression(c, is_power_of_two(c) or config.boundaries is not None, hierarchies)
     if len(set(compressions)) != len(compressions):
         raise ValueError(f'hierarchies must all differ, got {hierarchies!r}')
 
@@ -148,10 +146,19 @@ def build_levels(config: Config, mixers: Collection[str], rules: Collection[str]
             )
         finest = min(compressions)
         columns['boundaries'] = tuple(None if c == finest else config.boundaries for c in compressions)
+    for c, rule in zip(compressions, columns['boundaries'], strict=True):
+        # the number of a placed level is a mean
+        check_compression(c, is_power_of_two(c) or rule is not None, hierarchies)
     return tuple(
         build_level(config, c, {name: column[i] for name, column in columns.items()}, mixers, rules)
         for i, c in enumerate(compressions)
     )
+
+
+def check_compression(c: Any, allowed: bool, hierarchies: Any) -> None:
+    if not is_int(c) or c < 1 or not allowed:
+        raise ValueError(f'hierarchies must be powers of two (1, 2, 4, ...), got {c!r} in {hierarchies!r}')
+    check_int('hierarchies', c, maximum=MOST_IN_TURN)
 
 
 def build_level(

@@ -127,6 +127,8 @@ class PlacedState:
     """The number of the level's tokens of each row, int64 `(batch,)`."""
     cut: Tensor
     """The index in its row of the finer token at which the rule last found a boundary, int64 `(batch,)`."""
+    pending: Tensor
+    """Whether the rule marked an id since the last finer token, bool `(batch,)`."""
     ids: Tensor
     """The ids of the last finer tokens, which the rule reads, int64 `(batch, reach)`. -1 before the sequence."""
     finer: Tensor | None = None
@@ -137,7 +139,7 @@ class PlacedState:
     """The state of the upsampler."""
 
     def tensors(self) -> Iterator[Tensor]:
-        yield from (self.count, self.cut, self.ids)
+        yield from (self.count, self.cut, self.pending, self.ids)
         if self.finer is not None:
             yield self.finer
         yield from (*self.down, *self.up)
@@ -146,6 +148,7 @@ class PlacedState:
         return PlacedState(
             count=fn(self.count),
             cut=fn(self.cut),
+            pending=fn(self.pending),
             ids=fn(self.ids),
             finer=None if self.finer is None else fn(self.finer),
             down=tuple(map(fn, self.down)),

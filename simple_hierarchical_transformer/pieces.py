@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -152,7 +152,8 @@ class Pieces:
 
 def longest_piece(level: Level, finer: Level) -> int:
     """The largest number of finer tokens in a piece of a placed level."""
-    return max(LONGEST, 4 * (level.spacing // finer.spacing)) if level.max_piece is None else level.max_piece
+    intended = level.spacing / finer.spacing
+    return max(LONGEST, math.ceil(4 * intended)) if level.max_piece is None else level.max_piece
 
 
 def capacity(counts: Tensor, n: int, spacing: float) -> int:
@@ -170,7 +171,7 @@ def capacity(counts: Tensor, n: int, spacing: float) -> int:
     most = max(largest(counts), int(torch.is_grad_enabled()))
     if not torch.compiler.is_compiling():
         return most
-    size: Any = -(-n // spacing)
+    size = n // int(spacing) + 1
     while size < most:
         size *= 2
     return min(size, n)
@@ -204,6 +205,38 @@ def kept(x: Tensor, frame: Frame, reach: int) -> Tensor:
     return take(x, frame.lengths[:, None] + torch.arange(reach, device=x.device))
 
 
+def check_marks(found: Marks | Tensor, like: Tensor) -> Marks:
+    """What a rule returned for tokens or ids `like` `(batch, n)`. Raises ValueError if it is not that."""
+    marks = found if isinstance(found, Marks) else Marks(found)
+    check_output('boundaries', marks.boundary, tuple(like.shape), like)
+    if marks.boundary.dtype != torch.bool:
+        raise ValueError(f'boundaries must return a bool tensor, got {marks.boundary.dtype}')
+    if marks.probability is not None:
+        check_output('boundaries', marks.probability, tuple(like.shape), like)
+        if not marks.probability.is_floating_point():
+            raise ValueError(f'boundaries must return floating-point probabilities, got {marks.probability.dtype}')
+    return marks
+
+
+def since_last(marked: Tensor, finer: Frame, pending: Tensor | None) -> tuple[Tensor, Tensor]:
+    """At which finer tokens an id was marked since the one before them, bool `(batch, n)`.
+
+    Args:
+        marked: the marked ids, bool `(batch, ids)`.
+        finer: the frame of the finer tokens.
+        pending: whether an id was marked since the last finer token before the chunk, bool `(batch,)`.
+
+    Returns:
+        The boundaries, and the next `pending`.
+    """
+    count = marked.long().cumsum(1)
+    first = count.new_zeros(len(count), 1) if pending is None else -pending.long()[:, None]
+    up_to = torch.cat((first, take(count, finer.positions)), dim=1)
+    n = finer.positions.shape[1] if finer.lengths is None else finer.lengths[:, None]
+    last = up_to[:, -1:] if isinstance(n, int) else up_to.gather(1, n)
+    return up_to[:, 1:] > up_to[:, :-1], (count[:, -1:] > last)[:, 0]
+
+
 def place(
     rule: Callable[..., Marks | Tensor],
     spacing: float,
@@ -211,7 +244,9 @@ def place(
     ids: Tensor,
     finer: Frame,
     before: PlacedState | None,
+    *,
     longest: int | None = None,
+    position: int = 0,
 ) -> tuple[Pieces, PlacedState | None]:
     """Cuts finer tokens x `(batch, n, dim)` into pieces.
 
@@ -224,26 +259,29 @@ def place(
         before: the state before the chunk.
         longest: the largest number of finer tokens in a piece. Where the rule finds no boundary for so long, there is
             one nevertheless, with a probability of 1.
+        position: the number of ids before the chunk.
 
     Returns:
         The pieces, and the next state, whose `down` and `up` are still those of `before`.
     """
     reach: int = getattr(rule, 'reach', 1)
     reads_tokens: bool = getattr(rule, 'reads_tokens', True)
-    at_tokens = ids if finer.lengths is None and finer.positions.shape == ids.shape else take(ids, finer.positions)
-    all_ids = recent(at_tokens, None if before is None else before.ids, reach, -1)
+    marks_ids: bool = getattr(rule, 'marks_ids', False)
+    index, pending = finer.index, None if before is None else before.pending
+    # whether each id has a finer token
+    dense = finer.lengths is None and finer.positions.shape == ids.shape
+    read = ids if dense or marks_ids else take(ids, finer.positions)
+    all_ids = recent(read, None if before is None else before.ids, reach, -1)
     vectors = recent(x, None if before is None else before.finer, reach, 0) if reads_tokens else x
-    index = finer.index
-    # a rule may need at least one token
-    found = rule(vectors, all_ids, index) if x.shape[1] else index == 0
-    marks = found if isinstance(found, Marks) else Marks(found)
-    check_output('boundaries', marks.boundary, tuple(x.shape[:2]), x)
-    if marks.boundary.dtype != torch.bool:
-        raise ValueError(f'boundaries must return a bool tensor, got {marks.boundary.dtype}')
-    if marks.probability is not None:
-        check_output('boundaries', marks.probability, tuple(x.shape[:2]), x)
-        if not marks.probability.is_floating_point():
-            raise ValueError(f'boundaries must return floating-point probabilities, got {marks.probability.dtype}')
+    if marks_ids:
+        places = torch.arange(position, position + ids.shape[1], device=ids.device).expand_as(ids)
+        marks = check_marks(rule(x[:, :0], all_ids, places), ids)
+        if not dense:
+            boundary, pending = since_last(marks.boundary, finer, pending)
+            marks = Marks(boundary)
+    else:
+        # a rule may need at least one token
+        marks = check_marks(rule(vectors, all_ids, index) if x.shape[1] else index == 0, index)
     # without a sync: no token of a chunk later than the first has index 0
     boundary = (marks.boundary | (index == 0)) & (index >= 0)
     probability = marks.probability
@@ -275,7 +313,8 @@ def place(
     after = PlacedState(
         count=before.count + counts,
         cut=before.cut if cut is None else cut,
-        ids=kept(all_ids, finer, reach),
+        pending=before.pending if pending is None else pending,
+        ids=all_ids[:, ids.shape[1] :] if marks_ids else kept(all_ids, finer, reach),
         finer=None if before.finer is None else kept(vectors, finer, reach).to(before.finer.dtype),
         down=before.down,
         up=before.up,

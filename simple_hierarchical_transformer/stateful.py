@@ -75,6 +75,7 @@ class Stateful:
             return PlacedState(
                 count=torch.zeros(batch_size, dtype=torch.long, device=like.device),
                 cut=torch.zeros(batch_size, dtype=torch.long, device=like.device),
+                pending=torch.zeros(batch_size, dtype=torch.bool, device=like.device),
                 ids=torch.full((batch_size, reach), -1, device=like.device),
                 finer=zeros(batch_size, reach, compressor.dim_in) if getattr(rule, 'reads_tokens', True) else None,
                 down=down,

@@ -108,11 +108,14 @@ class Nested:
         level, before, key = model.levels[i], self.memory.placed(i), str(i)
         # the intended number of finer tokens in a piece. On 'meta', where none are counted, it may have been measured
         j = model.order[k - 1]
-        spacing: float = level.spacing // model.levels[j].spacing
+        spacing = level.spacing / model.levels[j].spacing
         if finer.is_meta:
             spacing = model.spacing(i) / model.spacing(j)
         longest = longest_piece(level, model.levels[j])
-        pieces, after = place(model.boundaries[key], spacing, finer, self.ids, frame, before, longest)
+        pieces, after = place(
+            model.boundaries[key], spacing, finer, self.ids, frame, before,
+            longest=longest, position=self.memory.position,
+        )  # fmt: skip
         self.outputs.pieces[i] = pieces
         picked, down = take(finer, pieces.at), None
         if key in model.downsamplers:
@@ -205,10 +208,10 @@ def check_boundaries(config: Config) -> None:
             raise ValueError(
                 f'hierarchical_stride must be 1 for a level with boundaries, got {level.stride} for hierarchy {c}'
             )
-        intended = level.spacing // finer.spacing
+        intended = level.spacing / finer.spacing
         if level.max_piece is not None and level.max_piece < intended:
             raise ValueError(
-                f'max_piece must be at least the intended number of finer tokens, {intended}, got {level.max_piece} '
+                f'max_piece must be at least the intended number of finer tokens, {intended:g}, got {level.max_piece} '
                 f'for hierarchy {c}'
             )
         if isinstance(config.compressor, (tuple, list)) and level.compressor != 'conv':
@@ -221,10 +224,10 @@ def check_boundaries(config: Config) -> None:
                 f'boundaries {level.boundaries!r} reads ids as bytes: num_tokens must be 256, 257 or 258, got '
                 f'{config.num_tokens}'
             )
-        if level.boundaries == 'words' and (finer.is_placed or finer.stride > 1):
+        if level.boundaries == 'every' and level.spacing % finer.spacing:
             raise ValueError(
-                f"boundaries = 'words' reads every id, so the next finer hierarchy must have stride 1, got "
-                f'{finer.compression} for hierarchy {c}'
+                f"hierarchies must be multiples of the next finer one, {finer.spacing}, with boundaries = 'every', "
+                f'got {c}'
             )
         if level.upsample == 'smooth' and level.boundaries not in ('learned', OWN):
             raise ValueError(

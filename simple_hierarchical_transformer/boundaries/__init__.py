@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from .base import Boundaries as Boundaries
 from .base import Marks as Marks
-from .fixed import AtIds as AtIds
 from .fixed import Every, sentences, words
+from .fixed import RunStarts as RunStarts
 from .learned import LearnedBoundaries as LearnedBoundaries
 from .surprise import Surprise as Surprise
 
@@ -21,16 +21,14 @@ class Finer:
     """The width of the finer tokens."""
     num_tokens: int
     """The size of the vocabulary."""
-    spacing: int
+    spacing: float
     """The intended number of finer tokens in a piece."""
-    rule: str | None = None
-    """The rule that places the finer tokens themselves, if they are placed."""
 
 
 BOUNDARIES: dict[str, Callable[[Finer], Boundaries]] = dict(
-    every=lambda finer: Every(finer.spacing),
+    every=lambda finer: Every(round(finer.spacing)),
     words=lambda finer: words(finer.num_tokens),
-    sentences=lambda finer: sentences(finer.num_tokens, of_words=finer.rule == 'words'),
+    sentences=lambda finer: sentences(finer.num_tokens),
     learned=lambda finer: LearnedBoundaries(finer.dim),
     surprise=lambda finer: Surprise(finer.dim, finer.num_tokens, finer.spacing),
     rise=lambda finer: Surprise(finer.dim, finer.num_tokens, finer.spacing, rise=True),

@@ -29,6 +29,9 @@ class Boundaries(nn.Module):
     """The number of earlier tokens that the rule reads, at least 1."""
     reads_tokens: ClassVar[bool] = True
     """Whether it reads the vectors of the tokens, and not only their ids."""
+    marks_ids: ClassVar[bool] = False
+    """Whether it marks all ids instead of finer tokens. It then gets the ids of all positions, and no vectors. A piece
+    ends at the first finer token from a marked id on."""
 
     def forward(self, x: Tensor, ids: Tensor, index: Tensor) -> Marks | Tensor:
         """Marks the last n of `reach + n` finer tokens.

@@ -32,21 +32,20 @@ class Every(Boundaries):
         return index % self.count == 0
 
 
-class AtIds(Boundaries):
-    """A boundary at each id of a set, or only at the first of each run of them.
+class RunStarts(Boundaries):
+    """Marks each id of a set whose predecessor is not in the set: the first of every run.
 
     Args:
         members: the ids of the set.
         num_tokens: the size of the vocabulary.
-        first_of_run: leave out those that follow another member.
     """
 
     reads_tokens: ClassVar[bool] = False
+    marks_ids: ClassVar[bool] = True
     is_member: Tensor
 
-    def __init__(self, members: Iterable[int], num_tokens: int, first_of_run: bool = True) -> None:
+    def __init__(self, members: Iterable[int], num_tokens: int) -> None:
         super().__init__()
-        self.first_of_run = first_of_run
         # one more for -1, which stands before the sequence
         table = torch.zeros(num_tokens + 1, dtype=torch.bool)
         table[list(members)] = True
@@ -54,23 +53,23 @@ class AtIds(Boundaries):
 
     def forward(self, x: Tensor, ids: Tensor, index: Tensor) -> Tensor:
         inside = self.is_member[ids]
-        return inside[:, 1:] & ~inside[:, :-1] if self.first_of_run else inside[:, 1:]
+        return inside[:, 1:] & ~inside[:, :-1]
 
 
-def words(num_tokens: int) -> AtIds:
+def words(num_tokens: int) -> RunStarts:
     """The word rule of SpaceByte, Slagle 2024, arXiv 2404.14408, section 2.
 
     A byte is spacelike if it is no ASCII letter, no digit and no continuation byte of UTF-8. A boundary is at each
     spacelike byte that follows another kind of byte. Ids from 256 on count as spacelike.
     """
     others = {*LETTERS, *CONTINUATIONS}
-    return AtIds([each for each in range(num_tokens) if each not in others], num_tokens)
+    return RunStarts([each for each in range(num_tokens) if each not in others], num_tokens)
 
 
-def sentences(num_tokens: int, of_words: bool) -> AtIds:
-    """A boundary at the first of each run of `.`, `!`, `?` and newlines.
+def sentences(num_tokens: int) -> RunStarts:
+    """Marks the first of each run of `.`, `!`, `?` and newlines.
 
-    It cannot look ahead, so dots in abbreviations and numbers are boundaries too. `of_words` says that the finer tokens
-    stand at the ends of words. Then no two of them are of one run.
+    It cannot look ahead, so dots in abbreviations and numbers are boundaries too. Above words, a sentence ends with the
+    word that the mark ends, or with the next word if other marks stand between.
     """
-    return AtIds(SENTENCE_ENDS, num_tokens, first_of_run=not of_words)
+    return RunStarts(SENTENCE_ENDS, num_tokens)

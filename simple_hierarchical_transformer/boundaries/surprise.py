@@ -42,7 +42,7 @@ class Surprise(KeepsExact, Boundaries):
     exact = ('threshold',)
     threshold: Tensor
 
-    def __init__(self, dim: int, num_tokens: int, spacing: int, rise: bool = False) -> None:
+    def __init__(self, dim: int, num_tokens: int, spacing: float, rise: bool = False) -> None:
         super().__init__()
         self.spacing = spacing
         self.rise = rise

@@ -121,14 +121,14 @@ def count_pieces(model: HierarchicalTransformer, ids: Tensor) -> dict[int, Tenso
         finer, level = model.levels[i], model.levels[j]
         if level.boundaries not in BOUNDARIES:
             continue
-        intended = level.spacing // finer.spacing
+        intended = level.spacing / finer.spacing
         # the rule of a model on 'meta' has no values
-        rule = BOUNDARIES[level.boundaries](Finer(finer.dim, model.num_tokens, intended, finer.boundaries))
+        rule = BOUNDARIES[level.boundaries](Finer(finer.dim, model.num_tokens, intended))
         if rule.reads_tokens or (finer.is_placed and i not in counts):
             break
         frame = Frame.of_grid(finer.grid, 0, ids) if frame is None else frame
         tokens = ids.new_empty(*frame.positions.shape, 0)
-        pieces, _ = place(rule, intended, tokens, ids, frame, None, longest_piece(level, finer))
+        pieces, _ = place(rule, intended, tokens, ids, frame, None, longest=longest_piece(level, finer))
         counts[j], frame = pieces.lengths, pieces.frame
     return counts
 
