@@ -18,7 +18,7 @@ from .boundaries import Marks
 from .checks import check_output
 from .levels import Grid, Level
 from .memory import PlacedState
-from .ops.tracing import is_exporting, is_transformed
+from .ops.tracing import is_exporting, is_transformed, outside_graphs
 from .rows import Rows
 
 # the largest number of finer tokens in a piece, unless a piece is intended to have more than a quarter of that
@@ -168,7 +168,7 @@ def capacity(counts: Tensor, n: int, spacing: float) -> int:
         # values cannot be read there
         return n
     # a chunk without tokens would leave weights without a gradient, which DDP and FSDP wait for
-    most = max(largest(counts), int(torch.is_grad_enabled()))
+    most = max(outside_graphs(largest, counts), int(torch.is_grad_enabled()))
     if not torch.compiler.is_compiling():
         return most
     size = n // int(spacing) + 1
@@ -177,12 +177,10 @@ def capacity(counts: Tensor, n: int, spacing: float) -> int:
     return min(size, n)
 
 
-@torch.compiler.disable
 def largest(counts: Tensor) -> int:
     return int(counts.max())
 
 
-@torch.compiler.disable
 def rows_of(starts: Tensor, lengths: Tensor, n: int) -> Rows | int:
     """The start of rows of n tokens, as blocks take it: an int if it is the same for all rows and none has padding."""
     both = torch.stack((starts, lengths)).tolist()
@@ -306,7 +304,7 @@ def place(
     frame = Frame(positions, starts, counts)
     start: Rows | int = 0
     if isinstance(starts, Tensor):
-        start = k if starts.is_meta else rows_of(starts, counts, k)
+        start = k if starts.is_meta else outside_graphs(rows_of, starts, counts, k)
     pieces = Pieces(boundary, ended, probability, finer, frame, at=at, start=start, tokens=x, ids=ids.shape[1])
     if before is None:
         return pieces, None

@@ -117,3 +117,13 @@ def test_imports_print_nothing_and_need_no_training_packages() -> None:
     )
     ran = subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT, capture_output=True, text=True)
     assert ran.stdout == ran.stderr == ''
+
+
+def test_import_leaves_the_compiler_alone() -> None:
+    # it takes longer to import than the package
+    code = (
+        'import sys, torch; before = set(sys.modules);'
+        'import simple_hierarchical_transformer; print(*{"torch._dynamo", "sympy"} & set(sys.modules) - before)'
+    )
+    ran = subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert ran.stdout == '\n'

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as dispatch_modes
+
+R = TypeVar('R')
 
 
 def is_traced() -> bool:
@@ -37,6 +41,16 @@ def is_transformed() -> bool:
 def is_exporting() -> bool:
     """Whether torch.export or torch.onnx traces. PyTorch before 2.7 does not distinguish them from the compiler."""
     return getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)()
+
+
+def outside_graphs(fn: Callable[..., R], *args: Any) -> R:
+    """`fn(*args)`, which a compiler does not trace."""
+    if not torch.compiler.is_compiling():
+        return fn(*args)
+    # here, because it imports the compiler, which takes longer than this package
+    from .untraced import untraced
+
+    return untraced(fn, *args)
 
 
 def stable_sort(numbers: Tensor) -> tuple[Tensor, Tensor]:
