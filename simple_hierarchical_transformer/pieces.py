@@ -41,12 +41,14 @@ class Frame:
     """The number of tokens before the chunk, `(batch,)` or the same for all rows."""
     lengths: Tensor | None = None
     """The number of tokens of each row, `(batch,)`. None if each row has n."""
+    dense: bool = False
+    """Whether each id of the text has a token."""
 
     @classmethod
     def of_grid(cls, grid: Grid, position: int, ids: Tensor) -> Frame:
         """The frame of a level with a fixed stride."""
         places = torch.arange(ids.shape[1], device=ids.device)[grid.at(position)]
-        return cls(places.expand(ids.shape[0], -1), grid.count(position))
+        return cls(places.expand(ids.shape[0], -1), grid.count(position), dense=grid.stride == 1)
 
     @property
     def places(self) -> Tensor:
@@ -107,7 +109,7 @@ class Pieces:
     @property
     def at_positions(self) -> Tensor:
         """Which positions of the chunk have one of the level's tokens, bool `(batch, ids)`."""
-        if self.finer.lengths is None and self.boundary.shape[1] == self.ids:
+        if self.finer.dense:
             return self.boundary
         marks = self.boundary.new_zeros(self.boundary.shape[0], self.ids + 1)
         places = torch.where(self.exists, self.positions, self.ids)
@@ -266,15 +268,13 @@ def place(
     reads_tokens: bool = getattr(rule, 'reads_tokens', True)
     marks_ids: bool = getattr(rule, 'marks_ids', False)
     index, pending = finer.index, None if before is None else before.pending
-    # whether each id has a finer token
-    dense = finer.lengths is None and finer.positions.shape == ids.shape
-    read = ids if dense or marks_ids else take(ids, finer.positions)
+    read = ids if finer.dense or marks_ids else take(ids, finer.positions)
     all_ids = recent(read, None if before is None else before.ids, reach, -1)
     vectors = recent(x, None if before is None else before.finer, reach, 0) if reads_tokens else x
     if marks_ids:
         places = torch.arange(position, position + ids.shape[1], device=ids.device).expand_as(ids)
         marks = check_marks(rule(x[:, :0], all_ids, places), ids)
-        if not dense:
+        if not finer.dense:
             boundary, pending = since_last(marks.boundary, finer, pending)
             marks = Marks(boundary)
     else:

@@ -82,18 +82,54 @@ def test_sentences_end_at_the_first_of_their_marks(text: str) -> None:
     assert found[0].tolist() == expected
 
 
-def test_sentences_among_words_read_the_ids_at_the_words() -> None:
-    """A piece of an inner level ends at a token of the outer one, so at the byte that ended a word."""
-    config = dict(BYTES, hierarchies=(1, 4, 16), boundaries=(None, 'words', 'sentences'))
-    text = 'It ends. No, 3.5 does\n\nnot? Yes! ...and so on.'
-    ids = torch.tensor([list(text.encode())])
+@pytest.mark.parametrize(
+    ('boundaries', 'strides'),
+    [
+        ((None, 'words', 'sentences'), (1, 1, 1)),
+        ((None, 'every', 'words'), (1, 1, 1)),
+        ((None, None, 'words'), (1, 2, 1)),
+    ],
+)
+def test_rules_on_ids_see_all_ids_between_finer_tokens(
+    boundaries: tuple[str | None, ...], strides: tuple[int, ...]
+) -> None:
+    """A piece ends at the first finer token from a marked id on, in one pass and in chunks."""
+    config = dict(BYTES, hierarchies=(1, 2, 12), boundaries=boundaries, hierarchical_stride=strides, seq_len=128)
+    texts = [
+        'It ends (in 1984). No, 3.5 "does"\n\nnot? Yes! Yes! ...and so on.',
+        'a.b c. d e f g. h i jklmnopq. rst. u vw',
+    ]
+    ids = torch.tensor([list(text.encode().ljust(64, b' ')[:64]) for text in texts])
+    model = build(config)
     with torch.no_grad():
-        pieces = build(config).inspect(ids).pieces
-    words = [i for i, ends in enumerate(ends_of_words(text.encode())) if ends]
-    assert pieces[1].positions[0].tolist() == words
-    marked = [text[i] in '.!?\n' for i in words]
-    sentences = [i for k, i in enumerate(words) if k == 0 or marked[k]]
-    assert pieces[2].positions[0].tolist() == sentences
+        pieces = model.inspect(ids).pieces
+        state, found = None, []
+        for chunk in ids.split([1, 3, 1, 20, 2, 1, 36], dim=1):
+            read = model.inspect(chunk, state=state, return_state=True)
+            state = read.state
+            found.append(read.pieces[2].at_positions)
+    assert torch.equal(torch.cat(found, dim=1), pieces[2].at_positions)
+    for row, text in enumerate(ids.tolist()):
+        finer = range(0, 64, 2) if boundaries[1] is None else pieces[1].at_positions[row].nonzero()[:, 0].tolist()
+        if boundaries[2] == 'words':
+            marked = ends_of_words(bytes(text))
+        else:
+            inside = [chr(c) in '.!?\n' for c in text]
+            marked = [now and not before for now, before in zip(inside, [False, *inside], strict=False)]
+        expected, last = [], -1
+        for i in finer:
+            if i == 0 or any(marked[last + 1 : i + 1]):
+                expected.append(i)
+            last = i
+        assert pieces[2].at_positions[row].nonzero()[:, 0].tolist() == expected
+
+
+@pytest.mark.parametrize('rule', ['learned', 'surprise', 'rise'])
+def test_an_intended_length_need_not_be_a_power_of_two(rule: str) -> None:
+    model = build(dict(BYTES, hierarchies=(1, 6), boundaries=rule, prophet_loss_weight=0.1, recon_loss_weight=0.1))
+    loss, parts = model(torch.randint(0, 256, (2, 64)), return_loss=True)
+    loss.backward()
+    assert {'pieces/6x', 'prophet/6x', 'recon/6x'} <= set(parts.named)
 
 
 # the finest level has a token at each position whatever its compression

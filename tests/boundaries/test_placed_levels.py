@@ -182,7 +182,7 @@ def test_states_are_copied_selected_and_moved(kind: str) -> None:
         assert chosen.nbytes * 4 == state.nbytes * 3
         assert state.nbytes == sum(t.nbytes for t in state.tensors())
         integers = {t.dtype for t in state.to(torch.float32).tensors()}
-        assert integers == {torch.float32, torch.int64}
+        assert integers == {torch.float32, torch.int64, torch.bool}
         # reading on changes no copy
         model(torch.flip(ids[:, 21:], [1]), state=state, return_state=True)
         for name, each in copies.items():

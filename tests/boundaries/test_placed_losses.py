@@ -11,7 +11,7 @@ from support.configs import build
 from torch import Tensor
 
 from simple_hierarchical_transformer import HierarchicalTransformer
-from simple_hierarchical_transformer.boundaries import AtIds
+from simple_hierarchical_transformer.boundaries import RunStarts
 from simple_hierarchical_transformer.mixers import MIXERS
 
 LOSSES: dict[str, Any] = dict(
@@ -242,7 +242,7 @@ def test_rows_without_finer_tokens_add_nothing_to_the_ratio() -> None:
 
 def test_a_rule_in_place_of_surprise_needs_no_head() -> None:
     model = build(CASES['surprise'])
-    model.boundaries['1'] = AtIds(b' ', 256)
+    model.boundaries['1'] = RunStarts(b' ', 256)
     loss, parts = model(texts(3), return_loss=True)
     loss.backward()
     assert parts.named['surprise/4x'] == 0

@@ -30,11 +30,13 @@ def cut(
 
 
 def state_of(batch: int) -> PlacedState:
+    zeros = torch.zeros(batch).long()
     return PlacedState(
-        torch.zeros(batch).long(),
-        torch.zeros(batch).long(),
-        torch.full((batch, 1), -1),
-        torch.zeros(batch, 1, DIM).double(),
+        count=zeros,
+        cut=zeros,
+        pending=zeros.bool(),
+        ids=torch.full((batch, 1), -1),
+        finer=torch.zeros(batch, 1, DIM).double(),
     )
 
 

@@ -60,13 +60,14 @@ PLACED: list[tuple[dict[str, Any], str]] = [
         for rule in ('words', 'sentences')
     ),
     (
-        dict(num_tokens=256, hierarchies=(1, 4, 8), boundaries=(None, 'every', 'words')),
-        "boundaries = 'words' reads every id, so the next finer hierarchy must have stride 1, got 4 for hierarchy 8",
+        dict(hierarchies=(1, 4, 6), boundaries=(None, 'learned', 'every')),
+        "hierarchies must be multiples of the next finer one, 4, with boundaries = 'every', got 6",
     ),
     (
-        dict(num_tokens=256, hierarchies=(1, 2, 8), hierarchical_stride=(1, 2, 1), boundaries=(None, None, 'words')),
-        "boundaries = 'words' reads every id, so the next finer hierarchy must have stride 1, got 2 for hierarchy 8",
+        dict(hierarchies=(1, 6), boundaries=(None, None)),
+        'hierarchies must be powers of two (1, 2, 4, ...), got 6 in (1, 6)',
     ),
+    (dict(hierarchies=(3, 6), boundaries='every'), 'hierarchies must be powers of two (1, 2, 4, ...), got 3 in (3, 6)'),
     (
         dict(hierarchies=(1, 4), boundaries=(None, 'every'), upsample='smooth'),
         "upsample = 'smooth' needs boundaries with probabilities, 'learned' or a module, got 'every' for hierarchy 4",
