@@ -162,9 +162,9 @@ class Config:
     ) = option(
         'repeat',
         help="What a merge gets of a placed level: 'repeat', its latest token at each finer token; 'boundary', its "
-        "tokens at the boundaries alone; 'offset', its latest token, mapped by one of 16 matrices by the distance from "
-        "the boundary (AU-Net, Videau et al. 2025, arXiv 2506.14761); 'smooth', a moving average of its tokens, for "
-        'rules with probabilities (H-Net).',
+        "tokens at the boundaries alone; 'offset', its latest token plus one of 16 linear maps of it, by the distance "
+        "from the boundary (AU-Net, Videau et al. 2025, arXiv 2506.14761); 'smooth', a moving average of its tokens, "
+        'for rules with probabilities (H-Net).',
         check=choice(*UPSAMPLERS),
         per_level=True,
     )

@@ -95,6 +95,8 @@ class Segmentation:
     """The text, int64 `(n,)`, on the CPU."""
     levels: list[LevelPieces]
     """The placed levels, finest first."""
+    num_tokens: int = NUM_BYTES
+    """The size of the vocabulary. Ids of others than bytes are shown as numbers."""
 
     def __getitem__(self, compression: int) -> LevelPieces:
         """The pieces of the level of this compression. Raises KeyError if it is not placed."""
@@ -109,6 +111,8 @@ class Segmentation:
         return depths_of(self.levels)
 
     def __str__(self) -> str:
+        if self.num_tokens not in BYTE_VOCABULARIES:
+            return ' '.join(f'{i}{MARK * depth}' for i, depth in zip(self.ids.tolist(), self.depths, strict=True))
         marker = Marker()
         raw = bytes(i for i in self.ids.tolist() if i < NUM_BYTES)
         depths = [depth for i, depth in zip(self.ids.tolist(), self.depths, strict=True) if i < NUM_BYTES]
@@ -279,4 +283,4 @@ class Segmenting:
             raise ValueError(f'text must be one text, ids (n,), got {len(ids)} rows')
         size = check_int('chunk_size', model.seq_len if chunk_size is None else chunk_size)
         parts = [reader.read(chunk) for chunk in ids[0].to(model.token_emb.weight.device).split(size)]
-        return Segmentation(ids[0].cpu(), [join(each) for each in zip(*parts, strict=True)])
+        return Segmentation(ids[0].cpu(), [join(each) for each in zip(*parts, strict=True)], model.num_tokens)

@@ -114,3 +114,8 @@ def test_what_has_no_pieces_is_refused() -> None:
         model.pieces('text', chunk_size=0)
     with pytest.raises(ValueError, match='num_tokens is 4'):
         placed((None, 'learned', 'every'), num_tokens=4).pieces('text')
+
+
+def test_ids_that_are_no_bytes_are_shown_as_numbers() -> None:
+    model = placed((None, 'every', 'every'), num_tokens=5, hierarchies=(1, 2, 4))
+    assert str(model.pieces(torch.tensor([4, 3, 2, 1, 0]))) == '4|| 3 2| 1 0||'

@@ -12,7 +12,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,13 +84,9 @@ def build(settings: Mapping[str, Any], length: int) -> HierarchicalTransformer:
 def operations_of(settings: Mapping[str, Any], length: int) -> Callable[[Mapping[int, float]], float]:
     """A function from the share of boundaries of each placed level to the operations of a step on one sequence."""
     model = build(settings, length)
-    levels = model.levels
 
     def count(shares: Mapping[int, float]) -> float:
-        # a level with the measured mean length of its pieces in the place of the intended one
-        lengths: dict[int, Any] = {i: 1 / share if share else math.inf for i, share in shares.items()}
-        measured = {i: replace(levels[i], compression=each) for i, each in lengths.items()}
-        model.levels = tuple(measured.get(i, level) for i, level in enumerate(levels))
+        model.measured_spacing = {i: 1 / share if share else math.inf for i, share in shares.items()}
         return cost.step_flops(model, length)
 
     return count

@@ -107,7 +107,7 @@ def first(found: Segmentation, n: int) -> Segmentation:
         )
         for each in found.levels
     ]
-    return Segmentation(found.ids[:n], levels)
+    return Segmentation(found.ids[:n], levels, found.num_tokens)
 
 
 def draw_pieces(found: Segmentation, path: Path, shown: int = SHOWN) -> None:
