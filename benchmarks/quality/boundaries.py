@@ -46,7 +46,7 @@ from simple_hierarchical_transformer.training.settings import DEFAULTS, PRESETS,
 
 PRESET = PRESETS['cpu']
 WINDOW = 64
-# fine positions per coarse token: of strides, intended by rules that learn, and about that of English words
+# fine positions per coarse token: of strides, and about that of English words, which rules that learn aim at
 STRIDE, WORD = 4, 6
 RATES = (0.5, 1.0, 2.0)  # of those of the preset
 BUDGETS = (1e12, 3e12, 1e13, 3e13, 1e14)
@@ -99,7 +99,8 @@ class Contestant:
     window: int | None = None
     """Of a flat model."""
     spacing: int = STRIDE
-    """Mean number of bytes of a coarse token, which says how many coarse layers are worth a fine one."""
+    """Bytes from one coarse token to the next, or their intended mean. It says how many coarse layers cost as much as a
+    fine one."""
     tables: bool = False
     rate_of: str | None = None
     """The contestant whose learning rate it takes."""
@@ -131,10 +132,10 @@ def layered(shared: Mapping[str, Any], size: Size, spacing: int, length: int) ->
         dim=(size.dim, 2 * size.dim),
         heads=(size.heads, 2 * size.heads),
         depth=(fine, coarse),
-        hierarchies=(1, STRIDE),
+        hierarchies=(1, spacing),
         hierarchical_stride=(1, 1),
         # the coarse level reaches as far as the context of training, also in long streams
-        window_sizes=(min(WINDOW, length), length // STRIDE),
+        window_sizes=(min(WINDOW, length), length // spacing),
     )
 
 
@@ -151,9 +152,9 @@ SHAPES = (
     Contestant('stride 4', dict(hierarchical_stride=(1, STRIDE))),
     Contestant('stride 4, placed', placed('every', **AT_BOUNDARY), rate_of='stride 4'),
     Contestant(WORDS, placed('words', **AT_BOUNDARY), spacing=WORD),
-    Contestant('learned', placed('learned', **SMOOTH)),
-    Contestant('surprise', placed('surprise', **AT_BOUNDARY)),
-    Contestant('rise', placed('rise', **AT_BOUNDARY), rate_of='surprise'),
+    Contestant('learned', placed('learned', **SMOOTH), spacing=WORD),
+    Contestant('surprise', placed('surprise', **AT_BOUNDARY), spacing=WORD),
+    Contestant('rise', placed('rise', **AT_BOUNDARY), spacing=WORD, rate_of='surprise'),
 )
 VARIANTS = (
     *(
@@ -165,9 +166,14 @@ VARIANTS = (
         rate_of=WORDS,
     ),
     Contestant('words, merge concat', placed('words', merge='concat', **AT_BOUNDARY), spacing=WORD, rate_of=WORDS),
-    Contestant('learned, merge skip', placed('learned', merge='skip', **SMOOTH), rate_of='learned'),
-    Contestant('learned, upsample repeat', placed('learned'), rate_of='learned'),
-    Contestant('learned, ratio 0.05', placed('learned', **SMOOTH, ratio_loss_weight=0.05), rate_of='learned'),
+    *(
+        Contestant(f'learned, {name}', placed('learned', **options), spacing=WORD, rate_of='learned')
+        for name, options in {
+            'merge skip': SMOOTH | dict(merge='skip'),
+            'upsample repeat': {},
+            'ratio 0.05': SMOOTH | dict(ratio_loss_weight=0.05),
+        }.items()
+    ),
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ while the model is scored.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import statistics
@@ -171,4 +172,5 @@ def train(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == '__main__':
+    argparse.ArgumentParser(description=__doc__).parse_args()
     print(json.dumps(train(json.load(sys.stdin))))
