@@ -1,5 +1,7 @@
 """One run of boundaries.py, with a budget of processor time or of operations. Reads and prints JSON.
 
+    python benchmarks/quality/boundaries_run.py < run.json
+
 A step is that of train.py. Only the clock differs: it counts the time of this process, or operations, and stands still
 while the model is scored.
 """
@@ -172,5 +174,6 @@ def train(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == '__main__':
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
     print(json.dumps(train(json.load(sys.stdin))))
