@@ -30,6 +30,8 @@ SLOW = {
     'benchmarks/test_benchmark_race.py',
     'benchmarks/test_benchmark_report.py',
     'benchmarks/test_benchmark_speed.py',
+    'boundaries/test_placed_levels.py',
+    'boundaries/test_placed_tools.py',
     'boundaries/test_sharded_pieces.py',
     'data/test_download.py',
     'data/test_formats.py',
