@@ -45,6 +45,7 @@ SLOW = {
     'pretrained/test_untrusted_folders.py',
     'test_adapters.py',
     'test_package.py',
+    'test_rows.py',
     'training/test_command.py',
     'training/test_curves.py',
     'training/test_failing_runs.py',
