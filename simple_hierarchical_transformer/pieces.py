@@ -65,7 +65,8 @@ class Frame:
         """The index of each token in its row, `(batch, n)`, and -1 for padding."""
         starts = self.starts[:, None] if isinstance(self.starts, Tensor) else self.starts
         index = (self.places + starts).expand(self.positions.shape)
-        return index if self.exists is None else torch.where(self.exists, index, -1)
+        exists = self.exists
+        return index if exists is None else torch.where(exists, index, -1)
 
 
 @dataclass(frozen=True)
@@ -123,12 +124,13 @@ class Pieces:
         picked = take(x, self.positions)
         if fill is None:
             return picked
-        return picked.masked_fill(~self.exists.view(*self.exists.shape, *(1,) * (x.ndim - 2)), fill)
+        exists = self.exists
+        return picked.masked_fill(~exists.view(*exists.shape, *(1,) * (x.ndim - 2)), fill)
 
     def pick_finer(self, x: Tensor, fill: float) -> Tensor:
         """Of values at each position `(batch, ids)` those at the finer tokens, `(batch, n)`, `fill` for padding."""
-        picked = take(x, self.finer.positions)
-        return picked if self.finer.exists is None else picked.masked_fill(~self.finer.exists, fill)
+        picked, exists = take(x, self.finer.positions), self.finer.exists
+        return picked if exists is None else picked.masked_fill(~exists, fill)
 
     def last(self, x: Tensor, before: Tensor) -> Tensor:
         """The last of the level's tokens x `(batch, k, dim)` of each row, or of `before` `(batch, 1, dim)`."""

@@ -124,10 +124,10 @@ class Stateful:
         state = with_room(model, state, n)
 
         def reserved(level: Level, block: Any, held: BlockState) -> BlockState:
-            grows = getattr(block and block.attn, 'with_room', None)
-            if grows is None or level.is_placed:
+            if block is None or level.is_placed:
                 return held
-            return replace(held, mixer=grows(held.mixer, Grid(level.phases).count(level.length(state.position + n))))
+            grown: BlockState = block.with_room(held, Grid(level.phases).count(level.length(state.position + n)))
+            return grown
 
         def layer_reserved(layer: Sequence[Any], held: Sequence[BlockState]) -> tuple[BlockState, ...]:
             return tuple(reserved(*each) for each in zip(model.levels, layer, held, strict=True))

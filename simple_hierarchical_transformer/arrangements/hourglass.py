@@ -138,11 +138,11 @@ class Nested:
         In a batch that generates, few rows meet a boundary at the same step.
         """
         i = self.model.order[k]
-        few = replace(self, memory=MemoryOfRows(self.memory, members), outputs=replace(self.outputs))
-        few.outputs.inputs, few.outputs.tokens = list(self.outputs.inputs), list(self.outputs.tokens)
+        outputs = LevelOutputs(list(self.outputs.inputs), list(self.outputs.tokens))
+        few = replace(self, memory=MemoryOfRows(self.memory, members), outputs=outputs)
         x, _ = compress(self.model, i, picked.index_select(0, members), None, 0)
         x = few.run_layers(k, x, start)
-        for mine, theirs in ((self.outputs.inputs, few.outputs.inputs), (self.outputs.tokens, few.outputs.tokens)):
+        for mine, theirs in ((self.outputs.inputs, outputs.inputs), (self.outputs.tokens, outputs.tokens)):
             part = theirs[i]
             mine[i] = part.new_zeros(len(picked), *part.shape[1:]).index_copy(0, members, part)
         return self.outputs.tokens[i]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -36,7 +37,7 @@ class Ratio(Objective):
     @classmethod
     def from_config(cls, config: Config) -> list[Ratio]:
         objectives = []
-        for finer, i in zip(config.order, config.order[1:], strict=False):
+        for finer, i in pairwise(config.order):
             level = config.levels[i]
             if config.ratio_loss_weight > 0 and level.boundaries in ('learned', OWN):
                 spacing = level.spacing / config.levels[finer].spacing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -33,7 +34,7 @@ class Surprised(Objective):
     @classmethod
     def from_config(cls, config: Config) -> list[Surprised]:
         objectives = []
-        for finer, i in zip(config.order, config.order[1:], strict=False):
+        for finer, i in pairwise(config.order):
             level, below = config.levels[i], config.levels[finer]
             if config.surprise_loss_weight > 0 and level.boundaries in OF_SURPRISE:
                 objectives.append(
